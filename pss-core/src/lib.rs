@@ -1,0 +1,14 @@
+//! Agreement core, log, chunk store and volume layer of PSS.
+//!
+//! Pure, without IO, clock, threads or randomness: [`paxos`], [`state`], [`entry`], [`volume::map`] and
+//! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
+//! tokio: `client` only.
+
+pub mod disk;
+pub mod entry;
+pub mod paxos;
+pub mod state;
+pub mod time;
+pub mod types;
+pub mod volume;
+pub mod wire;

@@ -1,0 +1,4 @@
+//! The agreement core.
+
+pub mod message;
+pub mod output;

@@ -1,0 +1,261 @@
+//! What servers of a cell say to each other about the log.
+
+use bytes::Bytes;
+
+use crate::entry::Entry;
+use crate::time::Instant;
+use crate::types::{Ballot, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+
+/// A message between two servers. The network may lose, double, delay and reorder messages.
+#[derive(Clone, Debug, Eq, PartialEq, Hash)]
+pub enum Message {
+    /// "Could I win?": asked before a ballot is used, so that a server that cannot win does not
+    /// unseat a leader that works.
+    PreCheck {
+        /// The ballot that the candidate would use.
+        ballot: Ballot,
+        /// Last entry of the candidate's log.
+        last: EntryId,
+    },
+    /// Answer to `PreCheck`.
+    PreCheckAnswer {
+        /// The ballot asked about.
+        ballot: Ballot,
+        /// Whether a `Prepare` would be promised now.
+        granted: bool,
+        /// Highest ballot that the answering server has promised.
+        promised: Ballot,
+        /// Last entry of the answering server's log.
+        last: EntryId,
+    },
+    /// Phase 1a, over the whole log.
+    Prepare {
+        /// New ballot.
+        ballot: Ballot,
+        /// A ballot whose leader has given up its leadership and lease for good: leases granted to it
+        /// do not stand in the way.
+        released: Option<Ballot>,
+    },
+    /// Phase 1b: no ballot below will be accepted. Sent after log and promise are durable.
+    Promise {
+        /// The promised ballot.
+        ballot: Ballot,
+        /// The last entry that this server has ever acknowledged and not replaced.
+        last: EntryId,
+        /// The last entry that it can still read; less than `last` if its log is damaged.
+        have: EntryId,
+        /// Slot up to which it knows its log to be chosen.
+        chosen: Slot,
+    },
+    /// Refusal of a `Prepare`, `Accept` or `Heartbeat` because of a higher promise.
+    Nack {
+        /// Ballot of the refused message.
+        ballot: Ballot,
+        /// Promised instead.
+        promised: Ballot,
+    },
+    /// Phase 2a for the slots after `prev`.
+    Accept {
+        /// The leader's ballot.
+        ballot: Ballot,
+        /// The entry before the first of `entries` in the leader's log.
+        prev: EntryId,
+        /// Consecutive entries.
+        entries: Vec<Entry>,
+        /// The leader's chosen slot.
+        chosen: Slot,
+    },
+    /// Phase 2b, cumulative: this server's log is equal to the leader's up to `durable` and synced.
+    Accepted {
+        /// The leader's ballot.
+        ballot: Ballot,
+        /// See above.
+        durable: Slot,
+    },
+    /// The log does not hold the `prev` of an `Accept`.
+    AcceptRejected {
+        /// The leader's ballot.
+        ballot: Ballot,
+        /// The leader may send from the slot after this one, up to which the logs are surely equal.
+        resume_after: Slot,
+    },
+    /// The leader lives: renews the lease, carries the chosen slot.
+    Heartbeat {
+        /// The leader's ballot.
+        ballot: Ballot,
+        /// The leader's clock when it sent this.
+        sent: Instant,
+        /// The leader's chosen slot.
+        chosen: Slot,
+        /// Last slot of the leader's log.
+        last: Slot,
+    },
+    /// Answer to `Heartbeat`; grants the lease.
+    HeartbeatAck {
+        /// The leader's ballot.
+        ballot: Ballot,
+        /// `sent` of the heartbeat.
+        sent: Instant,
+        /// As in `Accepted`.
+        durable: Slot,
+        /// Where this server stands.
+        progress: Progress,
+    },
+    /// The leader gives its leadership to the receiver, which should prepare at once.
+    HandOver {
+        /// The ballot that is given up for good.
+        ballot: Ballot,
+    },
+    /// A candidate with a quorum of promises fetches the tail of the best log.
+    FetchTail {
+        /// The candidate's ballot.
+        ballot: Ballot,
+        /// Send what follows this slot (up to which the asked server knows its log to be chosen, or
+        /// that the candidate has fetched already).
+        after: Slot,
+    },
+    /// Answer to `FetchTail`.
+    Tail {
+        /// The candidate's ballot.
+        ballot: Ballot,
+        /// The entry before the first of `entries`.
+        prev: EntryId,
+        /// Consecutive entries, chosen or not.
+        entries: Vec<Entry>,
+        /// Last entry of the sender's log.
+        last: EntryId,
+    },
+    /// A server that lags, or a learner, asks for chosen entries.
+    CatchUp {
+        /// Its own log is chosen up to here.
+        after: Slot,
+    },
+    /// Answer to `CatchUp`: entries that are chosen.
+    Chosen {
+        /// The entry before the first of `entries`.
+        prev: EntryId,
+        /// Consecutive entries, all chosen. May be empty.
+        entries: Vec<Entry>,
+        /// The sender's chosen slot.
+        chosen: Slot,
+    },
+    /// Answer to `CatchUp`: the log does not reach back so far; copy chunks instead.
+    LogGone {
+        /// First slot that the sender still has.
+        first: Slot,
+        /// The sender's chosen slot.
+        chosen: Slot,
+    },
+    /// Where a server that is no leader stands, to everyone, now and then (for feeders and `status`).
+    Progress(Progress),
+    /// Copying of chunks.
+    Sync(SyncMessage),
+}
+
+/// How far a server is.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Hash)]
+pub struct Progress {
+    /// Known chosen.
+    pub chosen: Slot,
+    /// Applied to the chunk store.
+    pub applied: Slot,
+    /// First slot that its log still holds.
+    pub log_first: Slot,
+    /// Bytes free for chunks, after the reserve.
+    pub free_bytes: u64,
+    /// Whether chunks are being copied to it: its data are not complete yet.
+    pub installing: bool,
+}
+
+/// Copying of chunks to a server that is too far behind for the log.
+#[derive(Clone, Debug, Eq, PartialEq, Hash)]
+pub enum SyncMessage {
+    /// Asks for the state to start from.
+    RequestBase,
+    /// The replicated state at one slot.
+    Base {
+        /// Last entry that the state holds.
+        base: EntryId,
+        /// [`crate::state::State::encode`].
+        state: Bytes,
+    },
+    /// Asks which chunks exist.
+    RequestList {
+        /// The receiver's applied slot: the answer must be at least as new.
+        at_least: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// Chunks from this one on.
+        from: ChunkIndex,
+    },
+    /// Which chunks exist in `from..until`, as of one applied slot.
+    List {
+        /// Applied slot.
+        as_of: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// Asked for.
+        from: ChunkIndex,
+        /// The list is complete below this; `None`: to the end of the volume.
+        until: Option<ChunkIndex>,
+        /// (chunk, last slot applied to it, digest of its table).
+        chunks: Vec<ChunkSummary>,
+    },
+    /// Asks for one chunk.
+    RequestChunk {
+        /// The receiver's applied slot: the answer must be at least as new.
+        at_least: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// Which chunk.
+        chunk: ChunkIndex,
+    },
+    /// One chunk, as of one applied slot.
+    Chunk {
+        /// Applied slot.
+        as_of: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// Which chunk.
+        chunk: ChunkIndex,
+        /// Encoded by [`crate::chunk`]; empty: the chunk does not exist.
+        image: Bytes,
+    },
+    /// The sender cannot serve the request (too old, installing itself, a bad block).
+    Refused,
+}
+
+/// What a list says of one chunk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
+pub struct ChunkSummary {
+    /// Which.
+    pub chunk: ChunkIndex,
+    /// Slot of the last entry applied to it.
+    pub last_slot: Slot,
+    /// CRC32C of its block checksums.
+    pub digest: u32,
+}
+
+/// A message with its way.
+#[derive(Clone, Debug, Eq, PartialEq, Hash)]
+pub struct Envelope {
+    /// Sender.
+    pub from: ServerId,
+    /// Receiver.
+    pub to: ServerId,
+    /// What.
+    pub message: Message,
+}
+
+impl Message {
+    /// Whether it goes by UDP; the others carry payload and go by TCP.
+    pub fn is_datagram(&self) -> bool {
+        !matches!(
+            self,
+            Message::Accept { .. }
+                | Message::Tail { .. }
+                | Message::Chosen { .. }
+                | Message::Sync(_)
+        )
+    }
+}

@@ -1,0 +1,704 @@
+//! The replicated state: volumes and sessions. Equal on every server at equal slots.
+//!
+//! [`State::apply`] decides, in log order, what each command does; what it does to blocks is handed
+//! back as an [`Effect`] for the chunk store. Nothing else may change the state.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::{Buf, BufMut};
+use serde::{Deserialize, Serialize};
+
+use crate::entry::{Command, Op, VOLUME_NAME_MAX};
+use crate::types::{BLOCK_BYTES, RequestNumber, SessionId, Slot, VolumeId};
+
+/// Most requests of a session between the oldest that is not settled and the newest.
+pub const SESSION_WINDOW: u64 = 4096;
+/// Most sessions at once.
+pub const SESSIONS_MAX: usize = 4096;
+/// Most volumes.
+pub const VOLUMES_MAX: usize = 4096;
+/// Chunk size of a volume that is created without one.
+pub const CHUNK_BYTES_DEFAULT: u32 = 4 << 20;
+/// Smallest chunk.
+pub const CHUNK_BYTES_MIN: u32 = 64 << 10;
+/// Largest chunk.
+pub const CHUNK_BYTES_MAX: u32 = 64 << 20;
+/// Largest volume: 2^24 chunks of the default size.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+
+/// A volume.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Volume {
+    /// Number, never used again.
+    pub id: VolumeId,
+    /// Name; also of its directory.
+    pub name: String,
+    /// Size, bytes: a multiple of 512.
+    pub size_bytes: u64,
+    /// Size of a chunk, bytes.
+    pub chunk_bytes: u32,
+    /// Random identity.
+    pub uuid: [u8; 16],
+    /// Slot of the entry that created it.
+    pub created: Slot,
+}
+
+impl Volume {
+    /// Size in blocks; the last one may be used only in part.
+    pub fn blocks(&self) -> u64 {
+        self.size_bytes.div_ceil(BLOCK_BYTES as u64)
+    }
+}
+
+/// Why a command was refused. The codes are part of the log's meaning and never change.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[repr(u8)]
+pub enum Refusal {
+    /// The session was ended or never existed.
+    #[error("the session was ended")]
+    StaleSession = 1,
+    /// There is no such volume.
+    #[error("no such volume")]
+    NoSuchVolume = 2,
+    /// A volume of that name exists.
+    #[error("a volume of that name exists")]
+    VolumeExists = 3,
+    /// A session uses the volume.
+    #[error("the volume is attached")]
+    VolumeAttached = 4,
+    /// The range ends past the end of the volume.
+    #[error("the range ends past the end of the volume")]
+    OutOfRange = 5,
+    /// The name is empty, too long, or holds a character that it may not.
+    #[error("a volume's name has 1 to 64 bytes and no '/', NUL or leading '.'")]
+    BadName = 6,
+    /// The size is zero, too large, or no multiple of 512.
+    #[error("a volume's size is a multiple of 512 bytes, at most 64T and at most 2^24 chunks")]
+    BadSize = 7,
+    /// The chunk size is no power of two from 64 KiB to 64 MiB.
+    #[error("a chunk's size is a power of two from 64K to 64M")]
+    BadChunkSize = 8,
+    /// The volume would become smaller and that was not allowed.
+    #[error("the volume would become smaller")]
+    WouldShrink = 9,
+    /// Too many sessions or volumes.
+    #[error("too many sessions or volumes")]
+    TooMany = 10,
+    /// The request number lies outside the session's window.
+    #[error("the request number lies outside the session's window")]
+    OutsideWindow = 11,
+    /// The request was settled before: the client said that it has the answer.
+    #[error("the request was settled before")]
+    Settled = 12,
+}
+
+impl Refusal {
+    fn from_code(code: u8) -> Option<Refusal> {
+        use Refusal::*;
+        [
+            StaleSession,
+            NoSuchVolume,
+            VolumeExists,
+            VolumeAttached,
+            OutOfRange,
+            BadName,
+            BadSize,
+            BadChunkSize,
+            WouldShrink,
+            TooMany,
+            OutsideWindow,
+            Settled,
+        ]
+        .into_iter()
+        .find(|refusal| *refusal as u8 == code)
+    }
+}
+
+/// What a command was answered. A repetition is answered the same.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// Done; the id that it created.
+    Created(u64),
+    /// Not done.
+    Refused(Refusal),
+}
+
+/// What a command does to blocks.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Effect<'a> {
+    /// Nothing.
+    None,
+    /// Write the command's blocks.
+    Write(&'a Volume),
+    /// Zero a range of blocks.
+    Zero {
+        /// Of this volume.
+        volume: &'a Volume,
+        /// First block.
+        first_block: u64,
+        /// How many.
+        blocks: u64,
+        /// Keep space allocated.
+        allocate: bool,
+    },
+    /// Make the directory of a new volume.
+    Create(&'a Volume),
+    /// Remove a volume's directory.
+    Delete(Volume),
+}
+
+#[derive(Clone, Debug, Eq, PartialEq, Hash)]
+struct Session {
+    nonce: u64,
+    name: String,
+    opened: Slot,
+    /// First request number in `answers`.
+    floor: RequestNumber,
+    /// Answers by number from `floor`; `None`: not seen.
+    answers: VecDeque<Option<Answer>>,
+    /// Attached volumes with how many times.
+    attached: BTreeMap<VolumeId, u32>,
+}
+
+/// A session as people see it.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SessionInfo {
+    /// Id.
+    pub id: SessionId,
+    /// What the client calls itself.
+    pub name: String,
+    /// Attached volumes.
+    pub volumes: Vec<VolumeId>,
+}
+
+/// Volumes and sessions at one slot.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct State {
+    applied: Slot,
+    volumes_made: u32,
+    volumes: BTreeMap<VolumeId, Volume>,
+    sessions: BTreeMap<SessionId, Session>,
+}
+
+impl State {
+    /// Slot of the last entry that was applied.
+    pub fn applied(&self) -> Slot {
+        self.applied
+    }
+
+    /// Notes that all commands of the entry in `slot` have been applied.
+    pub fn finish_slot(&mut self, slot: Slot) {
+        assert_eq!(
+            slot,
+            self.applied.next(),
+            "entries are applied in order, once"
+        );
+        self.applied = slot;
+    }
+
+    /// All volumes, by id.
+    pub fn volumes(&self) -> impl Iterator<Item = &Volume> {
+        self.volumes.values()
+    }
+
+    /// A volume by id.
+    pub fn volume(&self, id: VolumeId) -> Option<&Volume> {
+        self.volumes.get(&id)
+    }
+
+    /// A volume by name.
+    pub fn volume_named(&self, name: &str) -> Option<&Volume> {
+        self.volumes.values().find(|volume| volume.name == name)
+    }
+
+    /// How many sessions have a volume attached.
+    pub fn attachments(&self, volume: VolumeId) -> usize {
+        self.sessions
+            .values()
+            .filter(|session| session.attached.contains_key(&volume))
+            .count()
+    }
+
+    /// Whether a session exists.
+    pub fn has_session(&self, session: SessionId) -> bool {
+        self.sessions.contains_key(&session)
+    }
+
+    /// All sessions, by id.
+    pub fn sessions(&self) -> impl Iterator<Item = SessionInfo> + '_ {
+        self.sessions.iter().map(|(id, session)| SessionInfo {
+            id: *id,
+            name: session.name.clone(),
+            volumes: session.attached.keys().copied().collect(),
+        })
+    }
+
+    /// The answer of a request that was applied before, if the session still remembers it.
+    pub fn remembered(&self, session: SessionId, number: RequestNumber) -> Option<Answer> {
+        let session = self.sessions.get(&session)?;
+        let index = number.0.checked_sub(session.floor.0)?;
+        *session.answers.get(index as usize)?
+    }
+
+    /// Applies a command of the entry in `slot`, the `position`-th of it.
+    ///
+    /// The effect must be carried out before the answer is given.
+    pub fn apply(&mut self, slot: Slot, position: u32, command: &Command) -> (Answer, Effect<'_>) {
+        assert_eq!(
+            slot,
+            self.applied.next(),
+            "entries are applied in order, once"
+        );
+        if command.session == SessionId(0) {
+            return self.perform(slot, position, command);
+        }
+        match self.admit(command) {
+            Err(answer) => (answer, Effect::None),
+            Ok(()) => {
+                // The answer is known before the effect is borrowed from the state: decide first.
+                let answer = self.decide(slot, position, command);
+                self.remember(command, answer);
+                (answer, self.effect(command, answer))
+            }
+        }
+    }
+
+    fn perform(&mut self, slot: Slot, position: u32, command: &Command) -> (Answer, Effect<'_>) {
+        let answer = self.decide(slot, position, command);
+        (answer, self.effect(command, answer))
+    }
+
+    /// Lets a command through once; a repetition gets its answer again.
+    fn admit(&mut self, command: &Command) -> Result<(), Answer> {
+        let Some(session) = self.sessions.get_mut(&command.session) else {
+            return Err(Answer::Refused(Refusal::StaleSession));
+        };
+        let number = command.number;
+        if number < session.floor {
+            return Err(Answer::Refused(Refusal::Settled));
+        }
+        let settled = command.settled_below.min(number);
+        while session.floor < settled {
+            session.floor.0 += 1;
+            session.answers.pop_front();
+        }
+        let index = number.0 - session.floor.0;
+        if index >= SESSION_WINDOW {
+            return Err(Answer::Refused(Refusal::OutsideWindow));
+        }
+        match session.answers.get(index as usize) {
+            Some(Some(answer)) => Err(*answer),
+            _ => Ok(()),
+        }
+    }
+
+    fn remember(&mut self, command: &Command, answer: Answer) {
+        // A command that ends its own session leaves nothing to remember.
+        let Some(session) = self.sessions.get_mut(&command.session) else {
+            return;
+        };
+        let index = (command.number.0 - session.floor.0) as usize;
+        if session.answers.len() <= index {
+            session.answers.resize(index + 1, None);
+        }
+        session.answers[index] = Some(answer);
+    }
+
+    /// Changes volumes and sessions; says what the answer is.
+    fn decide(&mut self, slot: Slot, position: u32, command: &Command) -> Answer {
+        let result = match &command.op {
+            Op::Noop => Ok(Answer::Done),
+            Op::Write {
+                volume,
+                first_block,
+                checksums,
+                ..
+            } => self.check_range(*volume, *first_block, checksums.len() as u64),
+            Op::Zero {
+                volume,
+                first_block,
+                blocks,
+                ..
+            } => self.check_range(*volume, *first_block, *blocks),
+            Op::OpenSession { nonce, name } => self.open_session(slot, position, *nonce, name),
+            Op::EndSessions { sessions } => {
+                for session in sessions {
+                    self.sessions.remove(session);
+                }
+                Ok(Answer::Done)
+            }
+            Op::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            } => self.create_volume(slot, name, *size_bytes, *chunk_bytes, *uuid),
+            Op::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            } => self.resize_volume(*volume, *size_bytes, *allow_shrink),
+            Op::DeleteVolume { volume } => match self.volumes.contains_key(volume) {
+                false => Err(Refusal::NoSuchVolume),
+                true if self.attachments(*volume) > 0 => Err(Refusal::VolumeAttached),
+                true => Ok(Answer::Done),
+            },
+            Op::Attach { volume } => self.attach(command.session, *volume),
+            Op::Detach { volume } => Ok(self.detach(command.session, *volume)),
+        };
+        result.unwrap_or_else(Answer::Refused)
+    }
+
+    fn effect(&mut self, command: &Command, answer: Answer) -> Effect<'_> {
+        if let Answer::Refused(_) = answer {
+            return Effect::None;
+        }
+        match &command.op {
+            Op::Write { volume, .. } => Effect::Write(&self.volumes[volume]),
+            Op::Zero {
+                volume,
+                first_block,
+                blocks,
+                allocate,
+            } => Effect::Zero {
+                volume: &self.volumes[volume],
+                first_block: *first_block,
+                blocks: *blocks,
+                allocate: *allocate,
+            },
+            Op::CreateVolume { .. } => match answer {
+                Answer::Created(id) => Effect::Create(&self.volumes[&VolumeId(id as u32)]),
+                _ => Effect::None,
+            },
+            // What lies behind the new end must read as zeros if the volume grows again.
+            Op::ResizeVolume {
+                volume,
+                allow_shrink: true,
+                ..
+            } => {
+                let volume = &self.volumes[volume];
+                let first_block = volume.blocks();
+                let most = crate::volume::map::blocks_per_chunk(volume.chunk_bytes) << 24;
+                Effect::Zero {
+                    volume,
+                    first_block,
+                    blocks: most - first_block,
+                    allocate: false,
+                }
+            }
+            Op::DeleteVolume { volume } => match self.volumes.remove(volume) {
+                Some(volume) => Effect::Delete(volume),
+                None => Effect::None,
+            },
+            _ => Effect::None,
+        }
+    }
+
+    fn check_range(&self, volume: VolumeId, first: u64, blocks: u64) -> Result<Answer, Refusal> {
+        let volume = self.volumes.get(&volume).ok_or(Refusal::NoSuchVolume)?;
+        match first.checked_add(blocks) {
+            Some(end) if end <= volume.blocks() => Ok(Answer::Done),
+            _ => Err(Refusal::OutOfRange),
+        }
+    }
+
+    fn open_session(
+        &mut self,
+        slot: Slot,
+        position: u32,
+        nonce: u64,
+        name: &str,
+    ) -> Result<Answer, Refusal> {
+        if let Some((id, _)) = self
+            .sessions
+            .iter()
+            .find(|(_, session)| session.nonce == nonce)
+        {
+            return Ok(Answer::Created(id.0));
+        }
+        if self.sessions.len() >= SESSIONS_MAX {
+            return Err(Refusal::TooMany);
+        }
+        // An entry has fewer than 2^16 commands, so slot and position make an id that is used once.
+        let id = (slot.0 << 16) | u64::from(position);
+        let session = Session {
+            nonce,
+            name: name.chars().take(256).collect(),
+            opened: slot,
+            floor: RequestNumber(1),
+            answers: VecDeque::new(),
+            attached: BTreeMap::new(),
+        };
+        self.sessions.insert(SessionId(id), session);
+        Ok(Answer::Created(id))
+    }
+
+    fn create_volume(
+        &mut self,
+        slot: Slot,
+        name: &str,
+        size_bytes: u64,
+        chunk_bytes: u32,
+        uuid: [u8; 16],
+    ) -> Result<Answer, Refusal> {
+        check_volume_name(name)?;
+        check_chunk_bytes(chunk_bytes)?;
+        check_volume_size(size_bytes, chunk_bytes)?;
+        if self.volume_named(name).is_some() {
+            return Err(Refusal::VolumeExists);
+        }
+        if self.volumes.len() >= VOLUMES_MAX {
+            return Err(Refusal::TooMany);
+        }
+        self.volumes_made += 1;
+        let id = VolumeId(self.volumes_made);
+        let name = name.to_owned();
+        self.volumes.insert(
+            id,
+            Volume {
+                id,
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+                created: slot,
+            },
+        );
+        Ok(Answer::Created(u64::from(id.0)))
+    }
+
+    fn resize_volume(
+        &mut self,
+        id: VolumeId,
+        size_bytes: u64,
+        allow_shrink: bool,
+    ) -> Result<Answer, Refusal> {
+        let volume = self.volumes.get_mut(&id).ok_or(Refusal::NoSuchVolume)?;
+        check_volume_size(size_bytes, volume.chunk_bytes)?;
+        if size_bytes < volume.size_bytes && !allow_shrink {
+            return Err(Refusal::WouldShrink);
+        }
+        volume.size_bytes = size_bytes;
+        Ok(Answer::Done)
+    }
+
+    fn attach(&mut self, session: SessionId, volume: VolumeId) -> Result<Answer, Refusal> {
+        if !self.volumes.contains_key(&volume) {
+            return Err(Refusal::NoSuchVolume);
+        }
+        let session = self
+            .sessions
+            .get_mut(&session)
+            .ok_or(Refusal::StaleSession)?;
+        *session.attached.entry(volume).or_default() += 1;
+        Ok(Answer::Done)
+    }
+
+    fn detach(&mut self, session: SessionId, volume: VolumeId) -> Answer {
+        if let Some(session) = self.sessions.get_mut(&session)
+            && let Some(count) = session.attached.get_mut(&volume)
+        {
+            *count -= 1;
+            if *count == 0 {
+                session.attached.remove(&volume);
+            }
+        }
+        Answer::Done
+    }
+}
+
+/// Checks a volume's name.
+///
+/// # Errors
+/// [`Refusal::BadName`].
+pub fn check_volume_name(name: &str) -> Result<(), Refusal> {
+    let bad = |c: char| c == '/' || c == '\0' || c.is_control();
+    let fits = !name.is_empty() && name.len() <= VOLUME_NAME_MAX;
+    // A leading dot is kept for PSS's own directories; `.` and `..` are covered by it.
+    if fits && !name.starts_with('.') && !name.contains(bad) {
+        Ok(())
+    } else {
+        Err(Refusal::BadName)
+    }
+}
+
+/// Checks a chunk size.
+///
+/// # Errors
+/// [`Refusal::BadChunkSize`].
+pub fn check_chunk_bytes(chunk_bytes: u32) -> Result<(), Refusal> {
+    let fits = (CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&chunk_bytes);
+    if fits && chunk_bytes.is_power_of_two() {
+        Ok(())
+    } else {
+        Err(Refusal::BadChunkSize)
+    }
+}
+
+/// Checks a volume's size.
+///
+/// # Errors
+/// [`Refusal::BadSize`].
+pub fn check_volume_size(size_bytes: u64, chunk_bytes: u32) -> Result<(), Refusal> {
+    let most = VOLUME_BYTES_MAX.min(u64::from(chunk_bytes) << 24);
+    if size_bytes == 0 || size_bytes > most || !size_bytes.is_multiple_of(512) {
+        return Err(Refusal::BadSize);
+    }
+    Ok(())
+}
+
+/// Version of [`State::encode`]'s layout.
+const STATE_VERSION: u16 = 1;
+
+/// The bytes are no state, or one of a newer version.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("the bytes are not a replicated state of a version that this program knows")]
+pub struct BadState;
+
+/// Layout, little-endian: version u16, applied u64, volumes made u32, volumes, sessions; lists and
+/// strings with a u32 count in front. See docs/formats.md.
+impl State {
+    /// The state as bytes; equal states give equal bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.put_u16_le(STATE_VERSION);
+        out.put_u64_le(self.applied.0);
+        out.put_u32_le(self.volumes_made);
+        out.put_u32_le(self.volumes.len() as u32);
+        for volume in self.volumes.values() {
+            out.put_u32_le(volume.id.0);
+            put_string(&mut out, &volume.name);
+            out.put_u64_le(volume.size_bytes);
+            out.put_u32_le(volume.chunk_bytes);
+            out.put_slice(&volume.uuid);
+            out.put_u64_le(volume.created.0);
+        }
+        out.put_u32_le(self.sessions.len() as u32);
+        for (id, session) in &self.sessions {
+            out.put_u64_le(id.0);
+            session.encode(&mut out);
+        }
+        out
+    }
+
+    /// Reads what [`State::encode`] made.
+    ///
+    /// # Errors
+    /// [`BadState`].
+    pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
+        let input = &mut bytes;
+        if input.try_get_u16_le().map_err(|_| BadState)? != STATE_VERSION {
+            return Err(BadState);
+        }
+        let mut state = State {
+            applied: Slot(u64_of(input)?),
+            volumes_made: u32_of(input)?,
+            ..State::default()
+        };
+        for _ in 0..u32_of(input)? {
+            let id = VolumeId(u32_of(input)?);
+            let volume = Volume {
+                id,
+                name: string_of(input)?,
+                size_bytes: u64_of(input)?,
+                chunk_bytes: u32_of(input)?,
+                uuid: array_of(input)?,
+                created: Slot(u64_of(input)?),
+            };
+            check_chunk_bytes(volume.chunk_bytes).map_err(|_| BadState)?;
+            state.volumes.insert(id, volume);
+        }
+        for _ in 0..u32_of(input)? {
+            let id = SessionId(u64_of(input)?);
+            state.sessions.insert(id, Session::decode(input)?);
+        }
+        if input.is_empty() {
+            Ok(state)
+        } else {
+            Err(BadState)
+        }
+    }
+}
+
+impl Session {
+    fn encode(&self, out: &mut Vec<u8>) {
+        out.put_u64_le(self.nonce);
+        put_string(out, &self.name);
+        out.put_u64_le(self.opened.0);
+        out.put_u64_le(self.floor.0);
+        out.put_u32_le(self.answers.len() as u32);
+        for answer in &self.answers {
+            match answer {
+                None => out.put_u8(0),
+                Some(Answer::Done) => out.put_u8(255),
+                Some(Answer::Created(id)) => {
+                    out.put_u8(254);
+                    out.put_u64_le(*id);
+                }
+                Some(Answer::Refused(refusal)) => out.put_u8(*refusal as u8),
+            }
+        }
+        out.put_u32_le(self.attached.len() as u32);
+        for (volume, count) in &self.attached {
+            out.put_u32_le(volume.0);
+            out.put_u32_le(*count);
+        }
+    }
+
+    fn decode(input: &mut &[u8]) -> Result<Session, BadState> {
+        let mut session = Session {
+            nonce: u64_of(input)?,
+            name: string_of(input)?,
+            opened: Slot(u64_of(input)?),
+            floor: RequestNumber(u64_of(input)?),
+            answers: VecDeque::new(),
+            attached: BTreeMap::new(),
+        };
+        for _ in 0..u32_of(input)? {
+            let answer = match array_of::<1>(input)?[0] {
+                0 => None,
+                255 => Some(Answer::Done),
+                254 => Some(Answer::Created(u64_of(input)?)),
+                code => Some(Answer::Refused(Refusal::from_code(code).ok_or(BadState)?)),
+            };
+            session.answers.push_back(answer);
+        }
+        for _ in 0..u32_of(input)? {
+            session
+                .attached
+                .insert(VolumeId(u32_of(input)?), u32_of(input)?);
+        }
+        Ok(session)
+    }
+}
+
+fn put_string(out: &mut Vec<u8>, text: &str) {
+    out.put_u32_le(text.len() as u32);
+    out.put_slice(text.as_bytes());
+}
+
+fn array_of<const N: usize>(input: &mut &[u8]) -> Result<[u8; N], BadState> {
+    let (array, rest) = input.split_first_chunk::<N>().ok_or(BadState)?;
+    *input = rest;
+    Ok(*array)
+}
+
+fn u32_of(input: &mut &[u8]) -> Result<u32, BadState> {
+    Ok(u32::from_le_bytes(array_of(input)?))
+}
+
+fn u64_of(input: &mut &[u8]) -> Result<u64, BadState> {
+    Ok(u64::from_le_bytes(array_of(input)?))
+}
+
+fn string_of(input: &mut &[u8]) -> Result<String, BadState> {
+    let length = u32_of(input)? as usize;
+    let (text, rest) = input.split_at_checked(length).ok_or(BadState)?;
+    *input = rest;
+    String::from_utf8(text.to_vec()).map_err(|_| BadState)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,200 @@
+use bytes::Bytes;
+
+use super::*;
+use crate::entry::block_checksums;
+
+struct Driver(State);
+
+impl Driver {
+    fn new() -> Driver {
+        Driver(State::default())
+    }
+
+    /// Applies one command in an entry of its own.
+    fn run(&mut self, command: Command) -> (Answer, bool) {
+        let slot = self.0.applied().next();
+        let (answer, effect) = self.0.apply(slot, 0, &command);
+        let has_effect = effect != Effect::None;
+        self.0.finish_slot(slot);
+        (answer, has_effect)
+    }
+
+    fn open(&mut self, nonce: u64) -> SessionId {
+        match self
+            .run(Command::internal(Op::OpenSession {
+                nonce,
+                name: "t".into(),
+            }))
+            .0
+        {
+            Answer::Created(id) => SessionId(id),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn volume(&mut self, name: &str) -> VolumeId {
+        let op = Op::CreateVolume {
+            name: name.into(),
+            size_bytes: 1 << 20,
+            chunk_bytes: CHUNK_BYTES_MIN,
+            uuid: [0; 16],
+        };
+        match self.run(Command::internal(op)).0 {
+            Answer::Created(id) => VolumeId(id as u32),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn write(session: SessionId, number: u64, settled: u64, volume: VolumeId, block: u64) -> Command {
+    let payload = Bytes::from(vec![1; BLOCK_BYTES]);
+    Command {
+        session,
+        number: RequestNumber(number),
+        settled_below: RequestNumber(settled),
+        op: Op::Write {
+            volume,
+            first_block: block,
+            checksums: block_checksums(volume, block, &payload),
+            payload,
+        },
+    }
+}
+
+#[test]
+fn repeated_write_is_answered_but_not_applied() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    assert_eq!(
+        driver.run(write(session, 1, 0, volume, 0)),
+        (Answer::Done, true)
+    );
+    assert_eq!(
+        driver.run(write(session, 2, 0, volume, 0)),
+        (Answer::Done, true)
+    );
+    assert_eq!(
+        driver.run(write(session, 1, 0, volume, 0)),
+        (Answer::Done, false)
+    );
+}
+
+#[test]
+fn settled_request_is_refused() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    driver.run(write(session, 1, 0, volume, 0));
+    driver.run(write(session, 3, 2, volume, 0));
+    let settled = (Answer::Refused(Refusal::Settled), false);
+    assert_eq!(driver.run(write(session, 1, 0, volume, 0)), settled);
+    assert_eq!(
+        driver.run(write(session, 2, 2, volume, 0)),
+        (Answer::Done, true)
+    );
+}
+
+#[test]
+fn ended_session_is_fenced() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    driver.run(Command::internal(Op::EndSessions {
+        sessions: vec![session],
+    }));
+    let stale = (Answer::Refused(Refusal::StaleSession), false);
+    assert_eq!(driver.run(write(session, 1, 0, volume, 0)), stale);
+}
+
+#[test]
+fn number_beyond_the_window_is_refused() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    let beyond = driver.run(write(session, SESSION_WINDOW + 1, 0, volume, 0));
+    assert_eq!(beyond, (Answer::Refused(Refusal::OutsideWindow), false));
+    assert_eq!(
+        driver.run(write(session, SESSION_WINDOW, 0, volume, 0)).0,
+        Answer::Done
+    );
+}
+
+#[test]
+fn open_session_with_the_same_nonce_is_the_same_session() {
+    let mut driver = Driver::new();
+    assert_eq!(driver.open(7), driver.open(7));
+    assert_ne!(driver.open(7), driver.open(8));
+}
+
+#[test]
+fn attached_volume_is_not_deleted() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    let command = |number, op| Command {
+        session,
+        number: RequestNumber(number),
+        settled_below: RequestNumber(0),
+        op,
+    };
+    driver.run(command(1, Op::Attach { volume }));
+    let delete = || Command::internal(Op::DeleteVolume { volume });
+    let attached = (Answer::Refused(Refusal::VolumeAttached), false);
+    assert_eq!(driver.run(delete()), attached);
+    driver.run(command(2, Op::Detach { volume }));
+    assert_eq!(driver.run(delete()), (Answer::Done, true));
+    let gone = (Answer::Refused(Refusal::NoSuchVolume), false);
+    assert_eq!(driver.run(write(session, 3, 0, volume, 0)), gone);
+    assert_ne!(driver.volume("v"), volume);
+}
+
+#[test]
+fn volume_names() {
+    for good in ["vol001", "a", "Größe 1", &"x".repeat(64)] {
+        assert_eq!(check_volume_name(good), Ok(()));
+    }
+    for bad in ["", ".", "..", ".x", "a/b", "a\0", "a\n", &"x".repeat(65)] {
+        assert_eq!(check_volume_name(bad), Err(Refusal::BadName), "{bad:?}");
+    }
+}
+
+#[test]
+fn volume_sizes() {
+    let check = |bytes| check_volume_size(bytes, CHUNK_BYTES_DEFAULT);
+    assert_eq!(check(512), Ok(()));
+    assert_eq!(check(VOLUME_BYTES_MAX), Ok(()));
+    for bad in [0, 511, VOLUME_BYTES_MAX + 512] {
+        assert_eq!(check(bad), Err(Refusal::BadSize));
+    }
+    assert_eq!(
+        check_volume_size(2 << 40, CHUNK_BYTES_MIN),
+        Err(Refusal::BadSize)
+    );
+}
+
+#[test]
+fn encoded_state_comes_back() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    driver.open(2);
+    driver.run(write(session, 1, 0, volume, 0));
+    driver.run(write(session, 3, 0, volume, 1 << 40));
+    let bytes = driver.0.encode();
+    assert_eq!(State::decode(&bytes), Ok(driver.0));
+    for length in 0..bytes.len() {
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+    }
+}
+
+#[test]
+fn shrinking_needs_leave_and_zeroes_the_rest() {
+    let mut driver = Driver::new();
+    let volume = driver.volume("v");
+    let resize = |size_bytes, allow_shrink| {
+        Command::internal(Op::ResizeVolume {
+            volume,
+            size_bytes,
+            allow_shrink,
+        })
+    };
+    let refused = (Answer::Refused(Refusal::WouldShrink), false);
+    assert_eq!(driver.run(resize(4096, false)), refused);
+    assert_eq!(driver.run(resize(4096, true)), (Answer::Done, true));
+    assert_eq!(driver.run(resize(2 << 20, false)), (Answer::Done, false));
+}

@@ -1,0 +1,4 @@
+//! Volumes: from byte ranges to blocks and chunks, and the interface of the front ends.
+
+pub mod device;
+pub mod map;

@@ -1,0 +1,3 @@
+//! Bytes on the network.
+
+pub mod client;
