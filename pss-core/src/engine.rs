@@ -19,7 +19,7 @@ use bytes::Bytes;
 use crate::chunk::{self, ChunkStore, ReadError};
 use crate::engine::conflicts::{BlockRange, Counts};
 use crate::engine::copy::Copying;
-use crate::entry::Entry;
+use crate::entry::{Command, Entry, Op};
 use crate::paxos::message::{Message, SyncMessage};
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
@@ -224,6 +224,7 @@ pub struct Engine {
     /// be newer than their checksums.
     recovered_last: Slot,
     failure: Option<ApplyError>,
+    forgetful: bool,
 }
 
 impl Engine {
@@ -264,6 +265,7 @@ impl Engine {
             bytes_applied: 0,
             recovered_last,
             failure: None,
+            forgetful: false,
         };
         engine.share_volumes();
         engine.drain(now);
@@ -279,6 +281,12 @@ impl Engine {
     #[doc(hidden)]
     pub fn replica_mut(&mut self) -> &mut Replica {
         &mut self.replica
+    }
+
+    /// Makes the engine apply repeated requests again: a deliberate bug, for the tests of the tests.
+    #[doc(hidden)]
+    pub fn inject_forgetfulness(&mut self) {
+        self.forgetful = true;
     }
 
     /// The replicated state as applied here.
@@ -415,6 +423,14 @@ impl Engine {
         }
         let mut volumes_changed = false;
         for entry in entries {
+            let original = entry;
+            let forgotten;
+            let entry = if self.forgetful {
+                forgotten = without_sessions(entry);
+                &forgotten
+            } else {
+                entry
+            };
             let applied = match self.copying.as_ref().filter(|it| it.is_installing()) {
                 None => storage::apply_entry(&mut self.state, &self.chunks, entry, None),
                 Some(copying) => {
@@ -435,7 +451,7 @@ impl Engine {
                 if volumes_changed {
                     self.share_volumes();
                 }
-                for (command, answer) in entry.commands.iter().zip(answers) {
+                for (command, answer) in original.commands.iter().zip(answers) {
                     self.answer_command((command.session, command.number), answer);
                 }
             }
@@ -515,8 +531,18 @@ impl Engine {
     }
 }
 
-fn changes_volumes(op: &crate::entry::Op) -> bool {
-    use crate::entry::Op;
+/// The entry with commands that no session remembers.
+fn without_sessions(entry: &Entry) -> Entry {
+    let forget = |command: &Command| match command.op {
+        Op::Write { .. } | Op::Zero { .. } => {
+            Command { session: SessionId(0), ..command.clone() }
+        }
+        _ => command.clone(),
+    };
+    Entry { commands: entry.commands.iter().map(forget).collect(), ..entry.clone() }
+}
+
+fn changes_volumes(op: &Op) -> bool {
     matches!(
         op,
         Op::CreateVolume { .. } | Op::ResizeVolume { .. } | Op::DeleteVolume { .. }
