@@ -2,3 +2,8 @@
 
 pub mod binaries;
 pub mod checker;
+pub mod disk;
+pub mod rng;
+pub mod sim;
+mod sim_storage;
+pub mod workload;
