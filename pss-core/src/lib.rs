@@ -4,6 +4,7 @@
 //! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
 //! tokio: `client` only. What people write: [`servers`] (server.conf), [`key`] (the cell key), [`size`].
 
+pub mod client;
 pub mod disk;
 pub mod entry;
 pub mod key;
