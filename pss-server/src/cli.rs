@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{CellFiles, ConfigError};
 
-mod cell;
+pub(crate) mod cell;
 mod format;
 mod health;
 mod key;
@@ -25,6 +25,8 @@ mod volume;
 pub use format::{FormatArgs, FormatError, format};
 pub use signals::on_stop_signal;
 pub use start::StartArgs;
+
+pub(crate) use volume::check_new as check_new_volume;
 
 /// Exit codes of `pss`; `pssd` uses the first three.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -211,7 +213,7 @@ fn finish(program: &str, run: impl FnOnce() -> Result<(), CliError>) -> ExitCode
 }
 
 /// Writes data to stdout. A reader that went away early (`| head`) is no failure.
-fn print(text: &str) -> Result<(), CliError> {
+pub(crate) fn print(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CliError::new(

@@ -202,10 +202,9 @@ fn key_files() {
     bench
         .run("pss", "--key sub/cell.key status")
         .fails(2, &["sub/cell.key: not a cell key", "pss key new"]);
-    bench.run("pss", "--key none.key status").fails(
-        2,
-        &["none.key: cannot read the cell key", "pss key new"],
-    );
+    bench
+        .run("pss", "--key none.key status")
+        .fails(2, &["none.key: cannot read the cell key", "pss key new"]);
 }
 
 #[test]

@@ -90,3 +90,16 @@ impl Access {
         CliError::new(Exit::NoQuorum, self.answers().judge(None).sentence())
     }
 }
+/// TEMP
+pub(crate) struct Opened {
+    volumes: std::sync::Arc<dyn pss_core::volume::device::Volumes>,
+}
+impl Opened {
+    pub(crate) fn volumes(&self) -> std::sync::Arc<dyn pss_core::volume::device::Volumes> {
+        self.volumes.clone()
+    }
+    pub(crate) async fn close(&self) {}
+}
+pub(crate) async fn open<T>(_f: &CellFiles, _v: &[T]) -> Result<Opened, CliError> {
+    Err(CliError::usage("x"))
+}
