@@ -83,7 +83,7 @@ impl Server {
         let mut stopping = self.stopping.subscribe();
         loop {
             tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => break,
+                () = stopped(&mut stopping) => break,
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => {
@@ -115,7 +115,7 @@ impl Server {
         let mut stopping = self.stopping.subscribe();
         let start = tokio::select! {
             start = self.handshake(&mut stream, &mut input, peer) => start,
-            _ = stopping.wait_for(|stopping| *stopping) => return,
+            () = stopped(&mut stopping) => return,
         };
         let Some(start) = start else {
             return;
@@ -126,7 +126,7 @@ impl Server {
         let ending = tokio::select! {
             biased;
             ending = connection.run() => Some(ending),
-            _ = stopping.wait_for(|stopping| *stopping) => None,
+            () = stopped(&mut stopping) => None,
         };
         let ending = match ending {
             Some(ending) => ending,
@@ -191,4 +191,10 @@ impl Server {
             }
         }
     }
+}
+
+/// Ends when the server stops.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    // An error means that the server is gone.
+    let _ = stopping.wait_for(|stopping| *stopping).await;
 }
