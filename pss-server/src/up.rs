@@ -237,6 +237,11 @@ fn replace_file(file: &Path, content: &[u8]) -> io::Result<()> {
 fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<String>), CliError> {
     let first = asked.unwrap_or(NBD_DEFAULT);
     let taken = match Listener::tcp(first) {
+        // Port 0 has become a free one.
+        Ok(Listener::Tcp(listener)) => {
+            let address = listener.local_addr().map_err(failed)?;
+            return Ok((Listener::Tcp(listener), address, None));
+        }
         Ok(listener) => return Ok((listener, first, None)),
         Err(error) => error,
     };

@@ -1,3 +1,4 @@
 //! Test harness of PSS.
 
 pub mod binaries;
+pub mod programs;
