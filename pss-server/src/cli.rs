@@ -110,7 +110,7 @@ pub struct CellArgs {
     #[arg(long, global = true, value_name = "FILE", env = "PSS_KEY")]
     pub key: Option<PathBuf>,
     /// How long to wait for the cell, such as 10s, 500ms or 2m
-    #[arg(long, global = true, default_value = "10s", value_parser = parse_timeout)]
+    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
     pub timeout: Duration,
     /// Print JSON instead of text
     #[arg(long, global = true)]

@@ -14,19 +14,24 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use clap::Args;
 use export_nbd::export::{Exports, Policy};
 use export_nbd::listen::Listener;
 use export_nbd::server::{Limits, Server as NbdServer};
+use pss_core::client::{Cell, ClientError};
 use pss_core::disk::files::{FileDisk, LOCK_FILE};
 use pss_core::key::{CellKey, KEY_FILE_NAME};
 use pss_core::servers::{Ids, ServersFile, TCP_PORT_BASE, UDP_PORT_BASE};
 use pss_core::size::{Size, parse_size};
+use pss_core::state::CHUNK_BYTES_DEFAULT;
 use pss_core::types::ServerId;
+use pss_core::volume::device::Volumes;
 use tokio::sync::watch;
 
-use crate::cli::{self, CliError, Exit, cell, check_new_volume, format, on_stop_signal};
+use crate::cli::cell::{connect, explain};
+use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal};
 use crate::config::{CellFiles, ServerConfig, Tuning};
 use crate::logging::{self, LogLevel, LogTarget};
 use crate::node::{Server, ServerHandle};
@@ -47,7 +52,7 @@ pub struct UpArgs {
     #[arg(long, value_name = "ADDR:PORT")]
     nbd: Option<SocketAddr>,
     /// How much is logged to stderr
-    #[arg(long, value_enum, default_value = "warn")]
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
 }
 
@@ -76,6 +81,8 @@ impl FromStr for VolumeSpec {
 const NBD_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10809);
 /// So many ports after the usual one are tried for NBD, and so many addresses for the cell.
 const TRIES: u8 = 20;
+/// For a request to the cell; an election after a crash takes part of a second.
+const CELL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where everything is, once it is decided.
 #[derive(Debug)]
@@ -237,12 +244,14 @@ fn replace_file(file: &Path, content: &[u8]) -> io::Result<()> {
 fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<String>), CliError> {
     let first = asked.unwrap_or(NBD_DEFAULT);
     let taken = match Listener::tcp(first) {
-        // Port 0 has become a free one.
-        Ok(Listener::Tcp(listener)) => {
-            let address = listener.local_addr().map_err(failed)?;
-            return Ok((Listener::Tcp(listener), address, None));
+        Ok(listener) => {
+            let address = match &listener {
+                // Port 0 has become a free one.
+                Listener::Tcp(socket) => socket.local_addr().map_err(failed)?,
+                Listener::Unix { .. } => first,
+            };
+            return Ok((listener, address, None));
         }
-        Ok(listener) => return Ok((listener, first, None)),
         Err(error) => error,
     };
     let ports = match asked {
@@ -420,14 +429,14 @@ async fn serve(
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), CliError> {
     let mut stopping = stop.clone();
-    let cell = tokio::select! {
-        cell = cell::open(files, volumes) => cell?,
+    let (cell, volumes) = tokio::select! {
+        opened = open_volumes(files, volumes) => opened?,
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
-    let exports = Exports::new(cell.volumes(), Policy::default());
+    let exports = Exports::new(Arc::clone(&cell) as Arc<dyn Volumes>, Policy::default());
     let nbd_server = NbdServer::new(exports, Limits::default());
     let remarks: Vec<_> = plan.remarks.iter().chain(&remark).collect();
-    cli::print(&summary(plan, volumes, nbd, &remarks))?;
+    cli::print(&summary(plan, &volumes, nbd, &remarks))?;
     let stopped = async {
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => {}
@@ -437,6 +446,39 @@ async fn serve(
     nbd_server.run(vec![listener], stopped).await;
     cell.close().await;
     Ok(())
+}
+
+/// Connects to the cell and creates the volumes that are missing; says what the volumes are.
+async fn open_volumes(
+    files: &CellFiles,
+    volumes: &[VolumeSpec],
+) -> Result<(Arc<Cell>, Vec<VolumeSpec>), CliError> {
+    let cell = connect(files, "pss-up", CELL_TIMEOUT);
+    match create_missing(&cell, volumes).await {
+        Ok(volumes) => Ok((cell, volumes)),
+        Err(error) => Err(explain(files, &cell, error).await),
+    }
+}
+
+async fn create_missing(
+    cell: &Cell,
+    volumes: &[VolumeSpec],
+) -> Result<Vec<VolumeSpec>, ClientError> {
+    let existing = cell.volumes().await?;
+    let mut opened = Vec::new();
+    for volume in volumes {
+        let (name, mut size_bytes) = (volume.name.clone(), volume.size_bytes);
+        match existing.iter().find(|status| status.volume.name == name) {
+            // It may have been resized since.
+            Some(status) => size_bytes = status.volume.size_bytes,
+            None => {
+                cell.create_volume(&name, size_bytes, CHUNK_BYTES_DEFAULT)
+                    .await?;
+            }
+        }
+        opened.push(VolumeSpec { name, size_bytes });
+    }
+    Ok(opened)
 }
 
 /// Whether a server's directory has never been used: it is missing or empty.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pss_core::client::ServerError;
 use pss_core::servers::Ids;
 use pss_core::types::ServerId;
 use pss_core::wire::client::{PeerStatus, ServerStatus};
@@ -14,6 +15,8 @@ pub(super) struct Answers {
     pub(super) listed: Vec<ServerId>,
     /// Where those stand that answered.
     pub(super) statuses: BTreeMap<ServerId, ServerStatus>,
+    /// Why the others did not.
+    pub(super) failures: BTreeMap<ServerId, ServerError>,
 }
 
 /// The state of one server's copy of the data.
@@ -361,6 +364,7 @@ pub(super) mod tests {
         Answers {
             listed: (0..count).map(ServerId).collect(),
             statuses,
+            failures: BTreeMap::new(),
         }
     }
 
