@@ -34,6 +34,8 @@ pub struct Limits {
     pub connections_max: usize,
     /// Time that a client has for its part of the handshake.
     pub handshake_timeout: Duration,
+    /// Time for requests in flight when the server stops.
+    pub stop_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -41,6 +43,7 @@ impl Default for Limits {
         Limits {
             connections_max: CONNECTIONS_MAX,
             handshake_timeout: HANDSHAKE_TIMEOUT,
+            stop_timeout: STOP_TIMEOUT,
         }
     }
 }
@@ -77,7 +80,7 @@ impl Server {
     }
 
     /// Serves the clients of a listener until [`Server::stop`], and returns when their requests in
-    /// flight are answered, at the latest after [`STOP_TIMEOUT`].
+    /// flight are answered, at the latest after the time that [`Limits`] give.
     pub async fn serve(self: Arc<Self>, listener: Listener) {
         let mut connections = JoinSet::new();
         let mut stopping = self.stopping.subscribe();
@@ -99,7 +102,7 @@ impl Server {
         }
         drop(listener);
         let all_ended = async { while connections.join_next().await.is_some() {} };
-        if timeout(STOP_TIMEOUT, all_ended).await.is_err() {
+        if timeout(self.limits.stop_timeout, all_ended).await.is_err() {
             let left = connections.len();
             warn!(left, "stopped with requests in flight");
         }
@@ -198,3 +201,6 @@ async fn stopped(stopping: &mut watch::Receiver<bool>) {
     // An error means that the server is gone.
     let _ = stopping.wait_for(|stopping| *stopping).await;
 }
+
+#[cfg(test)]
+mod tests;

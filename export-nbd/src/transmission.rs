@@ -512,12 +512,13 @@ impl Transmission {
             return self.push_parts(parts);
         }
         let is_hole = |part: &ReadPart| matches!(part, ReadPart::Hole(_));
+        let explicit_zeroes = unfragmented && !parts.iter().all(is_hole);
         let mut at = pending.offset_bytes;
         let mut rest = parts;
         while let Some(first) = rest.first() {
             // "If the area being read contains both data and a hole, the server MUST use
             // NBD_REPLY_TYPE_OFFSET_DATA with the zeroes explicitly present" (DF).
-            let hole = is_hole(first) && !(unfragmented && !parts.iter().all(is_hole));
+            let hole = is_hole(first) && !explicit_zeroes;
             let same = |part: &&ReadPart| unfragmented || is_hole(part) == hole;
             let (run, behind) = rest.split_at(rest.iter().take_while(same).count());
             rest = behind;

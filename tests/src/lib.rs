@@ -1,4 +1,5 @@
 //! Test harness of PSS.
 
 pub mod binaries;
+pub mod checker;
 pub mod programs;
