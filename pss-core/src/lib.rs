@@ -4,10 +4,13 @@
 //! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
 //! tokio: `client` only.
 
+pub mod chunk;
 pub mod disk;
 pub mod entry;
+pub mod log;
 pub mod paxos;
 pub mod state;
+pub mod storage;
 pub mod time;
 pub mod types;
 pub mod volume;

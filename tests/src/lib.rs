@@ -1,1 +1,3 @@
 //! Test harness of PSS.
+
+pub mod disk;
