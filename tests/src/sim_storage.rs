@@ -42,7 +42,7 @@ fn params(server: ServerId) -> StorageParams {
 ///
 /// # Errors
 /// As [`Identity::create`].
-pub(crate) fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), StorageError> {
+pub(crate) fn format(disk: &SimDisk, server: ServerId) -> Result<(), StorageError> {
     let facts = IdentityFacts {
         group: GroupId(0),
         cell: CELL,
@@ -50,7 +50,7 @@ pub(crate) fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), Storag
         incarnation: Incarnation(1),
         promised: Ballot::default(),
     };
-    let disk: Arc<dyn Disk> = disk.clone();
+    let disk: Arc<dyn Disk> = disk.disk();
     Identity::create(disk, facts, false).map(|_| ())
 }
 
@@ -58,8 +58,8 @@ pub(crate) fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), Storag
 ///
 /// # Errors
 /// As [`Storage::open`].
-pub(crate) fn open(disk: &Arc<SimDisk>, server: ServerId) -> Result<Storage, StorageError> {
-    let disk: Arc<dyn Disk> = disk.clone();
+pub(crate) fn open(disk: &SimDisk, server: ServerId) -> Result<Storage, StorageError> {
+    let disk: Arc<dyn Disk> = disk.disk();
     Storage::open(disk, &params(server))
 }
 
@@ -86,14 +86,14 @@ pub(crate) struct Parts {
     identity: Identity,
     checkpoint: CheckpointFile,
     log: Log,
-    disk: Arc<SimDisk>,
+    disk: Arc<dyn Disk>,
     /// The chunks.
     pub(crate) chunks: Arc<ChunkStore>,
 }
 
 impl Parts {
     /// Takes an opened directory apart.
-    pub(crate) fn new(storage: Storage, disk: Arc<SimDisk>) -> Parts {
+    pub(crate) fn new(storage: Storage, disk: Arc<dyn Disk>) -> Parts {
         let Storage {
             identity,
             checkpoint,

@@ -163,12 +163,12 @@ impl Client {
                 out.push(pending.request.clone());
             }
         }
-        if elsewhere && rng.per_mille(500) {
+        if elsewhere && rng.chance(500) {
             self.server = ServerId(rng.below(servers) as u8);
         }
         while self.left > 0 && self.pending.len() < self.depth && now >= self.think_until {
             // Now and then a pause, so that a run lasts long enough for faults.
-            if rng.per_mille(150) {
+            if rng.chance(150) {
                 self.think_until = now + rng.below(THINK_MAX);
             }
             self.left -= 1;
@@ -188,7 +188,7 @@ impl Client {
         }
         let nonce = self
             .opening
-            .map_or_else(|| rng.next_u64() >> 2, |(nonce, _)| nonce);
+            .map_or_else(|| rng.next() >> 2, |(nonce, _)| nonce);
         self.opening = Some((nonce, now));
         let body = RequestBody::OpenSession {
             nonce,
@@ -222,8 +222,8 @@ impl Client {
         ground: &Playground,
         history: &mut History,
     ) -> Pending {
-        let volume = *rng.pick(&ground.volumes).expect("there is a volume");
-        let block = *rng.pick(&ground.blocks).expect("there are blocks");
+        let volume = *rng.pick(&ground.volumes);
+        let block = *rng.pick(&ground.blocks);
         let dice = rng.below(100);
         let mut writes = Vec::new();
         let mut reads = None;
@@ -282,7 +282,7 @@ impl Client {
                 volume,
                 offset_bytes: block * BLOCK,
                 length_bytes: blocks * BLOCK,
-                allocate: rng.per_mille(300),
+                allocate: rng.chance(300),
                 whole_blocks_only: true,
             }
         };
