@@ -239,7 +239,8 @@ impl Rule {
                     rule.connections_max = Some(count.parse().map_err(|_| word.to_owned())?);
                 }
                 Some(("allow", who)) => {
-                    rule.allowed.push(who.parse().map_err(|()| word.to_owned())?);
+                    rule.allowed
+                        .push(who.parse().map_err(|()| word.to_owned())?);
                 }
                 _ => return Err(word.to_owned()),
             }
@@ -462,8 +463,16 @@ mod tests {
         assert!(policy.rule_for("vol001", ip("2001:db8:1::1")).is_some());
         assert!(policy.rule_for("vol001", ip("11.0.0.1")).is_none());
         assert!(policy.rule_for("vol001", nobody).is_none());
-        assert!(policy.rule_for("local", Peer::Unix { uid: 1000, gid: 7 }).is_some());
-        assert!(policy.rule_for("local", Peer::Unix { uid: 7, gid: 100 }).is_some());
+        assert!(
+            policy
+                .rule_for("local", Peer::Unix { uid: 1000, gid: 7 })
+                .is_some()
+        );
+        assert!(
+            policy
+                .rule_for("local", Peer::Unix { uid: 7, gid: 100 })
+                .is_some()
+        );
         assert!(policy.rule_for("local", nobody).is_none());
         assert!(policy.rule_for("any-unix", nobody).is_some());
         assert!(policy.rule_for("any-unix", ip("127.0.0.1")).is_none());
@@ -486,20 +495,25 @@ mod tests {
 
     #[test]
     fn zero_bits_fit_all() {
-        assert!(policy("* allow=0.0.0.0/0").rule_for("a", ip("1.2.3.4")).is_some());
+        assert!(
+            policy("* allow=0.0.0.0/0")
+                .rule_for("a", ip("1.2.3.4"))
+                .is_some()
+        );
         assert!(policy("* allow=::/0").rule_for("a", ip("::1")).is_some());
     }
 
     #[tokio::test]
     async fn hidden_exports_open_but_are_not_listed() {
-        let volumes = MemoryVolumes::new([
-            MemoryDevice::new("a", 4096),
-            MemoryDevice::new("b", 4096),
-        ]);
+        let volumes =
+            MemoryVolumes::new([MemoryDevice::new("a", 4096), MemoryDevice::new("b", 4096)]);
         let exports = Exports::new(volumes, policy("a hidden\n* allow=127.0.0.1"));
         let names = async |peer| {
             let listed = exports.list(peer).await.unwrap();
-            listed.into_iter().map(|export| export.name).collect::<Vec<_>>()
+            listed
+                .into_iter()
+                .map(|export| export.name)
+                .collect::<Vec<_>>()
         };
         assert_eq!(names(ip("127.0.0.1")).await, ["b"]);
         assert!(names(ip("127.0.0.2")).await.is_empty());
@@ -521,10 +535,8 @@ mod tests {
 
     #[tokio::test]
     async fn default_export_and_read_only_by_policy() {
-        let volumes = MemoryVolumes::new([
-            MemoryDevice::new("a", 4096),
-            MemoryDevice::new("b", 8192),
-        ]);
+        let volumes =
+            MemoryVolumes::new([MemoryDevice::new("a", 4096), MemoryDevice::new("b", 8192)]);
         let mut policy = Policy::default();
         let exports = Exports::new(volumes, policy.clone());
         assert!(exports.open("", ip("::1")).await.unwrap().is_none());

@@ -11,8 +11,8 @@ use pss_core::volume::device::DeviceError;
 use crate::export::{Export, Listed};
 use crate::wire::{
     CLIENT_FLAGS_BYTES, EXPORT_NAME_ZEROES, Fields, OptionCode, OptionHeader, OptionReply,
-    PAYLOAD_BYTES_MAX, WireError, allocation, encode_greeting, encode_option_reply,
-    handshake_flag, info, text,
+    PAYLOAD_BYTES_MAX, WireError, allocation, encode_greeting, encode_option_reply, handshake_flag,
+    info, text,
 };
 
 /// Longest data of an option that are looked at: 16 strings of the greatest length. Longer ones are
@@ -89,9 +89,16 @@ pub struct Handshake {
 enum State {
     ClientFlags,
     Option,
-    Skip { left: u32, then: BytesMut },
+    Skip {
+        left: u32,
+        then: BytesMut,
+    },
     Listing,
-    Opening { option: u32, name: String, purpose: Purpose },
+    Opening {
+        option: u32,
+        name: String,
+        purpose: Purpose,
+    },
     Ended,
 }
 
@@ -421,7 +428,9 @@ impl Handshake {
             true => queries.iter().any(|query| query == allocation::CONTEXT),
             false => {
                 queries.is_empty()
-                    || queries.iter().any(|query| query == "base:" || query == allocation::CONTEXT)
+                    || queries
+                        .iter()
+                        .any(|query| query == "base:" || query == allocation::CONTEXT)
             }
         };
         let mut replies = BytesMut::new();

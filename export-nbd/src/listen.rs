@@ -69,7 +69,9 @@ impl Listener {
 
     /// The sockets that a service manager or an NBD client passed (`LISTEN_PID`, `LISTEN_FDS`).
     pub fn inherited() -> io::Result<Vec<Listener>> {
-        sd_notify::listen_fds()?.map(|fd| Listener::from_socket(take_fd(fd).into())).collect()
+        sd_notify::listen_fds()?
+            .map(|fd| Listener::from_socket(take_fd(fd).into()))
+            .collect()
     }
 
     fn from_socket(socket: Socket) -> io::Result<Listener> {
@@ -109,7 +111,10 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Listener::Unix { made: Some(path), .. } = self {
+        if let Listener::Unix {
+            made: Some(path), ..
+        } = self
+        {
             // Best effort: a file that stays is replaced at the next start.
             let _ = std::fs::remove_file(path);
         }

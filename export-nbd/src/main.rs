@@ -17,17 +17,20 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info};
 use tracing_subscriber::EnvFilter;
 
-const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(
-    std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST),
-    10809,
-);
+const DEFAULT_LISTEN: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 10809);
 
 /// Serves the volumes of a cell to NBD clients. A volume is an export of the same name.
 #[derive(Parser)]
 #[command(version, after_help = AFTER_HELP)]
 struct Args {
     /// The cell: a server.conf
-    #[arg(long, env = "PSS_SERVERS", default_value = "/etc/pss/server.conf", value_name = "FILE")]
+    #[arg(
+        long,
+        env = "PSS_SERVERS",
+        default_value = "/etc/pss/server.conf",
+        value_name = "FILE"
+    )]
     servers: PathBuf,
     /// Listen on this TCP address; may be repeated [default: 127.0.0.1:10809, unless --unix or
     /// --stdio is given or a service manager passed sockets]
@@ -74,9 +77,14 @@ async fn connect(servers: &Path, timeout: Duration) -> anyhow::Result<Arc<dyn Vo
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let filter = EnvFilter::try_new(&args.log).context("--log")?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(serve(args))
 }
 
@@ -134,7 +142,9 @@ fn read_policy(args: &Args) -> anyhow::Result<Policy> {
     };
     let text = std::fs::read_to_string(path);
     let text = text.with_context(|| format!("cannot read {}", path.display()))?;
-    policy.with_rules(&text).with_context(|| path.display().to_string())
+    policy
+        .with_rules(&text)
+        .with_context(|| path.display().to_string())
 }
 
 async fn reload_policy(mut hangups: Signal, exports: Arc<Exports>, args: Args) {

@@ -138,7 +138,10 @@ impl MemoryDevice {
     }
 
     fn tell(&self) {
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut listeners = self
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| listener());
     }
 }
@@ -160,7 +163,10 @@ impl BlockDevice for MemoryDevice {
     }
 
     fn watch(&self, listener: Listener) {
-        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut listeners = self
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         listeners.push(listener);
     }
 
@@ -499,7 +505,11 @@ mod tests {
                 0 => {
                     let data = Bytes::from(vec![round as u8; range.len()]);
                     model[range].copy_from_slice(&data);
-                    let write = DeviceRequest::Write { offset_bytes, data, fua: false };
+                    let write = DeviceRequest::Write {
+                        offset_bytes,
+                        data,
+                        fua: false,
+                    };
                     assert_eq!(call(&device, write), Ok(DeviceReply::Done));
                 }
                 1 => {
@@ -519,7 +529,11 @@ mod tests {
                     if first < end {
                         model[first..end].fill(0);
                     }
-                    let trim = DeviceRequest::Trim { offset_bytes, length_bytes, fua: false };
+                    let trim = DeviceRequest::Trim {
+                        offset_bytes,
+                        length_bytes,
+                        fua: false,
+                    };
                     assert_eq!(call(&device, trim), Ok(DeviceReply::Done));
                 }
                 _ => {
@@ -555,16 +569,28 @@ mod tests {
             };
             call(&device, write).unwrap();
         }
-        let ask = DeviceRequest::Extents { offset_bytes: 100, length_bytes: 8 * 4096 };
-        let extent = |length_bytes, allocated| Extent { length_bytes, allocated };
+        let ask = DeviceRequest::Extents {
+            offset_bytes: 100,
+            length_bytes: 8 * 4096,
+        };
+        let extent = |length_bytes, allocated| Extent {
+            length_bytes,
+            allocated,
+        };
         let all = vec![
             extent(8092, true),
             extent(8192, false),
             extent(4096, true),
             extent(3 * 4096 + 100, false),
         ];
-        assert_eq!(call(&device, ask.clone()), Ok(DeviceReply::Extents(all.clone())));
+        assert_eq!(
+            call(&device, ask.clone()),
+            Ok(DeviceReply::Extents(all.clone()))
+        );
         device.set_extents_max(2);
-        assert_eq!(call(&device, ask), Ok(DeviceReply::Extents(all[..2].to_vec())));
+        assert_eq!(
+            call(&device, ask),
+            Ok(DeviceReply::Extents(all[..2].to_vec()))
+        );
     }
 }

@@ -129,7 +129,10 @@ mod tests {
     fn collect(queue: &SendQueue) -> Vec<u8> {
         let mut slices = [IoSlice::new(&[]); 8];
         let filled = queue.fill(&mut slices);
-        slices[..filled].concat()
+        slices[..filled]
+            .iter()
+            .flat_map(|slice| slice.to_vec())
+            .collect()
     }
 
     #[test]

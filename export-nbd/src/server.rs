@@ -34,6 +34,8 @@ pub struct Limits {
     pub connections_max: usize,
     /// Time that a client has for its part of the handshake.
     pub handshake_timeout: Duration,
+    /// Time for requests in flight when the server stops.
+    pub stop_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -41,6 +43,7 @@ impl Default for Limits {
         Limits {
             connections_max: CONNECTIONS_MAX,
             handshake_timeout: HANDSHAKE_TIMEOUT,
+            stop_timeout: STOP_TIMEOUT,
         }
     }
 }
@@ -77,13 +80,13 @@ impl Server {
     }
 
     /// Serves the clients of a listener until [`Server::stop`], and returns when their requests in
-    /// flight are answered, at the latest after [`STOP_TIMEOUT`].
+    /// flight are answered, at the latest after the time that [`Limits`] give.
     pub async fn serve(self: Arc<Self>, listener: Listener) {
         let mut connections = JoinSet::new();
         let mut stopping = self.stopping.subscribe();
         loop {
             tokio::select! {
-                _ = stopping.wait_for(|stopping| *stopping) => break,
+                () = stopped(&mut stopping) => break,
                 Some(_) = connections.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, peer)) => {
@@ -99,7 +102,7 @@ impl Server {
         }
         drop(listener);
         let all_ended = async { while connections.join_next().await.is_some() {} };
-        if timeout(STOP_TIMEOUT, all_ended).await.is_err() {
+        if timeout(self.limits.stop_timeout, all_ended).await.is_err() {
             let left = connections.len();
             warn!(left, "stopped with requests in flight");
         }
@@ -115,7 +118,7 @@ impl Server {
         let mut stopping = self.stopping.subscribe();
         let start = tokio::select! {
             start = self.handshake(&mut stream, &mut input, peer) => start,
-            _ = stopping.wait_for(|stopping| *stopping) => return,
+            () = stopped(&mut stopping) => return,
         };
         let Some(start) = start else {
             return;
@@ -126,7 +129,7 @@ impl Server {
         let ending = tokio::select! {
             biased;
             ending = connection.run() => Some(ending),
-            _ = stopping.wait_for(|stopping| *stopping) => None,
+            () = stopped(&mut stopping) => None,
         };
         let ending = match ending {
             Some(ending) => ending,
@@ -192,3 +195,12 @@ impl Server {
         }
     }
 }
+
+/// Ends when the server stops.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    // An error means that the server is gone.
+    let _ = stopping.wait_for(|stopping| *stopping).await;
+}
+
+#[cfg(test)]
+mod tests;

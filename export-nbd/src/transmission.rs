@@ -89,9 +89,16 @@ enum Receiving {
     /// Payload of a write that goes into the receive buffer.
     Payload(Write),
     /// Payload of a write that has a buffer of its own.
-    OwnBuffer { write: Write, buffer: BytesMut },
+    OwnBuffer {
+        write: Write,
+        buffer: BytesMut,
+    },
     /// Payload of a refused write; the reply follows it, as simple clients send all before they read.
-    Refused { left: u32, cookie: u64, error: NbdError },
+    Refused {
+        left: u32,
+        cookie: u64,
+        error: NbdError,
+    },
 }
 
 #[derive(Clone, Copy)]
@@ -113,9 +120,13 @@ struct Pending {
 }
 
 enum Kind {
-    Read { unfragmented: bool },
+    Read {
+        unfragmented: bool,
+    },
     /// Answered with success or an error.
-    Plain { writes: bool },
+    Plain {
+        writes: bool,
+    },
     Status(Box<Status>),
 }
 
@@ -501,12 +512,13 @@ impl Transmission {
             return self.push_parts(parts);
         }
         let is_hole = |part: &ReadPart| matches!(part, ReadPart::Hole(_));
+        let explicit_zeroes = unfragmented && !parts.iter().all(is_hole);
         let mut at = pending.offset_bytes;
         let mut rest = parts;
         while let Some(first) = rest.first() {
             // "If the area being read contains both data and a hole, the server MUST use
             // NBD_REPLY_TYPE_OFFSET_DATA with the zeroes explicitly present" (DF).
-            let hole = is_hole(first) && !(unfragmented && !parts.iter().all(is_hole));
+            let hole = is_hole(first) && !explicit_zeroes;
             let same = |part: &&ReadPart| unfragmented || is_hole(part) == hole;
             let (run, behind) = rest.split_at(rest.iter().take_while(same).count());
             rest = behind;
@@ -558,8 +570,8 @@ impl Transmission {
             return;
         };
         let found_bytes = status.descriptors.len() * 8;
-        let full = self.pending_bytes + self.sending.length_bytes() + found_bytes
-            > BYTES_IN_FLIGHT_MAX;
+        let full =
+            self.pending_bytes + self.sending.length_bytes() + found_bytes > BYTES_IN_FLIGHT_MAX;
         let done = status.covered_bytes == pending.length_bytes
             || status.descriptors.len() >= DESCRIPTORS_MAX
             || (status.one && !status.descriptors.is_empty());
@@ -621,7 +633,8 @@ impl Transmission {
         self.sending
             .push_head(&chunk_header(REPLY_FLAG_DONE, kind, cookie, length as u32));
         self.sending.push_head(&(error as u32).to_be_bytes());
-        self.sending.push_head(&(message.len() as u16).to_be_bytes());
+        self.sending
+            .push_head(&(message.len() as u16).to_be_bytes());
         self.sending.push_head(message);
     }
 }

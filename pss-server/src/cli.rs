@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{CellFiles, ConfigError};
 
-mod cell;
+pub(crate) mod cell;
 mod format;
 mod health;
 mod key;
@@ -25,6 +25,8 @@ mod volume;
 pub use format::{FormatArgs, FormatError, format};
 pub use signals::on_stop_signal;
 pub use start::StartArgs;
+
+pub(crate) use volume::check_new as check_new_volume;
 
 /// Exit codes of `pss`; `pssd` uses the first three.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -108,7 +110,7 @@ pub struct CellArgs {
     #[arg(long, global = true, value_name = "FILE", env = "PSS_KEY")]
     pub key: Option<PathBuf>,
     /// How long to wait for the cell, such as 10s, 500ms or 2m
-    #[arg(long, global = true, default_value = "10s", value_parser = parse_timeout)]
+    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
     pub timeout: Duration,
     /// Print JSON instead of text
     #[arg(long, global = true)]
@@ -211,7 +213,7 @@ fn finish(program: &str, run: impl FnOnce() -> Result<(), CliError>) -> ExitCode
 }
 
 /// Writes data to stdout. A reader that went away early (`| head`) is no failure.
-fn print(text: &str) -> Result<(), CliError> {
+pub(crate) fn print(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CliError::new(

@@ -3,82 +3,10 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::path::Path;
 
 use pss_tests::binaries;
-use tempfile::TempDir;
-
-/// A directory with a server.conf of three servers at addresses where nobody is.
-struct Bench {
-    dir: TempDir,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        let bench = Bench {
-            dir: tempfile::tempdir().unwrap(),
-        };
-        bench.servers("0 127.9.9.1 /pss\n1 127.9.9.2 /pss\n2 127.9.9.3 /pss\n");
-        bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn servers(&self, text: impl AsRef<[u8]>) {
-        fs::write(self.path("server.conf"), text).unwrap();
-    }
-
-    /// Runs a program in this directory on its server.conf; `args` are separated by blanks.
-    fn run(&self, program: &str, args: &str) -> Outcome {
-        let args: Vec<&str> = args.split_whitespace().collect();
-        self.run_args(program, &args)
-    }
-
-    fn run_args(&self, program: &str, args: &[&str]) -> Outcome {
-        let output = binaries::command(program)
-            .args(args)
-            .env("PSS_SERVERS", self.path("server.conf"))
-            .current_dir(self.dir.path())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        Outcome(output)
-    }
-}
-
-struct Outcome(Output);
-
-impl Outcome {
-    fn stdout(&self) -> String {
-        String::from_utf8(self.0.stdout.clone()).unwrap()
-    }
-
-    fn stderr(&self) -> String {
-        String::from_utf8(self.0.stderr.clone()).unwrap()
-    }
-
-    #[track_caller]
-    fn done(&self) -> &Outcome {
-        assert_eq!(self.0.status.code(), Some(0), "{}", self.stderr());
-        self
-    }
-
-    /// Failed with this code; the message holds all these parts; nothing is on stdout.
-    #[track_caller]
-    fn fails(&self, code: i32, parts: &[&str]) -> &Outcome {
-        let stderr = self.stderr();
-        assert_eq!(self.0.status.code(), Some(code), "{stderr}");
-        assert_eq!(self.stdout(), "");
-        for part in parts {
-            assert!(stderr.contains(part), "no '{part}' in: {stderr}");
-        }
-        assert!(!stderr.contains("panicked"), "{stderr}");
-        self
-    }
-}
+use pss_tests::programs::{Bench, Outcome};
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o777
@@ -202,10 +130,9 @@ fn key_files() {
     bench
         .run("pss", "--key sub/cell.key status")
         .fails(2, &["sub/cell.key: not a cell key", "pss key new"]);
-    bench.run("pss", "--key none.key status").fails(
-        2,
-        &["none.key: cannot read the cell key", "pss key new"],
-    );
+    bench
+        .run("pss", "--key none.key status")
+        .fails(2, &["none.key: cannot read the cell key", "pss key new"]);
 }
 
 #[test]

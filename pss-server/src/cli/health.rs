@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use pss_core::client::ServerError;
 use pss_core::servers::Ids;
 use pss_core::types::ServerId;
 use pss_core::wire::client::{PeerStatus, ServerStatus};
@@ -9,16 +10,18 @@ use pss_core::wire::client::{PeerStatus, ServerStatus};
 use crate::render::{grouped, span};
 
 /// What was heard of the servers of a cell.
-pub struct Answers {
+pub(super) struct Answers {
     /// All servers that server.conf lists.
-    pub listed: Vec<ServerId>,
+    pub(super) listed: Vec<ServerId>,
     /// Where those stand that answered.
-    pub statuses: BTreeMap<ServerId, ServerStatus>,
+    pub(super) statuses: BTreeMap<ServerId, ServerStatus>,
+    /// Why the others did not.
+    pub(super) failures: BTreeMap<ServerId, ServerError>,
 }
 
 /// The state of one server's copy of the data.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum CopyState {
+pub(super) enum CopyState {
     /// It holds everything that was chosen when the leader was asked.
     Current,
     /// It takes part, but so many slots are missing.
@@ -35,7 +38,7 @@ pub enum CopyState {
 
 /// Whether the cell works and what it can lose.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Verdict {
+pub(super) enum Verdict {
     /// It works, and so many core servers with current copies may fail before it does not.
     Works {
         /// Core servers.
@@ -49,19 +52,19 @@ pub enum Verdict {
 
 /// The judgement.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Health {
+pub(super) struct Health {
     /// Who leads.
-    pub leader: Option<ServerId>,
+    pub(super) leader: Option<ServerId>,
     /// The copies of all listed servers.
-    pub copies: BTreeMap<ServerId, CopyState>,
+    pub(super) copies: BTreeMap<ServerId, CopyState>,
     /// What follows.
-    pub verdict: Verdict,
+    pub(super) verdict: Verdict,
     answering: Vec<ServerId>,
 }
 
 impl Answers {
     /// The server that leads: of those that say so, the one with the highest ballot.
-    pub fn leader(&self) -> Option<&ServerStatus> {
+    pub(super) fn leader(&self) -> Option<&ServerStatus> {
         self.statuses
             .values()
             .filter(|status| status.role == "leader")
@@ -69,13 +72,13 @@ impl Answers {
     }
 
     /// The slot that a copy must reach to be current, if these answers decide.
-    pub fn mark(&self) -> Option<u64> {
+    pub(super) fn mark(&self) -> Option<u64> {
         self.leader().map(|leader| leader.chosen)
     }
 
     /// Judges the answers. `mark` is the slot that the copies must have reached: that of these answers,
     /// or of earlier ones, so that a busy server that keeps pace is not called behind.
-    pub fn judge(&self, mark: Option<u64>) -> Health {
+    pub(super) fn judge(&self, mark: Option<u64>) -> Health {
         let leader = self.leader();
         let mark = mark.or(self.mark()).unwrap_or(0);
         let copies: BTreeMap<_, _> = self
@@ -149,7 +152,7 @@ fn peer(leader: &ServerStatus, id: ServerId) -> Option<&PeerStatus> {
 
 impl Health {
     /// The first line of `pss status`.
-    pub fn sentence(&self) -> String {
+    pub(super) fn sentence(&self) -> String {
         match self.verdict {
             Verdict::NoMajority => self.no_majority(),
             Verdict::NoLeader => format!(
@@ -291,7 +294,7 @@ fn servers(ids: &[ServerId]) -> String {
 
 impl CopyState {
     /// A word for the table.
-    pub fn word(self) -> String {
+    pub(super) fn word(self) -> String {
         match self {
             CopyState::Current => "current".into(),
             CopyState::Behind(_) => "catching up".into(),
@@ -361,6 +364,7 @@ pub(super) mod tests {
         Answers {
             listed: (0..count).map(ServerId).collect(),
             statuses,
+            failures: BTreeMap::new(),
         }
     }
 

@@ -34,7 +34,7 @@ pub(super) fn run(args: &CellArgs, verb: ServerVerb) -> Result<(), CliError> {
 
 fn list(args: &CellArgs) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
-    let answers = cell.answers();
+    let answers = cell.answers()?;
     let address = |id| {
         let address = cell.files.servers.address(id);
         address
@@ -131,13 +131,15 @@ fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
         .record(id)
         .map_err(|error| CliError::new(Exit::NotFound, error))?
         .id;
-    let answers = cell.answers();
+    let answers = cell.answers()?;
     if !answers.statuses.contains_key(&id) {
+        let reason = answers.failures.get(&id).map(|error| format!(" ({error})"));
         return Err(CliError::new(
             Exit::NoQuorum,
             format!(
-                "server {id} does not answer at {}; it is not running, or cannot be reached from here",
-                cell.address_text(id)
+                "server {id} does not answer at {}{}; it is not running, or cannot be reached from here",
+                cell.address_text(id),
+                reason.unwrap_or_default()
             ),
         ));
     }

@@ -38,10 +38,10 @@ pub struct StartArgs {
     #[arg(long, value_name = "UUID")]
     cell: Option<CellId>,
     /// Where log lines go
-    #[arg(long, value_enum, default_value = "stderr")]
+    #[arg(long, value_enum, value_name = "WHERE", default_value = "stderr")]
     log: LogTarget,
     /// How much is logged
-    #[arg(long, value_enum, default_value = "info")]
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "info")]
     log_level: LogLevel,
     #[command(flatten)]
     tuning: TuningArgs,

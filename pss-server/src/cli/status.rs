@@ -27,13 +27,13 @@ pub(super) struct StatusArgs {
 pub(super) fn run(args: &CellArgs, status: &StatusArgs) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
     if !status.watch {
-        let (answers, health) = look(&cell);
+        let (answers, health) = look(&cell)?;
         show(args, &cell, &answers, &health)?;
         return outcome(&health, args.json);
     }
     let terminal = io::stdout().is_terminal() && !args.json;
     loop {
-        let (answers, health) = look(&cell);
+        let (answers, health) = look(&cell)?;
         if terminal {
             // Home, and clear to the end.
             print("\x1b[H\x1b[2J")?;
@@ -45,25 +45,23 @@ pub(super) fn run(args: &CellArgs, status: &StatusArgs) -> Result<(), CliError> 
 
 /// Asks all servers; twice if one seems behind, because in a busy cell every answer is from another
 /// moment.
-fn look(cell: &Access) -> (Answers, Health) {
-    let answers = cell.answers();
+fn look(cell: &Access) -> Result<(Answers, Health), CliError> {
+    let answers = cell.answers()?;
     let health = answers.judge(None);
     let behind = |state: &CopyState| matches!(state, CopyState::Behind(_));
     if !health.copies.values().any(behind) {
-        return (answers, health);
+        return Ok((answers, health));
     }
     let mark = answers.mark();
     std::thread::sleep(SETTLE);
-    let later = cell.answers();
+    let later = cell.answers()?;
     let settled = later.judge(mark);
-    match settled.copies.values().any(behind) {
-        // Really behind: then by how much it is now.
-        true => {
-            let health = later.judge(None);
-            (later, health)
-        }
-        false => (later, settled),
-    }
+    // Really behind: then by how much it is now.
+    let health = match settled.copies.values().any(behind) {
+        true => later.judge(None),
+        false => settled,
+    };
+    Ok((later, health))
 }
 
 fn show(
@@ -126,13 +124,23 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
         ]);
     }
     let mut text = format!("{}\n\n{}", health.sentence(), table.render());
-    for (id, own) in &answers.statuses {
-        if own.bad_blocks > 0 {
-            text.push_str(&format!(
-                "\nServer {id} has found {} bad blocks since it was started: look at its disk.\n",
-                grouped(own.bad_blocks)
-            ));
-        }
+    let failures = answers
+        .failures
+        .iter()
+        .map(|(id, error)| format!("Server {id} at {}: {error}", address(*id)));
+    let bad_disks = answers
+        .statuses
+        .iter()
+        .filter(|(_, own)| own.bad_blocks > 0)
+        .map(|(id, own)| {
+            let blocks = grouped(own.bad_blocks);
+            format!(
+                "Server {id} has found {blocks} bad blocks since it was started: look at its disk."
+            )
+        });
+    let notes: Vec<String> = failures.chain(bad_disks).collect();
+    if !notes.is_empty() {
+        text.push_str(&format!("\n{}\n", notes.join("\n")));
     }
     text
 }
@@ -158,6 +166,7 @@ fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
                     CopyState::Behind(slots) => Some(*slots),
                     _ => None,
                 },
+                "failure": answers.failures.get(id).map(ToString::to_string),
                 "status": answers.statuses.get(id),
             })
         })
