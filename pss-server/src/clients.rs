@@ -31,7 +31,12 @@ pub(crate) struct ClientLoad {
 
 impl ClientLoad {
     pub(crate) fn new(name: String) -> ClientLoad {
-        ClientLoad { name, requests: 0, large: Vec::new(), large_bytes: 0 }
+        ClientLoad {
+            name,
+            requests: 0,
+            large: Vec::new(),
+            large_bytes: 0,
+        }
     }
 
     /// A request was received.
@@ -79,7 +84,11 @@ mod tests {
             session: SessionId(1),
             number: RequestNumber(0),
             settled_below: RequestNumber(0),
-            body: RequestBody::Read { volume: VolumeId(1), offset_bytes: 0, length_bytes },
+            body: RequestBody::Read {
+                volume: VolumeId(1),
+                offset_bytes: 0,
+                length_bytes,
+            },
         }
     }
 

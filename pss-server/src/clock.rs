@@ -8,7 +8,10 @@ use pss_core::time::Instant;
 /// [`std::time::Instant`] uses.
 #[expect(unsafe_code, reason = "std has no clock that counts suspend")]
 pub(crate) fn now() -> Instant {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the kernel writes one `timespec`, which lives through the call.
     let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
     assert_eq!(result, 0, "every Linux that PSS runs on has CLOCK_BOOTTIME");

@@ -47,7 +47,9 @@ pub enum StartError {
     #[error("server {0} is not listed among the servers of its cell")]
     NotListed(ServerId),
     /// Others can reach the address, and there is no key.
-    #[error("{0}: other machines can reach this address, and the cell has no key: make one with 'pss key new', or use a loopback address")]
+    #[error(
+        "{0}: other machines can reach this address, and the cell has no key: make one with 'pss key new', or use a loopback address"
+    )]
     NoKey(SocketAddr),
     /// The data directory cannot be used.
     #[error("{path}: cannot use the data directory: {}", explain(source))]
@@ -58,7 +60,7 @@ pub enum StartError {
         source: io::Error,
     },
     /// The files in it cannot be used.
-    #[error("{path}: {}", explain(source))]
+    #[error("{path}: {}", explain(source.as_ref()))]
     Storage {
         /// The data directory.
         path: String,
@@ -66,13 +68,17 @@ pub enum StartError {
         source: Box<StorageError>,
     },
     /// What was chosen cannot be applied because the disk is full.
-    #[error("{path}: the disk is full, and what was written before cannot be put in its place; free some space and start again")]
+    #[error(
+        "{path}: the disk is full, and what was written before cannot be put in its place; free some space and start again"
+    )]
     Full {
         /// The data directory.
         path: String,
     },
     /// An address is taken, or not ours.
-    #[error("{protocol} {address}: cannot listen: {source}; is another server running there, and is it an address of this machine?")]
+    #[error(
+        "{protocol} {address}: cannot listen: {source}; is another server running there, and is it an address of this machine?"
+    )]
     Listen {
         /// `TCP` or `UDP`.
         protocol: &'static str,
@@ -122,14 +128,17 @@ pub enum ServerError {
 }
 
 /// An error with its causes, and what to do if the disk is full.
-fn explain(error: &dyn std::error::Error) -> String {
+fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    let is_full_disk = |error: &(dyn std::error::Error + 'static)| {
+        error.downcast_ref::<io::Error>().is_some_and(is_full)
+    };
     let mut text = error.to_string();
-    let mut full = error.downcast_io().is_some_and(is_full);
+    let mut full = is_full_disk(error);
     let mut cause = error.source();
     while let Some(error) = cause {
         text.push_str(": ");
         text.push_str(&error.to_string());
-        full |= error.downcast_ref::<io::Error>().is_some_and(is_full);
+        full |= is_full_disk(error);
         cause = error.source();
     }
     if full {

@@ -48,7 +48,9 @@ impl Peers {
     pub(crate) fn new(servers: &Servers, own: ServerId, now: Instant) -> Peers {
         let mut all = [const { None }; SERVERS_MAX];
         for id in servers.ids() {
-            let (Some(tcp), Some(udp)) = (servers.tcp(id), servers.udp(id)) else { continue };
+            let (Some(tcp), Some(udp)) = (servers.tcp(id), servers.udp(id)) else {
+                continue;
+            };
             if id != own {
                 all[usize::from(id.0)] = Some(Peer {
                     tcp,
@@ -84,7 +86,9 @@ impl Peers {
     /// Something was received from a server, or a process that says it is that. Returns whether it
     /// counts: the server is listed and we know of no later incarnation.
     pub(crate) fn heard(&mut self, now: Instant, server: ServerId, from: Incarnation) -> bool {
-        let Some(peer) = self.get_mut(server) else { return false };
+        let Some(peer) = self.get_mut(server) else {
+            return false;
+        };
         if from < peer.incarnation {
             return false;
         }
@@ -98,7 +102,8 @@ impl Peers {
 
     /// Whether a connection of this incarnation is outdated.
     pub(crate) fn is_outdated(&self, server: ServerId, incarnation: Incarnation) -> bool {
-        self.get(server).is_none_or(|peer| incarnation < peer.incarnation)
+        self.get(server)
+            .is_none_or(|peer| incarnation < peer.incarnation)
     }
 
     /// The connection to a server, if it can be used.
@@ -143,7 +148,10 @@ impl Peers {
     /// A server is being called on a connection.
     pub(crate) fn calling(&mut self, now: Instant, server: ServerId, connection: usize) {
         if let Some(peer) = self.get_mut(server) {
-            peer.link = Link::Calling { connection, until: now + CALL_TIMEOUT };
+            peer.link = Link::Calling {
+                connection,
+                until: now + CALL_TIMEOUT,
+            };
         }
     }
 
@@ -161,9 +169,13 @@ impl Peers {
 
     /// The connection has ended, or could not be made.
     pub(crate) fn down(&mut self, now: Instant, server: ServerId, reason: &str) {
-        let Some(peer) = self.get_mut(server) else { return };
+        let Some(peer) = self.get_mut(server) else {
+            return;
+        };
         let was_up = matches!(peer.link, Link::Up { .. });
-        peer.link = Link::Down { call_at: now + peer.backoff };
+        peer.link = Link::Down {
+            call_at: now + peer.backoff,
+        };
         peer.backoff = (peer.backoff * 2).min(BACKOFF_MAX);
         if peer.trouble == reason {
             return;
@@ -171,7 +183,10 @@ impl Peers {
         peer.trouble = reason.to_owned();
         let address = peer.tcp;
         if was_up {
-            tracing::warn!(peer = server.0, "lost the connection to server {server}: {reason}");
+            tracing::warn!(
+                peer = server.0,
+                "lost the connection to server {server}: {reason}"
+            );
         } else {
             tracing::warn!(
                 peer = server.0,
@@ -218,7 +233,12 @@ mod tests {
             peers.down(Instant(0), ServerId(0), "refused");
         }
         peers.heard(Instant(0), ServerId(0), Incarnation(1));
-        assert!(peers.due(Instant(0)).iter().all(|server| *server != ServerId(0)));
+        assert!(
+            peers
+                .due(Instant(0))
+                .iter()
+                .all(|server| *server != ServerId(0))
+        );
         assert!(peers.due(Instant(0) + BACKOFF_MIN).contains(&ServerId(0)));
     }
 
@@ -244,8 +264,17 @@ mod tests {
         assert!(!peers.heard(Instant(0), ServerId(0), Incarnation(4)));
         assert!(peers.heard(Instant(0), ServerId(0), Incarnation(6)));
         assert!(peers.is_outdated(ServerId(0), Incarnation(5)));
-        assert!(!peers.heard(Instant(0), ServerId(1), Incarnation(9)), "that is us");
-        assert!(!peers.heard(Instant(0), ServerId(7), Incarnation(9)), "not listed");
-        assert!(!peers.heard(Instant(0), ServerId(200), Incarnation(9)), "no server");
+        assert!(
+            !peers.heard(Instant(0), ServerId(1), Incarnation(9)),
+            "that is us"
+        );
+        assert!(
+            !peers.heard(Instant(0), ServerId(7), Incarnation(9)),
+            "not listed"
+        );
+        assert!(
+            !peers.heard(Instant(0), ServerId(200), Incarnation(9)),
+            "no server"
+        );
     }
 }

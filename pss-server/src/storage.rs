@@ -24,8 +24,8 @@ use pss_core::storage::{CheckpointFile, Identity};
 
 use crate::node::ServerError;
 use crate::node::inbox::{Event, Inbox};
-use crate::storage::checkpoint::CheckpointThread;
 pub(crate) use crate::storage::checkpoint::CheckpointJob;
+use crate::storage::checkpoint::CheckpointThread;
 pub(crate) use crate::storage::log::LogJob;
 use crate::storage::log::LogThread;
 use crate::storage::queue::Queue;
@@ -69,7 +69,10 @@ impl StorageThreads {
             checkpoints: Arc::new(Queue::new()),
             threads: Vec::new(),
         };
-        let reporter = Reporter { inbox: Arc::clone(inbox), span: span.clone() };
+        let reporter = Reporter {
+            inbox: Arc::clone(inbox),
+            span: span.clone(),
+        };
         for _ in 0..READ_THREADS {
             let read = ReadThread {
                 queue: Arc::clone(&threads.reads),
@@ -172,7 +175,9 @@ struct Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.inbox.push(Event::Failed(ServerError::Panicked { thread: self.thread }));
+            self.inbox.push(Event::Failed(ServerError::Panicked {
+                thread: self.thread,
+            }));
         }
     }
 }

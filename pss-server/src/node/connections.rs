@@ -117,7 +117,9 @@ impl Connections {
     /// Says what a connection is for, now that it is known.
     pub(super) fn become_kind(&mut self, place: usize, kind: Kind) {
         self.count(&kind, true);
-        let Some(slot) = self.get_mut(place) else { return };
+        let Some(slot) = self.get_mut(place) else {
+            return;
+        };
         let before = std::mem::replace(&mut slot.kind, kind);
         self.count(&before, false);
     }

@@ -19,8 +19,11 @@ const _: () = assert!(DATAGRAM_BYTES_MAX < BUFFER_BYTES);
 
 /// Opens the socket.
 pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket =
-        Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM.nonblocking(),
+        Some(Protocol::UDP),
+    )?;
     // The kernel may grant less; that is no reason not to start.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER_BYTES);
@@ -37,7 +40,11 @@ pub(super) struct Batch {
 
 impl Batch {
     pub(super) fn new() -> Batch {
-        Batch { buffers: Box::new([[0; BUFFER_BYTES]; BATCH]), lengths: [0; BATCH], count: 0 }
+        Batch {
+            buffers: Box::new([[0; BUFFER_BYTES]; BATCH]),
+            lengths: [0; BATCH],
+            count: 0,
+        }
     }
 
     /// Receives what is there. Returns whether there may be more.
@@ -112,7 +119,9 @@ mod tests {
         assert_eq!(batch.iter().count(), 0);
         for number in 0..BATCH as u8 + 3 {
             let sent = vec![number; usize::from(number)];
-            sender.send_to(&sent, receiver.local_addr().unwrap()).unwrap();
+            sender
+                .send_to(&sent, receiver.local_addr().unwrap())
+                .unwrap();
         }
         assert!(batch.receive(&receiver).unwrap());
         assert_eq!(batch.iter().nth(7).unwrap(), [7; 7]);
@@ -120,7 +129,9 @@ mod tests {
         assert!(!batch.receive(&receiver).unwrap());
         assert_eq!(batch.iter().last().unwrap(), [34; 34]);
         let long = vec![1; BUFFER_BYTES + 1];
-        sender.send_to(&long, receiver.local_addr().unwrap()).unwrap();
+        sender
+            .send_to(&long, receiver.local_addr().unwrap())
+            .unwrap();
         batch.receive(&receiver).unwrap();
         assert_eq!(batch.iter().next().unwrap().len(), BUFFER_BYTES);
     }

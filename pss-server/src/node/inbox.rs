@@ -19,9 +19,16 @@ pub(crate) enum Event {
     /// A write of the log is durable.
     Persisted(WriteId),
     /// Entries were read from the log.
-    LogRead { to: ServerId, tail_for: Option<Ballot>, read: LogRead },
+    LogRead {
+        to: ServerId,
+        tail_for: Option<Ballot>,
+        read: LogRead,
+    },
     /// Blocks were read.
-    Read { ticket: u64, result: Result<Vec<ReadPart>, ReadError> },
+    Read {
+        ticket: u64,
+        result: Result<Vec<ReadPart>, ReadError>,
+    },
     /// A message for another server is ready: a chunk that it asked for.
     Exported { to: ServerId, message: Message },
     /// The base of a copy is durable.
@@ -29,7 +36,11 @@ pub(crate) enum Event {
     /// A checkpoint is durable up to this slot.
     CheckpointDone(Slot),
     /// How full the disk is, and where the log begins.
-    Space { free_bytes: u64, total_bytes: u64, log_first: Slot },
+    Space {
+        free_bytes: u64,
+        total_bytes: u64,
+        log_first: Slot,
+    },
     /// Something that ends the server.
     Failed(ServerError),
     /// Hand the leadership over and stop.
@@ -56,7 +67,10 @@ struct State {
 
 impl Inbox {
     pub(crate) fn new(waker: Waker) -> Inbox {
-        Inbox { state: Mutex::default(), waker }
+        Inbox {
+            state: Mutex::default(),
+            waker,
+        }
     }
 
     pub(crate) fn push(&self, event: Event) {

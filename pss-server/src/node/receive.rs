@@ -10,12 +10,8 @@ use pss_core::paxos::message::Message;
 use pss_core::time::Instant;
 use pss_core::types::ServerId;
 use pss_core::wire::DecodeError;
-use pss_core::wire::auth::{
-    Handshake, HandshakeConfig, HandshakeError, NONCE_BYTES, Peer, Role,
-};
-use pss_core::wire::client::{
-    ClientDecodeError, Reply, ReplyError, Request,
-};
+use pss_core::wire::auth::{Handshake, HandshakeConfig, HandshakeError, NONCE_BYTES, Peer, Role};
+use pss_core::wire::client::{ClientDecodeError, Reply, ReplyError, Request};
 use pss_core::wire::frame::{Frame, FrameError, FrameKind, FrameLimits};
 use pss_core::wire::peer::decode_frame;
 use socket2::{SockRef, TcpKeepalive};
@@ -104,7 +100,8 @@ impl Node {
                 Ok(datagram) => {
                     let known = self.peers.heard(now, datagram.from, datagram.incarnation);
                     if known {
-                        self.engine.handle_message(now, datagram.from, datagram.message);
+                        self.engine
+                            .handle_message(now, datagram.from, datagram.message);
                     }
                 }
                 Err(error) => {
@@ -199,7 +196,11 @@ impl Node {
         }
         let token = Token(FIRST_CONNECTION + place);
         let interest = Interest::READABLE | Interest::WRITABLE;
-        let registered = self.sockets.poll.registry().register(connection.stream(), token, interest);
+        let registered =
+            self.sockets
+                .poll
+                .registry()
+                .register(connection.stream(), token, interest);
         self.connections.insert(now, connection, kind);
         match registered {
             Ok(()) => self.make_ready(place),
@@ -209,7 +210,9 @@ impl Node {
 
     /// Notes what the kernel reports of a connection.
     pub(super) fn note_connection(&mut self, now: Instant, place: usize, report: &Event) {
-        let Some(slot) = self.connections.get_mut(place) else { return };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
         slot.connection.note(report);
         if !slot.connected && slot.connection.is_writable() {
             match slot.connection.take_error() {
@@ -225,7 +228,9 @@ impl Node {
 
     /// Puts a connection in line for reading, if it may be read from.
     pub(super) fn make_ready(&mut self, place: usize) {
-        let Some(slot) = self.connections.get_mut(place) else { return };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
         if slot.connected && slot.connection.is_readable() && !slot.queued && !slot.paused {
             slot.queued = true;
             self.ready.push_back(place);
@@ -239,7 +244,9 @@ impl Node {
             if bytes >= BYTES_PER_TURN {
                 return;
             }
-            let Some(place) = self.ready.pop_front() else { return };
+            let Some(place) = self.ready.pop_front() else {
+                return;
+            };
             match self.serve(now, place) {
                 Ok(count) => {
                     bytes += count;
@@ -253,12 +260,16 @@ impl Node {
     /// Reads from one connection and handles what that completes. Gives how many bytes were read.
     fn serve(&mut self, now: Instant, place: usize) -> Result<usize, ConnectionError> {
         let mut bytes = 0;
-        let Some(slot) = self.connections.get_mut(place) else { return Ok(0) };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return Ok(0);
+        };
         slot.queued = false;
         loop {
             // Those that were left when the client was paused come first.
             self.handle_frames(now, place)?;
-            let Some(slot) = self.connections.get_mut(place) else { return Ok(bytes) };
+            let Some(slot) = self.connections.get_mut(place) else {
+                return Ok(bytes);
+            };
             let enough = bytes >= CONNECTION_BYTES_PER_TURN;
             if slot.paused || enough || !slot.connection.is_readable() {
                 return Ok(bytes);
@@ -279,7 +290,9 @@ impl Node {
                 slot.paused = true;
                 return Ok(());
             }
-            let Some(frame) = slot.connection.reader.poll_frame()? else { return Ok(()) };
+            let Some(frame) = slot.connection.reader.poll_frame()? else {
+                return Ok(());
+            };
             match &mut slot.kind {
                 Kind::Client(load) => {
                     if frame.kind != FrameKind::Request {
@@ -290,9 +303,15 @@ impl Node {
                             load.begin(&request);
                             self.engine.handle_request(now, slot.id, request);
                         }
-                        Err(ClientDecodeError { tag: Some(tag), error }) => {
+                        Err(ClientDecodeError {
+                            tag: Some(tag),
+                            error,
+                        }) => {
                             tracing::debug!("malformed request: {error}");
-                            let reply = Reply { tag, body: Err(ReplyError::Invalid) };
+                            let reply = Reply {
+                                tag,
+                                body: Err(ReplyError::Invalid),
+                            };
                             reply.encode(&mut slot.connection.out);
                             self.make_dirty(place);
                         }
@@ -321,7 +340,9 @@ impl Node {
         place: usize,
         frame: &Frame,
     ) -> Result<(), ConnectionError> {
-        let Some(slot) = self.connections.get_mut(place) else { return Ok(()) };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return Ok(());
+        };
         let (handshake, called) = match &mut slot.kind {
             Kind::Caller(handshake) => (handshake, None),
             Kind::Calling(server, handshake) => (handshake, Some(*server)),
@@ -355,7 +376,9 @@ impl Node {
                 tracing::debug!("client {name:?} is connected");
                 (Kind::Client(ClientLoad::new(name)), FrameLimits::REQUESTS)
             }
-            Role::Server { id, incarnation, .. } => {
+            Role::Server {
+                id, incarnation, ..
+            } => {
                 if !self.peers.heard(now, id, incarnation) {
                     return Err(ConnectionError::Outdated(id));
                 }
@@ -372,9 +395,15 @@ impl Node {
 
     /// Ends a connection.
     pub(super) fn close(&mut self, now: Instant, place: usize, reason: &ConnectionError) {
-        let Some(mut slot) = self.connections.remove(place) else { return };
+        let Some(mut slot) = self.connections.remove(place) else {
+            return;
+        };
         // Closing the descriptor would do, too; only then mio would not know.
-        let _ = self.sockets.poll.registry().deregister(slot.connection.stream());
+        let _ = self
+            .sockets
+            .poll
+            .registry()
+            .deregister(slot.connection.stream());
         match slot.kind {
             Kind::Client(load) => {
                 self.engine.handle_client_gone(slot.id);
@@ -390,7 +419,10 @@ impl Node {
                 if reason.is_usual() {
                     tracing::debug!(peer, "server {server} has disconnected: {reason}");
                 } else {
-                    tracing::warn!(peer, "the connection of server {server} was closed: {reason}");
+                    tracing::warn!(
+                        peer,
+                        "the connection of server {server} was closed: {reason}"
+                    );
                 }
             }
             Kind::Calling(server, _) | Kind::Outbound(server) => {
@@ -430,7 +462,9 @@ fn prepare(connection: &mut Connection, kind: &Kind) -> io::Result<()> {
     let stream = connection.stream();
     stream.set_nodelay(true)?;
     let socket = SockRef::from(&*stream);
-    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
+    let keepalive = TcpKeepalive::new()
+        .with_time(KEEPALIVE)
+        .with_interval(KEEPALIVE / 3);
     socket.set_tcp_keepalive(&keepalive)?;
     if matches!(kind, Kind::Calling(..)) {
         socket.set_tcp_user_timeout(Some(LINK_PATIENCE))?;

@@ -27,16 +27,30 @@ impl Node {
                 Action::Persist { write, what } => {
                     self.log_jobs.push(LogJob::Persist { write, what });
                 }
-                Action::ReadLog { to, after, until, bytes_max, tail_for } => {
-                    self.threads.read(ReadJob::Log { to, after, until, bytes_max, tail_for });
+                Action::ReadLog {
+                    to,
+                    after,
+                    until,
+                    bytes_max,
+                    tail_for,
+                } => {
+                    self.threads.read(ReadJob::Log {
+                        to,
+                        after,
+                        until,
+                        bytes_max,
+                        tail_for,
+                    });
                 }
                 Action::Read(read) => self.threads.read(ReadJob::Blocks(read)),
                 Action::Export(export) => self.threads.read(ReadJob::Chunk(export)),
                 Action::StoreBase { base, state } => {
-                    self.threads.checkpoint(CheckpointJob::StoreBase { base, state });
+                    self.threads
+                        .checkpoint(CheckpointJob::StoreBase { base, state });
                 }
                 Action::Checkpoint(checkpoint) => {
-                    self.threads.checkpoint(CheckpointJob::Checkpoint(checkpoint));
+                    self.threads
+                        .checkpoint(CheckpointJob::Checkpoint(checkpoint));
                 }
                 Action::Role(change) => self.log_role(change),
                 Action::Shutdown => {
@@ -73,7 +87,8 @@ impl Node {
         // Acknowledgements are cumulative: one that was not sent yet is overtaken by the next.
         if let Message::Accepted { ballot, .. } = &message {
             let overtaken = |sent: &&mut (ServerId, Message)| {
-                let same = matches!(&sent.1, Message::Accepted { ballot: other, .. } if other == ballot);
+                let same =
+                    matches!(&sent.1, Message::Accepted { ballot: other, .. } if other == ballot);
                 sent.0 == to && same
             };
             if let Some(sent) = self.outbox.iter_mut().find(overtaken) {
@@ -85,13 +100,20 @@ impl Node {
     }
 
     fn send_frame(&mut self, to: ServerId, message: &Message) {
-        let Some(place) = self.peers.link(to) else { return };
-        let Some(slot) = self.connections.get_mut(place) else { return };
+        let Some(place) = self.peers.link(to) else {
+            return;
+        };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
         if slot.connection.out.len_bytes() < LINK_QUEUE_BYTES_MAX {
             encode_frame(message, &mut slot.connection.out);
             self.make_dirty(place);
         } else {
-            tracing::debug!(peer = to.0, "server {to} takes nothing: a message was dropped");
+            tracing::debug!(
+                peer = to.0,
+                "server {to} takes nothing: a message was dropped"
+            );
         }
     }
 
@@ -99,8 +121,12 @@ impl Node {
         if let Ok(ReplyBody::Status(status)) = &mut reply.body {
             self.complete_status(now, status);
         }
-        let Some(place) = self.connections.place_of(client) else { return };
-        let Some(slot) = self.connections.get_mut(place) else { return };
+        let Some(place) = self.connections.place_of(client) else {
+            return;
+        };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
         if let Kind::Client(load) = &mut slot.kind {
             load.end(reply.tag);
         }
@@ -110,7 +136,9 @@ impl Node {
 
     /// Notes that a connection has something to send.
     pub(super) fn make_dirty(&mut self, place: usize) {
-        let Some(slot) = self.connections.get_mut(place) else { return };
+        let Some(slot) = self.connections.get_mut(place) else {
+            return;
+        };
         if !slot.dirty {
             slot.dirty = true;
             self.dirty.push(place);
@@ -123,7 +151,9 @@ impl Node {
         // Closing a connection may make others dirty; they have the next turn.
         let mut dirty = std::mem::take(&mut self.dirty);
         for place in dirty.drain(..) {
-            let Some(slot) = self.connections.get_mut(place) else { continue };
+            let Some(slot) = self.connections.get_mut(place) else {
+                continue;
+            };
             slot.dirty = false;
             if !slot.connected {
                 continue;
@@ -148,8 +178,14 @@ impl Node {
     fn send_datagrams(&mut self) {
         let mut outbox = std::mem::take(&mut self.outbox);
         for (to, message) in outbox.drain(..) {
-            let Some(address) = self.peers.udp(to) else { continue };
-            if self.datagrams.encode(to, &message, &mut self.datagram).is_err() {
+            let Some(address) = self.peers.udp(to) else {
+                continue;
+            };
+            if self
+                .datagrams
+                .encode(to, &message, &mut self.datagram)
+                .is_err()
+            {
                 // Too long for a datagram.
                 self.send_frame(to, &message);
                 continue;

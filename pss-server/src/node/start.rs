@@ -14,7 +14,6 @@ use pss_core::log::LogParams;
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{self, Recovered};
 use pss_core::storage::{Storage, StorageParams};
-use pss_core::types::Slot;
 use pss_core::wire::auth::MacKey;
 use pss_core::wire::peer::Datagrams;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -22,7 +21,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::clock;
 use crate::config::{ServerConfig, Tuning};
 use crate::node::inbox::Inbox;
-use crate::node::turn::{LISTENER, Node, Sockets, UDP, WAKER};
+use crate::node::turn::{LISTENER, Node, NodeParts, Sockets, UDP, WAKER};
 use crate::node::{ServerHandle, StartError, datagrams};
 use crate::storage::{Parts, StorageThreads};
 
@@ -37,7 +36,10 @@ const BACKLOG: i32 = 1024;
 
 pub(super) fn start(config: ServerConfig) -> Result<ServerHandle, StartError> {
     let path = config.path.clone();
-    let unusable = |source| StartError::Directory { path: path.display().to_string(), source };
+    let unusable = |source| StartError::Directory {
+        path: path.display().to_string(),
+        source,
+    };
     // `FileDisk` would make the directory; but one that does not exist is not formatted either, and
     // more likely a file system that is not mounted.
     std::fs::metadata(&path).map_err(unusable)?;
@@ -65,15 +67,18 @@ pub(super) fn start_with_disk(
         source,
     })?;
     let poll = Poll::new().map_err(system("cannot make an epoll instance"))?;
-    let mut sockets = Sockets { poll, udp, listener };
+    let mut sockets = Sockets {
+        poll,
+        udp,
+        listener,
+    };
     let waker = register(&mut sockets).map_err(system("cannot watch the sockets"))?;
     let inbox = Arc::new(Inbox::new(waker));
 
     let boot = random().map_err(system("no random numbers"))?;
     let facts = storage.identity.facts();
     let key = config.key.as_ref().map(MacKey::new);
-    let datagrams =
-        Datagrams::new(config.cell, config.id, facts.incarnation, boot, key.clone());
+    let datagrams = Datagrams::new(config.cell, config.id, facts.incarnation, boot, key.clone());
     let now = clock::now();
     let recovered = Recovered {
         promised: facts.promised,
@@ -98,8 +103,8 @@ pub(super) fn start_with_disk(
         chosen: Arc::clone(&chosen),
         log_bytes_max: log_bytes_max(&config.tuning),
     };
-    let threads = StorageThreads::start(parts, &inbox, &span)
-        .map_err(system("cannot start a thread"))?;
+    let threads =
+        StorageThreads::start(parts, &inbox, &span).map_err(system("cannot start a thread"))?;
     tracing::info!(
         slot = last.0,
         incarnation = facts.incarnation.0,
@@ -112,7 +117,7 @@ pub(super) fn start_with_disk(
     let id = config.id;
     let node = Node::new(
         config,
-        super::turn::NodeParts {
+        NodeParts {
             sockets,
             inbox: Arc::clone(&inbox),
             engine,
@@ -133,7 +138,11 @@ pub(super) fn start_with_disk(
             node.run()
         })
         .map_err(system("cannot start a thread"))?;
-    Ok(ServerHandle { id, inbox, thread: Mutex::new(Some(thread)) })
+    Ok(ServerHandle {
+        id,
+        inbox,
+        thread: Mutex::new(Some(thread)),
+    })
 }
 
 struct Addresses {
@@ -163,8 +172,11 @@ fn open_storage(config: &ServerConfig, disk: &Arc<dyn Disk>) -> Result<Storage, 
         },
         chunks: Default::default(),
     };
-    let storage = Storage::open(Arc::clone(disk), &params)
-        .map_err(|source| StartError::Storage { path: path(), source: Box::new(source) })?;
+    let storage =
+        Storage::open(Arc::clone(disk), &params).map_err(|source| StartError::Storage {
+            path: path(),
+            source: Box::new(source),
+        })?;
     if storage.stalled.is_some() {
         return Err(StartError::Full { path: path() });
     }
@@ -222,6 +234,6 @@ fn register(sockets: &mut Sockets) -> io::Result<Waker> {
 
 fn random() -> io::Result<u64> {
     let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(u64::from_le_bytes(bytes))
 }

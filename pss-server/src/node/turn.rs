@@ -233,7 +233,8 @@ impl Node {
         if let Some(failure) = self.engine.failure() {
             return Err(ServerError::Apply(super::explain(failure)));
         }
-        self.chosen.store(self.engine.replica().chosen().0, Ordering::Relaxed);
+        self.chosen
+            .store(self.engine.replica().chosen().0, Ordering::Relaxed);
         Ok(flow)
     }
 
@@ -261,7 +262,11 @@ impl Node {
                 Event::Exported { to, message } => self.send_to_peer(to, message),
                 Event::BaseStored => self.engine.handle_base_stored(now),
                 Event::CheckpointDone(slot) => self.checkpoint_done(slot),
-                Event::Space { free_bytes, total_bytes, log_first } => {
+                Event::Space {
+                    free_bytes,
+                    total_bytes,
+                    log_first,
+                } => {
                     (self.free_bytes, self.total_bytes) = (free_bytes, total_bytes);
                     self.engine.note_storage(free_bytes, log_first);
                 }
@@ -281,7 +286,8 @@ impl Node {
     fn checkpoint_done(&mut self, slot: Slot) {
         tracing::debug!(slot = slot.0, "checkpoint");
         self.engine.handle_checkpoint_done(slot);
-        self.log_jobs.push(LogJob::Trim(self.engine.checkpoint_slot()));
+        self.log_jobs
+            .push(LogJob::Trim(self.engine.checkpoint_slot()));
     }
 
     fn timers(&mut self, now: Instant) {
@@ -324,7 +330,9 @@ impl Node {
     /// Begins to stop cleanly.
     pub(super) fn stop(&mut self, now: Instant) {
         if self.stopping.is_none() {
-            self.stopping = Some(Stopping::HandingOver { until: now + HAND_OVER_TIMEOUT });
+            self.stopping = Some(Stopping::HandingOver {
+                until: now + HAND_OVER_TIMEOUT,
+            });
         }
     }
 
@@ -336,14 +344,18 @@ impl Node {
             }
             let nobody = !self.anyone_could_lead(now);
             if nobody || now >= until || !self.engine.hand_over(now) {
-                self.stopping = Some(Stopping::Leaving { until: now + LEAVE_TIMEOUT });
+                self.stopping = Some(Stopping::Leaving {
+                    until: now + LEAVE_TIMEOUT,
+                });
             }
             self.carry_out(now);
         }
         match self.stopping {
             Some(Stopping::Leaving { until }) => {
                 let replica = self.engine.replica();
-                let successor = replica.leader().is_some_and(|leader| leader != replica.id());
+                let successor = replica
+                    .leader()
+                    .is_some_and(|leader| leader != replica.id());
                 let done = successor || now >= until || !self.anyone_could_lead(now);
                 if done { Flow::Finish } else { Flow::GoOn }
             }

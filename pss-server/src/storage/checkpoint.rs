@@ -53,7 +53,12 @@ impl CheckpointThread {
     fn perform(&mut self, job: CheckpointJob) -> Result<Event, ServerError> {
         match job {
             CheckpointJob::Checkpoint(checkpoint) => {
-                let Checkpoint { applied, state, installing, chunks } = checkpoint;
+                let Checkpoint {
+                    applied,
+                    state,
+                    installing,
+                    chunks,
+                } = checkpoint;
                 match chunks.flush() {
                     Ok(()) => {}
                     Err(ChunkError::NoSpace) => {

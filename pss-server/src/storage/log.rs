@@ -64,7 +64,11 @@ impl LogThread {
         let mut report_at = Instant::now();
         loop {
             let until_report = report_at.saturating_duration_since(Instant::now());
-            let patience = if unmarked { until_report.min(IDLE) } else { until_report };
+            let patience = if unmarked {
+                until_report.min(IDLE)
+            } else {
+                until_report
+            };
             match self.queue.take_all(&mut jobs, Some(patience)) {
                 Waited::Closed => return Ok(()),
                 Waited::Jobs => {
@@ -91,8 +95,15 @@ impl LogThread {
         let mut appends: Vec<Append<'_>> = Vec::new();
         let mut done: Vec<WriteId> = Vec::new();
         for job in jobs {
-            if let LogJob::Persist { write, what: Persist::Append { truncate_after, entries, chosen } } =
-                job
+            if let LogJob::Persist {
+                write,
+                what:
+                    Persist::Append {
+                        truncate_after,
+                        entries,
+                        chosen,
+                    },
+            } = job
             {
                 appends.push((*truncate_after, entries, *chosen));
                 done.push(*write);
@@ -125,7 +136,9 @@ impl LogThread {
     ) -> Result<(), ServerError> {
         if !appends.is_empty() {
             self.log.append_many(appends.drain(..))?;
-            self.reporter.inbox.push_all(done.drain(..).map(Event::Persisted));
+            self.reporter
+                .inbox
+                .push_all(done.drain(..).map(Event::Persisted));
         }
         Ok(())
     }

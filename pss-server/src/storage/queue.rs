@@ -30,8 +30,15 @@ pub(super) enum Waited {
 
 impl<T> Queue<T> {
     pub(super) fn new() -> Queue<T> {
-        let state = State { jobs: VecDeque::new(), closed: false, waiting: 0 };
-        Queue { state: Mutex::new(state), ready: Condvar::new() }
+        let state = State {
+            jobs: VecDeque::new(),
+            closed: false,
+            waiting: 0,
+        };
+        Queue {
+            state: Mutex::new(state),
+            ready: Condvar::new(),
+        }
     }
 
     pub(super) fn push(&self, job: T) {
@@ -100,7 +107,10 @@ impl<T> Queue<T> {
                     let waited = self.ready.wait_timeout(state, left);
                     waited.unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.ready.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => self
+                    .ready
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
             };
             state.waiting -= 1;
         }

@@ -57,13 +57,25 @@ impl ReadThread {
                 if let Err(error) = &result {
                     tracing::error!(volume = read.volume.id.0, "a read failed: {error}");
                 }
-                Some(Event::Read { ticket: read.ticket, result })
+                Some(Event::Read {
+                    ticket: read.ticket,
+                    result,
+                })
             }
             ReadJob::Chunk(export) => {
                 let message = export.run(&self.chunks);
-                Some(Event::Exported { to: export.to, message })
+                Some(Event::Exported {
+                    to: export.to,
+                    message,
+                })
             }
-            ReadJob::Log { to, after, until, bytes_max, tail_for } => {
+            ReadJob::Log {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
                 let read = self.read_log(after, until, bytes_max)?;
                 Some(Event::LogRead { to, tail_for, read })
             }
