@@ -5,6 +5,7 @@
 //! tokio: `client` only. What people write: [`servers`] (server.conf), [`key`] (the cell key), [`size`].
 
 pub mod chunk;
+pub mod client;
 pub mod disk;
 pub mod engine;
 pub mod entry;
