@@ -24,7 +24,7 @@ use crate::paxos::message::{Message, SyncMessage};
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
 use crate::state::{Answer, State};
-use crate::storage::{self, ApplyError};
+use crate::storage::{self, ApplyError, Stalled};
 use crate::time::Instant;
 use crate::types::{
     Ballot, ChunkIndex, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
@@ -224,6 +224,9 @@ pub struct Engine {
     /// be newer than their checksums.
     recovered_last: Slot,
     failure: Option<ApplyError>,
+    /// The disk was full in the middle of an entry; the entries behind it wait.
+    stalled: Option<Box<Stalled>>,
+    backlog: VecDeque<Entry>,
     forgetful: bool,
 }
 
@@ -265,6 +268,8 @@ impl Engine {
             bytes_applied: 0,
             recovered_last,
             failure: None,
+            stalled: None,
+            backlog: VecDeque::new(),
             forgetful: false,
         };
         engine.share_volumes();
@@ -338,6 +343,7 @@ impl Engine {
         }
         if now >= self.housekeeping_at {
             self.housekeeping_at = now + HOUSEKEEPING;
+            self.resume_applying(now);
             self.expire_sessions(now);
             self.checkpoint_if_due(now);
         }
@@ -407,9 +413,21 @@ impl Engine {
             Output::Persist { write, what } => {
                 self.actions.push_back(Action::Persist { write, what });
             }
-            Output::Apply { entries } => self.apply(now, &entries),
-            Output::ReadLog { to, after, until, bytes_max, tail_for } => {
-                let read = Action::ReadLog { to, after, until, bytes_max, tail_for };
+            Output::Apply { entries } => self.apply(now, entries),
+            Output::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let read = Action::ReadLog {
+                    to,
+                    after,
+                    until,
+                    bytes_max,
+                    tail_for,
+                };
                 self.actions.push_back(read);
             }
             Output::CopyChunks { donor } => self.start_copying(now, donor),
@@ -417,47 +435,39 @@ impl Engine {
         }
     }
 
-    fn apply(&mut self, now: Instant, entries: &[Entry]) {
+    fn apply(&mut self, now: Instant, entries: Vec<Entry>) {
         if self.failure.is_some() {
             return;
         }
-        let mut volumes_changed = false;
-        for entry in entries {
-            let original = entry;
-            let forgotten;
-            let entry = if self.forgetful {
-                forgotten = without_sessions(entry);
-                &forgotten
+        if self.stalled.is_some() {
+            return self.backlog.extend(entries);
+        }
+        let mut entries = VecDeque::from(entries);
+        while let Some(entry) = entries.pop_front() {
+            let copying = self.copying.as_ref().filter(|it| it.is_installing());
+            let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
+            let filter: Option<storage::ChunkFilter<'_>> = match copying {
+                Some(_) => Some(&copied),
+                None => None,
+            };
+            let applied = if self.forgetful {
+                let forgotten = without_sessions(&entry);
+                storage::apply_entry(&mut self.state, &self.chunks, &forgotten, filter)
             } else {
-                entry
+                storage::apply_entry(&mut self.state, &self.chunks, &entry, filter)
             };
-            let applied = match self.copying.as_ref().filter(|it| it.is_installing()) {
-                None => storage::apply_entry(&mut self.state, &self.chunks, entry, None),
-                Some(copying) => {
-                    let copied = |volume, chunk| copying.is_copied(volume, chunk);
-                    storage::apply_entry(&mut self.state, &self.chunks, entry, Some(&copied))
+            match applied {
+                Ok(answers) => self.entry_applied(&entry, answers),
+                Err(ApplyError::NoSpace(stalled)) => {
+                    self.stalled = Some(stalled);
+                    self.backlog = entries;
+                    break;
                 }
-            };
-            let answers = match applied {
-                Ok(answers) => answers,
                 Err(failure) => {
                     self.failure = Some(failure);
                     return;
                 }
-            };
-            self.bytes_applied += entry.weight_bytes() as u64;
-            volumes_changed |= entry.commands.iter().any(|command| changes_volumes(&command.op));
-            if !self.waiting.is_empty() {
-                if volumes_changed {
-                    self.share_volumes();
-                }
-                for (command, answer) in original.commands.iter().zip(answers) {
-                    self.answer_command((command.session, command.number), answer);
-                }
             }
-        }
-        if volumes_changed {
-            self.share_volumes();
         }
         self.replica.handle_applied(now, self.state.applied());
         if self.bytes_applied >= self.config.checkpoint_bytes {
@@ -465,8 +475,50 @@ impl Engine {
         }
     }
 
+    fn entry_applied(&mut self, entry: &Entry, answers: Vec<Answer>) {
+        self.bytes_applied += entry.weight_bytes() as u64;
+        if entry
+            .commands
+            .iter()
+            .any(|command| changes_volumes(&command.op))
+        {
+            self.share_volumes();
+        }
+        if !self.waiting.is_empty() {
+            for (command, answer) in entry.commands.iter().zip(answers) {
+                self.answer_command((command.session, command.number), answer);
+            }
+        }
+    }
+
+    /// Tries again to apply the entry for which there was no space.
+    fn resume_applying(&mut self, now: Instant) {
+        let Some(stalled) = self.stalled.take() else {
+            return;
+        };
+        let copying = self.copying.as_ref().filter(|it| it.is_installing());
+        let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
+        let resumed = stalled.resume(&mut self.state, &self.chunks, Some(&copied));
+        match resumed {
+            Ok((entry, answers)) => {
+                self.entry_applied(&entry, answers);
+                let backlog = std::mem::take(&mut self.backlog);
+                self.apply(now, backlog.into());
+            }
+            Err(ApplyError::NoSpace(stalled)) => self.stalled = Some(stalled),
+            Err(failure) => self.failure = Some(failure),
+        }
+    }
+
+    /// Whether the disk was too full to apply what is chosen; tried again now and then.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
+    }
+
     fn answer_command(&mut self, key: CommandKey, answer: Answer) {
-        let Some(waiting) = self.waiting.remove(&key) else { return };
+        let Some(waiting) = self.waiting.remove(&key) else {
+            return;
+        };
         if let Some(range) = waiting.range {
             self.in_flight.remove(range);
         }
@@ -481,18 +533,27 @@ impl Engine {
     }
 
     fn reply(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
-        self.actions.push_back(Action::Reply { client, reply: Reply { tag, body } });
+        self.actions.push_back(Action::Reply {
+            client,
+            reply: Reply { tag, body },
+        });
     }
 
     fn share_volumes(&mut self) {
         let volumes = self.state.volumes();
-        self.volumes = volumes.map(|volume| (volume.id, Arc::new(volume.clone()))).collect();
+        self.volumes = volumes
+            .map(|volume| (volume.id, Arc::new(volume.clone())))
+            .collect();
     }
 
     fn role_changed(&mut self, now: Instant, change: RoleChange) {
         match change {
             RoleChange::Leader(_) => {
-                self.heard = self.state.sessions().map(|session| (session.id, now)).collect();
+                self.heard = self
+                    .state
+                    .sessions()
+                    .map(|session| (session.id, now))
+                    .collect();
             }
             RoleChange::Follower => self.send_everyone_away(),
         }
@@ -514,11 +575,17 @@ impl Engine {
     }
 
     fn start_checkpoint(&mut self, now: Instant) {
-        let Some(applied) = self.replica.entry_id(self.state.applied()) else { return };
+        let Some(applied) = self.replica.entry_id(self.state.applied()) else {
+            return;
+        };
         let storing_base = self.copying.as_ref().is_some_and(Copying::is_storing);
-        if self.checkpoint_running || storing_base || self.failure.is_some() {
+        let unfit = self.failure.is_some() || self.stalled.is_some();
+        if self.checkpoint_running || storing_base || unfit {
             return;
         }
+        let Some(chunks) = self.chunks.begin_checkpoint() else {
+            return;
+        };
         self.checkpoint_running = true;
         self.checkpoint_at = now;
         self.bytes_applied = 0;
@@ -526,7 +593,7 @@ impl Engine {
             applied,
             state: self.state.encode(),
             installing: self.is_installing(),
-            chunks: self.chunks.begin_checkpoint(),
+            chunks,
         }));
     }
 }
@@ -534,12 +601,16 @@ impl Engine {
 /// The entry with commands that no session remembers.
 fn without_sessions(entry: &Entry) -> Entry {
     let forget = |command: &Command| match command.op {
-        Op::Write { .. } | Op::Zero { .. } => {
-            Command { session: SessionId(0), ..command.clone() }
-        }
+        Op::Write { .. } | Op::Zero { .. } => Command {
+            session: SessionId(0),
+            ..command.clone()
+        },
         _ => command.clone(),
     };
-    Entry { commands: entry.commands.iter().map(forget).collect(), ..entry.clone() }
+    Entry {
+        commands: entry.commands.iter().map(forget).collect(),
+        ..entry.clone()
+    }
 }
 
 fn changes_volumes(op: &Op) -> bool {

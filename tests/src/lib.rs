@@ -2,4 +2,9 @@
 
 pub mod binaries;
 pub mod checker;
+pub mod disk;
 pub mod programs;
+pub mod rng;
+pub mod sim;
+mod sim_storage;
+pub mod workload;

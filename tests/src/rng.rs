@@ -21,7 +21,11 @@ impl Rng {
 
     /// A number below `bound`, or 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 { 0 } else { self.next_u64() % bound }
+        if bound == 0 {
+            0
+        } else {
+            self.next_u64() % bound
+        }
     }
 
     /// A number from `low` up to and including `high`.

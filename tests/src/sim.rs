@@ -12,16 +12,16 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pss_core::disk::Disk;
-use pss_core::engine::{Action, BlockRead, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig};
+use pss_core::engine::{
+    Action, BlockRead, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig,
+};
 use pss_core::paxos::message::Message;
 use pss_core::paxos::output::{Persist, WriteId};
 use pss_core::paxos::quorum::Membership;
-use pss_core::paxos::{Bug, Config, LogRead, RoleKind, Tuning};
+use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
 use pss_core::state::CHUNK_BYTES_MIN;
-use pss_core::storage::Storage;
 use pss_core::time::Instant;
-use pss_core::types::{Ballot, EntryId, ServerId, SessionId, Slot, VolumeId};
+use pss_core::types::{Ballot, EntryId, ServerId, Slot, VolumeId};
 use pss_core::wire::client::{Reply, Request, RequestBody};
 
 use crate::checker;
@@ -117,26 +117,66 @@ impl fmt::Display for Failure {
 }
 
 enum Event {
-    Message { from: ServerId, to: ServerId, message: Message },
-    Request { client: usize, to: ServerId, request: Request },
-    Answer { client: usize, from: ServerId, reply: Reply },
-    Timer { node: usize, life: u64 },
-    LogDone { node: usize, life: u64 },
+    Message {
+        from: ServerId,
+        to: ServerId,
+        message: Message,
+    },
+    Request {
+        client: usize,
+        to: ServerId,
+        request: Request,
+    },
+    Answer {
+        client: usize,
+        from: ServerId,
+        reply: Reply,
+    },
+    Timer {
+        node: usize,
+        life: u64,
+    },
+    LogDone {
+        node: usize,
+        life: u64,
+    },
     /// The next checkpoint or base is stored.
-    Stored { node: usize, life: u64 },
-    Work { node: usize, life: u64, work: Box<Work> },
-    Start { node: usize },
-    Resume { node: usize },
-    Client { client: usize },
+    Stored {
+        node: usize,
+        life: u64,
+    },
+    Work {
+        node: usize,
+        life: u64,
+        work: Box<Work>,
+    },
+    Start {
+        node: usize,
+    },
+    Resume {
+        node: usize,
+    },
+    Client {
+        client: usize,
+    },
     Fault,
     Heal,
 }
 
 enum Work {
-    ReadLog { to: ServerId, after: Slot, until: Slot, bytes_max: usize, tail_for: Option<Ballot> },
+    ReadLog {
+        to: ServerId,
+        after: Slot,
+        until: Slot,
+        bytes_max: usize,
+        tail_for: Option<Ballot>,
+    },
     Read(BlockRead),
     Export(ChunkExport),
-    StoreBase { base: EntryId, state: bytes::Bytes },
+    StoreBase {
+        base: EntryId,
+        state: bytes::Bytes,
+    },
     Checkpoint(Checkpoint),
 }
 
@@ -263,7 +303,10 @@ impl Sim {
             nodes,
             core,
             clients,
-            ground: Playground { volumes: Vec::new(), blocks },
+            ground: Playground {
+                volumes: Vec::new(),
+                blocks,
+            },
             history: History::default(),
             setup: VecDeque::new(),
             chosen: BTreeMap::new(),
@@ -311,7 +354,11 @@ impl Sim {
     }
 
     fn fail<T>(&self, what: impl Into<String>) -> Checked<T> {
-        Err(Failure { seed: self.config.seed, at: self.now, what: what.into() })
+        Err(Failure {
+            seed: self.config.seed,
+            at: self.now,
+            what: what.into(),
+        })
     }
 
     fn trace(&self, what: impl FnOnce() -> String) {
@@ -322,7 +369,8 @@ impl Sim {
 
     fn schedule(&mut self, at: u64, event: Event) {
         self.sequence += 1;
-        self.queue.push(Reverse(Scheduled(at.max(self.now), self.sequence, event)));
+        self.queue
+            .push(Reverse(Scheduled(at.max(self.now), self.sequence, event)));
     }
 
     fn step(&mut self) -> Checked<()> {
@@ -338,7 +386,12 @@ impl Sim {
         let until = self.now + CALM;
         while !done(self) {
             if self.now > until {
-                let hanging: Vec<_> = self.clients.iter().flat_map(Client::hanging).take(3).collect();
+                let hanging: Vec<_> = self
+                    .clients
+                    .iter()
+                    .flat_map(Client::hanging)
+                    .take(3)
+                    .collect();
                 let nodes: Vec<String> = self.nodes.iter().map(Node::describe).collect();
                 let nodes = nodes.join("; ");
                 return self.fail(format!("liveness: not so: {what}. {nodes}; {hanging:?}"));
@@ -374,14 +427,16 @@ impl Sim {
                 return self.fail(format!("server {id} does not start: {error}"));
             }
         };
-        let Storage { state, recovered, .. } = &storage;
+        let recovered = sim_storage::recovered(&storage);
+        let state = storage.state.clone();
         let promised = recovered.promised;
         let config = engine_config(node.id, members, seed);
-        let (state, recovered) = (state.clone(), recovered.clone());
         let installing = recovered.installing;
-        let (last, chosen) =
-            (recovered.tail.last().map_or(recovered.applied, |it| it.id), recovered.chosen);
-        let parts = sim_storage::Parts::new(storage);
+        let (last, chosen) = (
+            recovered.tail.last().map_or(recovered.applied, |it| it.id),
+            recovered.chosen,
+        );
+        let parts = sim_storage::Parts::new(storage, Arc::clone(&node.disk));
         let chunks = Arc::clone(&parts.chunks);
         let mut engine = Engine::new(config, recovered, state, chunks, now);
         match self.config.bug {
@@ -401,7 +456,9 @@ impl Sim {
             timer_at: u64::MAX,
         });
         let id = node.id;
-        self.trace(|| format!("server {id} starts: last {last}, chosen {chosen}, installing {installing}"));
+        self.trace(|| {
+            format!("server {id} starts: last {last}, chosen {chosen}, installing {installing}")
+        });
         if lower {
             return self.fail(format!("server {id} forgot a promise"));
         }
@@ -426,7 +483,9 @@ impl Sim {
     /// Power cut: what was not durable is lost, kept or torn.
     fn crash(&mut self, index: usize) {
         let node = &mut self.nodes[index];
-        let Some(mut running) = node.running.take() else { return };
+        let Some(mut running) = node.running.take() else {
+            return;
+        };
         self.report.crashes += 1;
         // Writes that were under way reach the disk in part.
         if !running.log_queue.is_empty() && self.rng.per_mille(700) {
@@ -438,7 +497,7 @@ impl Sim {
             && self.rng.per_mille(500)
         {
             node.disk.crash_at_op(self.rng.below(6));
-            let _ = running.storage.checkpoint(&checkpoint);
+            let _ = running.storage.checkpoint(checkpoint);
         }
         drop(running);
         node.disk.power_cut();
@@ -451,7 +510,9 @@ impl Sim {
         self.check_node(index)?;
         loop {
             let now = self.clock(index);
-            let Some(running) = &mut self.nodes[index].running else { return Ok(()) };
+            let Some(running) = &mut self.nodes[index].running else {
+                return Ok(());
+            };
             running.engine.finish_batch(now);
             running.engine.finish_reads(now);
             let mut actions = Vec::new();
@@ -467,7 +528,9 @@ impl Sim {
         }
         self.check_node(index)?;
         self.check_leases()?;
-        let Some(running) = &self.nodes[index].running else { return Ok(()) };
+        let Some(running) = &self.nodes[index].running else {
+            return Ok(());
+        };
         if let Some(failure) = running.engine.failure() {
             let failure = failure.to_string();
             self.trace(|| failure.clone());
@@ -479,7 +542,9 @@ impl Sim {
         }
         let at = self.when(index, running.engine.poll_timeout());
         let life = self.nodes[index].life;
-        let Some(running) = &mut self.nodes[index].running else { return Ok(()) };
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
         if at < running.timer_at || running.timer_at <= self.now {
             running.timer_at = at;
             self.schedule(at, Event::Timer { node: index, life });
@@ -493,7 +558,9 @@ impl Sim {
         match action {
             Action::Send { to, message } => self.send(id, to, message),
             Action::Persist { write, what } => {
-                let Some(running) = &mut self.nodes[index].running else { return };
+                let Some(running) = &mut self.nodes[index].running else {
+                    return;
+                };
                 running.log_queue.push_back((write, what));
                 self.start_log(index);
             }
@@ -503,11 +570,30 @@ impl Sim {
                     return;
                 }
                 if let Some(delay) = self.client_delay() {
-                    self.schedule(self.now + delay, Event::Answer { client, from: id, reply });
+                    self.schedule(
+                        self.now + delay,
+                        Event::Answer {
+                            client,
+                            from: id,
+                            reply,
+                        },
+                    );
                 }
             }
-            Action::ReadLog { to, after, until, bytes_max, tail_for } => {
-                let work = Work::ReadLog { to, after, until, bytes_max, tail_for };
+            Action::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let work = Work::ReadLog {
+                    to,
+                    after,
+                    until,
+                    bytes_max,
+                    tail_for,
+                };
                 self.work(index, life, work);
             }
             Action::Read(read) => self.work(index, life, Work::Read(read)),
@@ -531,7 +617,14 @@ impl Sim {
 
     fn work(&mut self, index: usize, life: u64, work: Work) {
         let at = self.now + self.rng.between(MS / 10, 5 * MS);
-        self.schedule(at, Event::Work { node: index, life, work: Box::new(work) });
+        self.schedule(
+            at,
+            Event::Work {
+                node: index,
+                life,
+                work: Box::new(work),
+            },
+        );
     }
 
     fn start_log(&mut self, index: usize) {
@@ -542,7 +635,9 @@ impl Sim {
         };
         let node = &mut self.nodes[index];
         let life = node.life;
-        let Some(running) = &mut node.running else { return };
+        let Some(running) = &mut node.running else {
+            return;
+        };
         if !running.log_busy && !running.log_queue.is_empty() {
             running.log_busy = true;
             self.schedule(self.now + delay, Event::LogDone { node: index, life });
@@ -561,7 +656,9 @@ impl Sim {
         let delay = self.rng.between(MS, 40 * MS);
         let node = &mut self.nodes[index];
         let life = node.life;
-        let Some(running) = &mut node.running else { return };
+        let Some(running) = &mut node.running else {
+            return;
+        };
         if !running.checkpoint_busy && !running.checkpoint_queue.is_empty() {
             running.checkpoint_busy = true;
             self.schedule(self.now + delay, Event::Stored { node: index, life });
@@ -575,11 +672,17 @@ impl Sim {
     }
 
     fn send(&mut self, from: ServerId, to: ServerId, message: Message) {
-        let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else { return };
+        let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else {
+            return;
+        };
         if self.blocked[a][b] || self.rng.per_mille(self.loss_per_mille) {
             return;
         }
-        let copies = if self.rng.per_mille(self.duplicate_per_mille) { 2 } else { 1 };
+        let copies = if self.rng.per_mille(self.duplicate_per_mille) {
+            2
+        } else {
+            1
+        };
         for _ in 0..copies {
             let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
             if !message.is_datagram() {
@@ -630,7 +733,11 @@ impl Sim {
                 self.client_step(client);
                 Ok(())
             }
-            Event::Answer { client, from, reply } => {
+            Event::Answer {
+                client,
+                from,
+                reply,
+            } => {
                 let now = self.now;
                 self.clients[client].take(now, from, reply, &mut self.history);
                 self.client_step(client);
@@ -645,13 +752,19 @@ impl Sim {
     fn handle_at(&mut self, index: usize, event: Event) -> Checked<()> {
         let now = self.clock(index);
         let life_now = self.nodes[index].life;
-        let Some(running) = &mut self.nodes[index].running else { return Ok(()) };
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
         match event {
             Event::Message { from, message, .. } => {
                 running.engine.handle_message(now, from, message);
             }
-            Event::Request { client, request, .. } => {
-                running.engine.handle_request(now, ClientId(client as u64), request);
+            Event::Request {
+                client, request, ..
+            } => {
+                running
+                    .engine
+                    .handle_request(now, ClientId(client as u64), request);
             }
             Event::Timer { life, .. } if life == life_now => {
                 running.timer_at = u64::MAX;
@@ -684,16 +797,19 @@ impl Sim {
     fn do_work(&mut self, index: usize, work: Work) -> Checked<()> {
         let now = self.clock(index);
         let id = self.nodes[index].id;
-        let Some(running) = &mut self.nodes[index].running else { return Ok(()) };
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
         match work {
-            Work::ReadLog { to, after, until, bytes_max, tail_for } => {
-                match running.storage.read_log(after, until, bytes_max) {
-                    Ok(read) => running.engine.handle_log_read(now, to, tail_for, read),
-                    Err(first) => {
-                        let gone = LogRead::Gone { first };
-                        running.engine.handle_log_read(now, to, tail_for, gone);
-                    }
-                }
+            Work::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let read = running.storage.read_log(after, until, bytes_max);
+                running.engine.handle_log_read(now, to, tail_for, read);
             }
             Work::Read(read) => {
                 let result = read.run(&running.storage.chunks);
@@ -712,13 +828,15 @@ impl Sim {
     /// Stores the checkpoint or base that is next, and begins with the one behind it.
     fn store(&mut self, index: usize) -> Checked<()> {
         let now = self.clock(index);
-        let Some(running) = &mut self.nodes[index].running else { return Ok(()) };
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
         running.checkpoint_busy = false;
         let stored = match running.checkpoint_queue.pop_front() {
             Some(Work::Checkpoint(checkpoint)) => {
-                running.storage.checkpoint(&checkpoint).map(|()| {
-                    running.engine.handle_checkpoint_done(checkpoint.applied.slot);
-                })
+                let slot = checkpoint.applied.slot;
+                let stored = running.storage.checkpoint(checkpoint);
+                stored.map(|()| running.engine.handle_checkpoint_done(slot))
             }
             Some(Work::StoreBase { base, state }) => {
                 running.storage.store_base(base, &state).map(|()| {
@@ -767,7 +885,14 @@ impl Sim {
         }
         for request in requests {
             if let Some(delay) = self.client_delay() {
-                self.schedule(self.now + delay, Event::Request { client, to, request });
+                self.schedule(
+                    self.now + delay,
+                    Event::Request {
+                        client,
+                        to,
+                        request,
+                    },
+                );
             }
         }
     }
@@ -786,7 +911,9 @@ impl Sim {
                     role == Some(RoleKind::Leader { serving: true })
                 });
                 let Some(index) = leader else { continue };
-                let Some(running) = &mut self.nodes[index].running else { continue };
+                let Some(running) = &mut self.nodes[index].running else {
+                    continue;
+                };
                 if let Some(volume) = running.engine.state().volume_named(name) {
                     self.ground.volumes.push(volume.id);
                     break;
@@ -808,8 +935,21 @@ impl Sim {
     }
 
     fn create_volume(&mut self, index: usize, _now: Instant, body: RequestBody) {
-        let RequestBody::CreateVolume { name, size_bytes, chunk_bytes, uuid } = body else { return };
-        let op = pss_core::entry::Op::CreateVolume { name, size_bytes, chunk_bytes, uuid };
+        let RequestBody::CreateVolume {
+            name,
+            size_bytes,
+            chunk_bytes,
+            uuid,
+        } = body
+        else {
+            return;
+        };
+        let op = pss_core::entry::Op::CreateVolume {
+            name,
+            size_bytes,
+            chunk_bytes,
+            uuid,
+        };
         let command = pss_core::entry::Command::internal(op);
         if let Some(running) = &mut self.nodes[index].running {
             // One at a time: a second one of the same name is refused anyway.
@@ -946,7 +1086,9 @@ impl Sim {
 
     fn check_node(&mut self, index: usize) -> Checked<()> {
         let node = &mut self.nodes[index];
-        let Some(running) = &node.running else { return Ok(()) };
+        let Some(running) = &node.running else {
+            return Ok(());
+        };
         let replica = running.engine.replica();
         let id = node.id;
         let promised = replica.promised();
@@ -960,11 +1102,17 @@ impl Sim {
         let (from, until) = (node.seen_chosen, replica.chosen());
         node.seen_chosen = until;
         for slot in from.0 + 1..=until.0 {
-            let Some(entry) = replica.entry_id(Slot(slot)) else { continue };
+            let Some(entry) = replica.entry_id(Slot(slot)) else {
+                continue;
+            };
             let first = *self.chosen.entry(Slot(slot)).or_insert(entry);
             if first != entry {
                 let what = format!("server {id}: slot {slot} is {entry} and was {first}");
-                return Err(Failure { seed: self.config.seed, at: self.now, what });
+                return Err(Failure {
+                    seed: self.config.seed,
+                    at: self.now,
+                    what,
+                });
             }
         }
         Ok(())
@@ -976,7 +1124,9 @@ impl Sim {
         for index in 0..self.core {
             let now = self.clock(index);
             let node = &self.nodes[index];
-            let Some(running) = &node.running else { continue };
+            let Some(running) = &node.running else {
+                continue;
+            };
             if running.engine.replica().may_read(now) {
                 if let Some(other) = holder {
                     let id = node.id;
@@ -1024,7 +1174,10 @@ impl Sim {
         }
         self.schedule(self.now, Event::Client { client });
         self.step_until("the last reads end", |sim| sim.clients[client].is_done())?;
-        self.step_until("every server reaches the same slot again", Sim::has_converged)
+        self.step_until(
+            "every server reaches the same slot again",
+            Sim::has_converged,
+        )
     }
 
     fn check_history(&self) -> Checked<()> {
@@ -1043,7 +1196,9 @@ impl Sim {
     fn check_equal_data(&self) -> Checked<()> {
         let mut first: Option<(ServerId, Vec<u8>, Vec<Vec<u8>>)> = None;
         for node in &self.nodes {
-            let Some(running) = &node.running else { continue };
+            let Some(running) = &node.running else {
+                continue;
+            };
             let state = running.engine.state();
             let mut volumes = Vec::new();
             for volume in state.volumes() {
@@ -1077,7 +1232,9 @@ impl Node {
     }
 
     fn describe(&self) -> String {
-        let Some(running) = &self.running else { return format!("server {} is down", self.id) };
+        let Some(running) = &self.running else {
+            return format!("server {} is down", self.id);
+        };
         let replica = running.engine.replica();
         format!(
             "server {}: {:?} of {:?}, promised {}, chosen {}, applied {}, last {}, copying {:?}",
@@ -1105,7 +1262,12 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
         ..Tuning::default()
     };
     EngineConfig {
-        replica: Config { id, members, tuning, seed },
+        replica: Config {
+            id,
+            members,
+            tuning,
+            seed,
+        },
         checkpoint_bytes: 256 << 10,
         checkpoint_interval: Duration::from_secs(5),
         checkpoint_chunks: 24,

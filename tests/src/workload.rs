@@ -125,7 +125,10 @@ impl Client {
 
     /// Requests that wait for an answer, for a message about what hangs.
     pub fn hanging(&self) -> Vec<String> {
-        self.pending.values().map(|it| format!("{:?}", it.request.body)).collect()
+        self.pending
+            .values()
+            .map(|it| format!("{:?}", it.request.body))
+            .collect()
     }
 
     /// The client dies and starts again: what was under way stays open for ever.
@@ -147,7 +150,9 @@ impl Client {
         ground: &Playground,
         history: &mut History,
     ) -> Vec<Request> {
-        let Some(session) = self.session else { return self.open(now, servers, rng) };
+        let Some(session) = self.session else {
+            return self.open(now, servers, rng);
+        };
         let mut out = Vec::new();
         let mut elsewhere = false;
         for pending in self.pending.values_mut() {
@@ -176,15 +181,24 @@ impl Client {
         if self.opening.is_some() {
             self.server = ServerId(rng.below(servers) as u8);
         }
-        let nonce = self.opening.map_or_else(|| rng.next_u64() >> 2, |(nonce, _)| nonce);
+        let nonce = self
+            .opening
+            .map_or_else(|| rng.next_u64() >> 2, |(nonce, _)| nonce);
         self.opening = Some((nonce, now));
-        let body = RequestBody::OpenSession { nonce, name: format!("client {}", self.id) };
+        let body = RequestBody::OpenSession {
+            nonce,
+            name: format!("client {}", self.id),
+        };
         vec![self.request(SessionId(0), RequestNumber(0), body)]
     }
 
     fn request(&mut self, session: SessionId, number: RequestNumber, body: RequestBody) -> Request {
         self.next_tag += 1;
-        let settled = self.pending.values().map(|it| it.request.number.0).filter(|it| *it > 0);
+        let settled = self
+            .pending
+            .values()
+            .map(|it| it.request.number.0)
+            .filter(|it| *it > 0);
         let settled_below = settled.chain([self.next_number]).min().unwrap_or_default();
         Request {
             tag: self.next_tag,
@@ -211,10 +225,17 @@ impl Client {
         let body = if dice < 40 {
             let blocks = rng.between(1, 3);
             let count = blocks * 2;
-            let first = Register { volume, half: block * 2 };
+            let first = Register {
+                volume,
+                half: block * 2,
+            };
             reads = Some((first, count));
             let length_bytes = (blocks * BLOCK) as u32;
-            RequestBody::Read { volume, offset_bytes: block * BLOCK, length_bytes }
+            RequestBody::Read {
+                volume,
+                offset_bytes: block * BLOCK,
+                length_bytes,
+            }
         } else if dice < 80 {
             let blocks = rng.between(1, 3);
             let mut data = BytesMut::new();
@@ -227,7 +248,12 @@ impl Client {
             }
             let checksums = block_checksums(volume, block, &data);
             let offset_bytes = block * BLOCK;
-            RequestBody::Write { volume, offset_bytes, checksums, data: data.freeze() }
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data: data.freeze(),
+            }
         } else if dice < 92 {
             let half = block * 2 + rng.below(2);
             let value = history.fresh_value(false);
@@ -236,7 +262,12 @@ impl Client {
             writes.push(begin_write(history, Register { volume, half }, now, value));
             let checksums = vec![crc32c::crc32c(&data)];
             let offset_bytes = half * HALF_BYTES as u64;
-            RequestBody::Write { volume, offset_bytes, checksums, data: data.freeze() }
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data: data.freeze(),
+            }
         } else {
             let blocks = rng.between(1, 2);
             for half in block * 2..(block + blocks) * 2 {
@@ -255,7 +286,13 @@ impl Client {
         if number > 0 {
             self.next_number += 1;
         }
-        Pending { request, begun: now, sent: now, writes, reads }
+        Pending {
+            request,
+            begun: now,
+            sent: now,
+            writes,
+            reads,
+        }
     }
 
     /// An answer has come in.
@@ -290,7 +327,9 @@ impl Client {
             }
             _ => {}
         }
-        let Some(pending) = self.pending.remove(&reply.tag) else { return };
+        let Some(pending) = self.pending.remove(&reply.tag) else {
+            return;
+        };
         self.answered += 1;
         match (reply.body, pending.reads) {
             (Ok(ReplyBody::Data(parts)), Some((first, count))) => {
@@ -320,7 +359,10 @@ impl Client {
                     length_bytes: BLOCK as u32,
                 };
                 let request = self.request(session, RequestNumber(0), body);
-                let first = Register { volume: *volume, half: block * 2 };
+                let first = Register {
+                    volume: *volume,
+                    half: block * 2,
+                };
                 let pending = Pending {
                     request: request.clone(),
                     begun: now,
@@ -342,7 +384,11 @@ fn begin_write(
     now: Time,
     value: Value,
 ) -> (Register, usize) {
-    let operation = Operation { begun: now, answered: None, kind: Kind::Write(value) };
+    let operation = Operation {
+        begun: now,
+        answered: None,
+        kind: Kind::Write(value),
+    };
     (register, history.push(register, operation))
 }
 
@@ -370,27 +416,46 @@ fn note_read(
     let bytes: Bytes = bytes.freeze();
     if bytes.len() != count as usize * HALF_BYTES {
         let length = bytes.len();
-        history.broken.push(format!("read of {count} half blocks gave {length} bytes"));
+        history
+            .broken
+            .push(format!("read of {count} half blocks gave {length} bytes"));
         return;
     }
     let mut values = Vec::new();
     for (half, data) in bytes.chunks_exact(HALF_BYTES).enumerate() {
         let (words, _) = data.as_chunks::<8>();
         let value = Value::from_le_bytes(words[0]);
-        if words.iter().any(|word| Value::from_le_bytes(*word) != value) {
-            history.broken.push(format!("half block {half} behind {first:?} is a mixture"));
+        if words
+            .iter()
+            .any(|word| Value::from_le_bytes(*word) != value)
+        {
+            history
+                .broken
+                .push(format!("half block {half} behind {first:?} is a mixture"));
         }
         values.push(value);
-        let register = Register { half: first.half + half as u64, ..first };
+        let register = Register {
+            half: first.half + half as u64,
+            ..first
+        };
         let kind = Kind::Read(value);
-        history.push(register, Operation { begun: pending.begun, answered: Some(now), kind });
+        history.push(
+            register,
+            Operation {
+                begun: pending.begun,
+                answered: Some(now),
+                kind,
+            },
+        );
     }
     // Two writes of the whole block can never show half of each.
     for pair in values.chunks_exact(2) {
         let whole = |value: &Value| *value == 0 || history.whole.contains(value);
         if pair[0] != pair[1] && whole(&pair[0]) && whole(&pair[1]) {
             let (a, b) = (pair[0], pair[1]);
-            history.broken.push(format!("{first:?}: block shows halves of writes {a} and {b}"));
+            history.broken.push(format!(
+                "{first:?}: block shows halves of writes {a} and {b}"
+            ));
         }
     }
 }

@@ -38,7 +38,11 @@ pub(super) struct Counts {
 
 impl Counts {
     pub(super) fn new() -> Counts {
-        Counts { granules: vec![0; GRANULES], wide: 0, total: 0 }
+        Counts {
+            granules: vec![0; GRANULES],
+            wide: 0,
+            total: 0,
+        }
     }
 
     pub(super) fn add(&mut self, range: BlockRange) {
@@ -79,7 +83,11 @@ mod tests {
     use super::*;
 
     fn range(volume: u32, first: u64, blocks: u64) -> BlockRange {
-        BlockRange { volume: VolumeId(volume), first, blocks }
+        BlockRange {
+            volume: VolumeId(volume),
+            first,
+            blocks,
+        }
     }
 
     #[test]

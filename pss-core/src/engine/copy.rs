@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::chunk::ChunkError;
 use crate::engine::{Action, ChunkExport, Engine};
 use crate::paxos::message::{ChunkSummary, Message, SyncMessage};
 use crate::state::{State, Volume};
@@ -52,7 +53,10 @@ enum Stage {
     /// Asked for the list of chunks from the cursor on.
     List,
     /// Fetching the chunks of a list; `until`: where the next list begins, in this volume.
-    Chunks { missing: BTreeSet<ChunkIndex>, until: Option<ChunkIndex> },
+    Chunks {
+        missing: BTreeSet<ChunkIndex>,
+        until: Option<ChunkIndex>,
+    },
 }
 
 impl Copying {
@@ -120,13 +124,17 @@ impl Engine {
             .replica
             .peers()
             .filter(|(_, peer)| {
-                let lately = peer.heard.is_some_and(|at| now.since(at) < ANSWER_TIMEOUT * 2);
+                let lately = peer
+                    .heard
+                    .is_some_and(|at| now.since(at) < ANSWER_TIMEOUT * 2);
                 lately && !peer.progress.installing
             })
             .map(|(server, _)| server)
             .collect();
         let leader = self.replica.leader();
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         if now < copying.retry_at {
             return;
         }
@@ -147,7 +155,9 @@ impl Engine {
     /// Asks for what is needed next.
     fn ask_donor(&mut self, now: Instant) {
         let applied = self.state.applied();
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         let Some(donor) = copying.donor else { return };
         let sync = match &copying.stage {
             Stage::Base => SyncMessage::RequestBase,
@@ -155,12 +165,18 @@ impl Engine {
             Stage::List => {
                 // The next volume that still exists, from the cursor on.
                 let next = self.state.volumes().find(|it| it.id >= copying.cursor.0);
-                let Some(volume) = next else { return self.finish_copying(now) };
+                let Some(volume) = next else {
+                    return self.finish_copying(now);
+                };
                 if volume.id > copying.cursor.0 {
                     copying.cursor = (volume.id, ChunkIndex(0));
                 }
                 let (volume, from) = copying.cursor;
-                SyncMessage::RequestList { at_least: applied, volume, from }
+                SyncMessage::RequestList {
+                    at_least: applied,
+                    volume,
+                    from,
+                }
             }
             Stage::Chunks { .. } => return self.ask_chunks(now, donor),
         };
@@ -168,15 +184,25 @@ impl Engine {
         // If this is not answered, the next one is asked.
         copying.donor = None;
         copying.turn += 1;
-        self.actions.push_back(Action::Send { to: donor, message: Message::Sync(sync) });
+        self.actions.push_back(Action::Send {
+            to: donor,
+            message: Message::Sync(sync),
+        });
     }
 
     fn ask_chunks(&mut self, now: Instant, donor: ServerId) {
         let at_least = self.state.applied();
-        let Some(copying) = &mut self.copying else { return };
-        let Stage::Chunks { missing, .. } = &copying.stage else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Stage::Chunks { missing, .. } = &copying.stage else {
+            return;
+        };
         let volume = copying.cursor.0;
-        let late = copying.asked.values().any(|at| now.since(*at) >= ANSWER_TIMEOUT);
+        let late = copying
+            .asked
+            .values()
+            .any(|at| now.since(*at) >= ANSWER_TIMEOUT);
         if late {
             copying.donor = None;
             copying.turn += 1;
@@ -193,25 +219,51 @@ impl Engine {
                 continue;
             }
             copying.asked.insert((volume, chunk), now);
-            let request = SyncMessage::RequestChunk { at_least, volume, chunk };
-            self.actions.push_back(Action::Send { to: donor, message: Message::Sync(request) });
+            let request = SyncMessage::RequestChunk {
+                at_least,
+                volume,
+                chunk,
+            };
+            self.actions.push_back(Action::Send {
+                to: donor,
+                message: Message::Sync(request),
+            });
         }
     }
 
     pub(super) fn on_sync(&mut self, now: Instant, from: ServerId, message: SyncMessage) {
         match message {
             SyncMessage::RequestBase => self.give_base(from),
-            SyncMessage::RequestList { at_least, volume, from: first } => {
+            SyncMessage::RequestList {
+                at_least,
+                volume,
+                from: first,
+            } => {
                 self.give_list(from, at_least, volume, first);
             }
-            SyncMessage::RequestChunk { at_least, volume, chunk } => {
+            SyncMessage::RequestChunk {
+                at_least,
+                volume,
+                chunk,
+            } => {
                 self.give_chunk(from, at_least, volume, chunk);
             }
             SyncMessage::Base { base, state } => self.take_base(now, from, base, state),
-            SyncMessage::List { as_of, volume, from: first, until, chunks } => {
+            SyncMessage::List {
+                as_of,
+                volume,
+                from: first,
+                until,
+                chunks,
+            } => {
                 self.take_list(now, from, as_of, (volume, first), until, &chunks);
             }
-            SyncMessage::Chunk { as_of, volume, chunk, image } => {
+            SyncMessage::Chunk {
+                as_of,
+                volume,
+                chunk,
+                image,
+            } => {
                 self.take_chunk(now, from, as_of, (volume, chunk), &image);
             }
             SyncMessage::Refused => {
@@ -258,29 +310,51 @@ impl Engine {
     }
 
     fn give_list(&mut self, to: ServerId, at_least: Slot, volume: VolumeId, from: ChunkIndex) {
-        let Some(volume) = self.volume_to_give(at_least, volume) else { return self.refuse(to) };
+        let Some(volume) = self.volume_to_give(at_least, volume) else {
+            return self.refuse(to);
+        };
         let Ok((chunks, until)) = self.chunks.list(&volume, from, LIST_MAX) else {
             return self.refuse(to);
         };
         let as_of = self.state.applied();
-        let list = SyncMessage::List { as_of, volume: volume.id, from, until, chunks };
-        self.actions.push_back(Action::Send { to, message: Message::Sync(list) });
+        let list = SyncMessage::List {
+            as_of,
+            volume: volume.id,
+            from,
+            until,
+            chunks,
+        };
+        self.actions.push_back(Action::Send {
+            to,
+            message: Message::Sync(list),
+        });
     }
 
     fn give_chunk(&mut self, to: ServerId, at_least: Slot, volume: VolumeId, chunk: ChunkIndex) {
-        let Some(volume) = self.volume_to_give(at_least, volume) else { return self.refuse(to) };
+        let Some(volume) = self.volume_to_give(at_least, volume) else {
+            return self.refuse(to);
+        };
         let as_of = self.state.applied();
-        self.actions.push_back(Action::Export(ChunkExport { to, volume, chunk, as_of }));
+        self.actions.push_back(Action::Export(ChunkExport {
+            to,
+            volume,
+            chunk,
+            as_of,
+        }));
     }
 
     fn take_base(&mut self, now: Instant, from: ServerId, base: EntryId, state: Bytes) {
         let last = self.replica.last().slot;
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         if !matches!(copying.stage, Stage::Base) {
             return;
         }
         let decoded = State::decode(&state);
-        let Ok(decoded) = decoded else { return self.refuse_answer(now) };
+        let Ok(decoded) = decoded else {
+            return self.refuse_answer(now);
+        };
         if decoded.applied() != base.slot {
             return self.refuse_answer(now);
         }
@@ -293,9 +367,14 @@ impl Engine {
             // It would be stored over the base.
             return self.refuse_answer(now);
         }
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         copying.donor = Some(from);
-        copying.stage = Stage::Storing { base, state: Box::new(decoded) };
+        copying.stage = Stage::Storing {
+            base,
+            state: Box::new(decoded),
+        };
         self.actions.push_back(Action::StoreBase { base, state });
     }
 
@@ -308,7 +387,9 @@ impl Engine {
 
     /// The base that [`Action::StoreBase`] named is durable.
     pub fn handle_base_stored(&mut self, now: Instant) {
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         let Stage::Storing { base, state } = std::mem::replace(&mut copying.stage, Stage::List)
         else {
             return;
@@ -359,11 +440,15 @@ impl Engine {
         chunks: &[ChunkSummary],
     ) {
         let applied = self.state.applied();
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         if !matches!(copying.stage, Stage::List) || start != copying.cursor {
             return;
         }
-        let Some(volume) = self.volumes.get(&start.0).cloned() else { return };
+        let Some(volume) = self.volumes.get(&start.0).cloned() else {
+            return;
+        };
         // An older list could miss what entries that we skipped have made.
         let ordered = chunks.windows(2).all(|pair| pair[0].chunk < pair[1].chunk);
         if as_of < applied || !ordered || until.is_some_and(|until| until <= start.1) {
@@ -372,13 +457,18 @@ impl Engine {
         copying.donor = Some(from);
         copying.chunks_known += chunks.len() as u64;
         let inside = |chunk: ChunkIndex| until.is_none_or(|until| chunk < until);
-        let listed: BTreeMap<ChunkIndex, &ChunkSummary> =
-            chunks.iter().filter(|it| inside(it.chunk)).map(|it| (it.chunk, it)).collect();
+        let listed: BTreeMap<ChunkIndex, &ChunkSummary> = chunks
+            .iter()
+            .filter(|it| inside(it.chunk))
+            .map(|it| (it.chunk, it))
+            .collect();
         // What we have and the donor has not is gone; what is equal need not be copied.
         let mut missing: BTreeSet<ChunkIndex> = listed.keys().copied().collect();
         let mut at = start.1;
         loop {
-            let Ok((own, next)) = self.chunks.list(&volume, at, LIST_MAX) else { break };
+            let Ok((own, next)) = self.chunks.list(&volume, at, LIST_MAX) else {
+                break;
+            };
             for summary in own.iter().filter(|summary| inside(summary.chunk)) {
                 match listed.get(&summary.chunk) {
                     Some(theirs) if *theirs == summary => {
@@ -415,20 +505,26 @@ impl Engine {
         image: &Bytes,
     ) {
         let applied = self.state.applied();
-        let Some(copying) = &mut self.copying else { return };
-        let Stage::Chunks { missing, .. } = &mut copying.stage else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Stage::Chunks { missing, .. } = &mut copying.stage else {
+            return;
+        };
         if name.0 != copying.cursor.0 || !missing.contains(&name.1) {
             return;
         }
         copying.asked.remove(&name);
-        let Some(volume) = self.volumes.get(&name.0).cloned() else { return };
+        let Some(volume) = self.volumes.get(&name.0).cloned() else {
+            return;
+        };
         if as_of < applied {
             copying.retry_at = now;
             return self.copy_timeout(now);
         }
         match self.chunks.import(&volume, name.1, image) {
             Ok(()) => {}
-            Err(error) if error.is_bad_image() => {
+            Err(ChunkError::BadImage(_)) => {
                 // Damaged on the way or at the donor: ask another one.
                 copying.donor = None;
                 copying.turn += 1;
@@ -449,7 +545,9 @@ impl Engine {
 
     /// Goes on with the next chunks, the next list, or the end.
     fn after_chunk(&mut self, now: Instant) {
-        let Some(copying) = &mut self.copying else { return };
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
         let gone = !self.volumes.contains_key(&copying.cursor.0);
         if let Stage::Chunks { missing, until } = &copying.stage
             && (missing.is_empty() || gone)

@@ -57,7 +57,11 @@ impl Span {
     fn blocks(&self) -> BlockRange {
         let first = self.offset_bytes / BLOCK;
         let end = (self.offset_bytes + self.length_bytes).div_ceil(BLOCK);
-        BlockRange { volume: self.volume, first, blocks: end - first }
+        BlockRange {
+            volume: self.volume,
+            first,
+            blocks: end - first,
+        }
     }
 
     fn is_aligned(&self) -> bool {
@@ -92,9 +96,9 @@ impl Engine {
         }
         match &request.body {
             RequestBody::KeepAlive => self.reply(client, request.tag, Ok(ReplyBody::Done)),
-            RequestBody::Read { .. }
-            | RequestBody::Extents { .. }
-            | RequestBody::ListVolumes => self.read_request(now, client, request),
+            RequestBody::Read { .. } | RequestBody::Extents { .. } | RequestBody::ListVolumes => {
+                self.read_request(now, client, request)
+            }
             _ => self.change_request(client, request),
         }
     }
@@ -118,7 +122,11 @@ impl Engine {
         }
         let holds = self.replica.may_read(now);
         for (client, reply) in std::mem::take(&mut self.reads_done) {
-            let body = if holds { reply.body } else { Err(ReplyError::NotLeader { leader: None }) };
+            let body = if holds {
+                reply.body
+            } else {
+                Err(ReplyError::NotLeader { leader: None })
+            };
             self.reply(client, reply.tag, body);
         }
     }
@@ -140,7 +148,11 @@ impl Engine {
             let body = match result {
                 Ok(parts) => {
                     let skip = (read.offset_bytes % BLOCK) as usize;
-                    Ok(ReplyBody::Data(cut_parts(parts, skip, read.length_bytes as usize)))
+                    Ok(ReplyBody::Data(cut_parts(
+                        parts,
+                        skip,
+                        read.length_bytes as usize,
+                    )))
                 }
                 Err(_) => Err(ReplyError::Io),
             };
@@ -151,13 +163,9 @@ impl Engine {
         }
     }
 
-    fn read_done(
-        &mut self,
-        client: ClientId,
-        tag: u64,
-        body: Result<ReplyBody, ReplyError>,
-    ) {
-        self.reads_done.push((client, crate::wire::client::Reply { tag, body }));
+    fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
+        self.reads_done
+            .push((client, crate::wire::client::Reply { tag, body }));
     }
 
     fn read_request(&mut self, now: Instant, client: ClientId, request: Request) {
@@ -169,10 +177,18 @@ impl Engine {
             return self.reads_waiting.push_back((client, request));
         }
         match request.body {
-            RequestBody::Read { volume, offset_bytes, length_bytes } => {
+            RequestBody::Read {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
                 self.read(client, request.tag, volume, offset_bytes, length_bytes);
             }
-            RequestBody::Extents { volume, offset_bytes, length_bytes } => {
+            RequestBody::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
                 let body = self.extents(volume, offset_bytes, length_bytes);
                 self.read_done(client, request.tag, body);
             }
@@ -200,7 +216,11 @@ impl Engine {
         offset_bytes: u64,
         length_bytes: u32,
     ) {
-        let span = Span { volume, offset_bytes, length_bytes: u64::from(length_bytes) };
+        let span = Span {
+            volume,
+            offset_bytes,
+            length_bytes: u64::from(length_bytes),
+        };
         let volume = match self.check_span(&span) {
             Ok(volume) => volume,
             Err(error) => return self.read_done(client, tag, Err(error)),
@@ -210,11 +230,20 @@ impl Engine {
             Ok(parts) if span.is_aligned() => Ok(ReplyBody::Data(parts)),
             Ok(parts) => {
                 let skip = (offset_bytes % BLOCK) as usize;
-                Ok(ReplyBody::Data(cut_parts(parts, skip, length_bytes as usize)))
+                Ok(ReplyBody::Data(cut_parts(
+                    parts,
+                    skip,
+                    length_bytes as usize,
+                )))
             }
             Err(ReadError::WouldBlock) => {
                 let ticket = self.next_ticket();
-                let read = PendingRead { client, tag, offset_bytes, length_bytes };
+                let read = PendingRead {
+                    client,
+                    tag,
+                    offset_bytes,
+                    length_bytes,
+                };
                 self.slow_reads.insert(ticket, read);
                 return self.start_read(ticket, volume, range);
             }
@@ -229,8 +258,12 @@ impl Engine {
     }
 
     fn start_read(&mut self, ticket: u64, volume: Arc<Volume>, range: BlockRange) {
-        let read =
-            BlockRead { ticket, volume, first_block: range.first, blocks: range.blocks };
+        let read = BlockRead {
+            ticket,
+            volume,
+            first_block: range.first,
+            blocks: range.blocks,
+        };
         self.actions.push_back(Action::Read(read));
     }
 
@@ -256,14 +289,26 @@ impl Engine {
         offset_bytes: u64,
         length_bytes: u64,
     ) -> Result<ReplyBody, ReplyError> {
-        let span = Span { volume, offset_bytes, length_bytes: length_bytes.min(1) };
+        let span = Span {
+            volume,
+            offset_bytes,
+            length_bytes: length_bytes.min(1),
+        };
         let volume = self.check_span(&span)?;
-        if offset_bytes.checked_add(length_bytes).is_none_or(|end| end > volume.size_bytes) {
+        if offset_bytes
+            .checked_add(length_bytes)
+            .is_none_or(|end| end > volume.size_bytes)
+        {
             return Err(ReplyError::Refused(Refusal::OutOfRange));
         }
-        let range = Span { length_bytes, ..span }.blocks();
-        let extents =
-            self.chunks.extents(&volume, range.first, range.blocks, EXTENTS_MAX);
+        let range = Span {
+            length_bytes,
+            ..span
+        }
+        .blocks();
+        let extents = self
+            .chunks
+            .extents(&volume, range.first, range.blocks, EXTENTS_MAX);
         let mut extents = extents.map_err(|_| ReplyError::Io)?;
         // From whole blocks to the bytes that were asked about.
         if let Some(first) = extents.first_mut() {
@@ -280,7 +325,7 @@ impl Engine {
         let sessions: Vec<_> = self.state.sessions().collect();
         let status = |volume: &Volume| VolumeStatus {
             volume: volume.clone(),
-            allocated_bytes: self.chunks.allocated_bytes(volume),
+            allocated_bytes: self.chunks.allocated_bytes(volume.id),
             attached_by: sessions
                 .iter()
                 .filter(|session| session.volumes.contains(&volume.id))
@@ -305,7 +350,11 @@ impl Engine {
             return;
         }
         if let Some(answer) = self.state.remembered(key.0, key.1) {
-            let waiting = Waiting { client, tag: request.tag, range: None };
+            let waiting = Waiting {
+                client,
+                tag: request.tag,
+                range: None,
+            };
             self.waiting.insert(key, waiting);
             return self.answer_command(key, answer);
         }
@@ -318,7 +367,12 @@ impl Engine {
                     if merges {
                         self.held.add(range);
                     }
-                    self.deferred.push_back(Deferred { client, request, range, merges });
+                    self.deferred.push_back(Deferred {
+                        client,
+                        request,
+                        range,
+                        merges,
+                    });
                 } else {
                     self.propose_write(client, request, range, None);
                 }
@@ -334,9 +388,18 @@ impl Engine {
             RequestBody::OpenSession { .. } => return Ok(None),
             RequestBody::EndSession if request.session != SessionId(0) => return Ok(None),
             _ if !named => return Err(ReplyError::Invalid),
-            RequestBody::Write { volume, offset_bytes, checksums, data } => {
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data,
+            } => {
                 let length_bytes = data.len() as u64;
-                let span = Span { volume: *volume, offset_bytes: *offset_bytes, length_bytes };
+                let span = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes,
+                };
                 self.check_span(&span)?;
                 let intact = if span.is_aligned() {
                     *checksums == block_checksums(*volume, offset_bytes / BLOCK, data)
@@ -349,20 +412,45 @@ impl Engine {
                 let merges = !span.is_aligned();
                 (span, merges)
             }
-            RequestBody::CompareAndWrite { volume, offset_bytes, checksum, data } => {
+            RequestBody::CompareAndWrite {
+                volume,
+                offset_bytes,
+                checksum,
+                data,
+            } => {
                 let length_bytes = data.len() as u64 / 2;
-                let span = Span { volume: *volume, offset_bytes: *offset_bytes, length_bytes };
+                let span = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes,
+                };
                 self.check_span(&span)?;
                 if data.len() % 2 != 0 || *checksum != crc32c::crc32c(data) {
                     return Err(ReplyError::Invalid);
                 }
                 (span, true)
             }
-            RequestBody::Zero { volume, offset_bytes, length_bytes, allocate, .. } => {
-                let known = Span { volume: *volume, offset_bytes: *offset_bytes, length_bytes: 1 };
+            RequestBody::Zero {
+                volume,
+                offset_bytes,
+                length_bytes,
+                allocate,
+                ..
+            } => {
+                let known = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes: 1,
+                };
                 let size = self.check_span(&known)?.size_bytes;
-                let span = Span { length_bytes: *length_bytes, ..known };
-                if offset_bytes.checked_add(*length_bytes).is_none_or(|end| end > size) {
+                let span = Span {
+                    length_bytes: *length_bytes,
+                    ..known
+                };
+                if offset_bytes
+                    .checked_add(*length_bytes)
+                    .is_none_or(|end| end > size)
+                {
                     return Err(ReplyError::Refused(Refusal::OutOfRange));
                 }
                 if *allocate && *length_bytes > REQUEST_BYTES_MAX as u64 || *length_bytes == 0 {
@@ -372,7 +460,13 @@ impl Engine {
             }
             _ => return Ok(None),
         };
-        let needs_space = !matches!(request.body, RequestBody::Zero { allocate: false, .. });
+        let needs_space = !matches!(
+            request.body,
+            RequestBody::Zero {
+                allocate: false,
+                ..
+            }
+        );
         if needs_space && self.replica.free_bytes_of_majority() == 0 {
             return Err(ReplyError::NoSpace);
         }
@@ -383,13 +477,29 @@ impl Engine {
     fn propose_control(&mut self, client: ClientId, key: CommandKey, request: Request) {
         let op = match request.body {
             RequestBody::OpenSession { nonce, name } => Op::OpenSession { nonce, name },
-            RequestBody::EndSession => Op::EndSessions { sessions: vec![request.session] },
-            RequestBody::CreateVolume { name, size_bytes, chunk_bytes, uuid } => {
-                Op::CreateVolume { name, size_bytes, chunk_bytes, uuid }
-            }
-            RequestBody::ResizeVolume { volume, size_bytes, allow_shrink } => {
-                Op::ResizeVolume { volume, size_bytes, allow_shrink }
-            }
+            RequestBody::EndSession => Op::EndSessions {
+                sessions: vec![request.session],
+            },
+            RequestBody::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            } => Op::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            },
+            RequestBody::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            } => Op::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            },
             RequestBody::DeleteVolume { volume } => Op::DeleteVolume { volume },
             RequestBody::Attach { volume } => Op::Attach { volume },
             RequestBody::Detach { volume } => Op::Detach { volume },
@@ -419,20 +529,39 @@ impl Engine {
                 checksums: block_checksums(range.volume, range.first, &payload),
                 payload,
             },
-            (RequestBody::Write { checksums, data, .. }, None) => Op::Write {
+            (
+                RequestBody::Write {
+                    checksums, data, ..
+                },
+                None,
+            ) => Op::Write {
                 volume: range.volume,
                 first_block: range.first,
                 checksums,
                 payload: data,
             },
-            (RequestBody::Zero { volume, offset_bytes, length_bytes, allocate, .. }, None) => {
+            (
+                RequestBody::Zero {
+                    volume,
+                    offset_bytes,
+                    length_bytes,
+                    allocate,
+                    ..
+                },
+                None,
+            ) => {
                 // Whole blocks only: clients write the rest as zeros.
                 let first = offset_bytes.div_ceil(BLOCK);
                 let end = self.zero_end(volume, offset_bytes + length_bytes);
                 if end <= first {
                     return self.reply(client, request.tag, Ok(ReplyBody::Done));
                 }
-                Op::Zero { volume, first_block: first, blocks: end - first, allocate }
+                Op::Zero {
+                    volume,
+                    first_block: first,
+                    blocks: end - first,
+                    allocate,
+                }
             }
             _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
         };
@@ -484,7 +613,10 @@ impl Engine {
             let range = deferred.range;
             let busy = before.touches(range)
                 || self.in_flight.touches(range) && deferred.merges
-                || self.merging.values().any(|merge| overlap(merge.range, range));
+                || self
+                    .merging
+                    .values()
+                    .any(|merge| overlap(merge.range, range));
             if busy {
                 before.add(range);
                 self.deferred.push_back(deferred);
@@ -503,8 +635,17 @@ impl Engine {
     }
 
     fn start_merge(&mut self, deferred: Deferred) -> bool {
-        let Deferred { client, request, range, .. } = deferred;
-        let merge = Merge { client, request, range };
+        let Deferred {
+            client,
+            request,
+            range,
+            ..
+        } = deferred;
+        let merge = Merge {
+            client,
+            request,
+            range,
+        };
         let Some(volume) = self.volumes.get(&range.volume).map(Arc::clone) else {
             self.held.remove(range);
             let gone = ReplyError::Refused(Refusal::NoSuchVolume);
@@ -527,15 +668,23 @@ impl Engine {
 
     /// The blocks that a request changes in part have been read; no other write of them is under way.
     fn finish_merge(&mut self, merge: Merge, result: Result<Vec<ReadPart>, ReadError>) {
-        let Merge { client, request, range } = merge;
+        let Merge {
+            client,
+            request,
+            range,
+        } = merge;
         self.held.remove(range);
         let Ok(parts) = result else {
             return self.reply(client, request.tag, Err(ReplyError::Io));
         };
         let mut blocks = join_parts(&parts, (range.blocks * BLOCK) as usize);
         let (offset_bytes, expected, data) = match &request.body {
-            RequestBody::Write { offset_bytes, data, .. } => (*offset_bytes, None, data.clone()),
-            RequestBody::CompareAndWrite { offset_bytes, data, .. } => {
+            RequestBody::Write {
+                offset_bytes, data, ..
+            } => (*offset_bytes, None, data.clone()),
+            RequestBody::CompareAndWrite {
+                offset_bytes, data, ..
+            } => {
                 let mut expected = data.clone();
                 let write = expected.split_off(data.len() / 2);
                 (*offset_bytes, Some(expected), write)
@@ -545,7 +694,10 @@ impl Engine {
         let skip = (offset_bytes % BLOCK) as usize;
         let target = &mut blocks[skip..skip + data.len()];
         if let Some(expected) = expected
-            && let Some(at) = target.iter().zip(&expected).position(|(have, want)| have != want)
+            && let Some(at) = target
+                .iter()
+                .zip(&expected)
+                .position(|(have, want)| have != want)
         {
             let differs = Err(ReplyError::Miscompare(at as u64));
             return self.read_done(client, request.tag, differs);
@@ -557,12 +709,32 @@ impl Engine {
     /// We do not lead any more: everyone who waits must ask the next leader.
     pub(super) fn send_everyone_away(&mut self) {
         let mut away: Vec<(ClientId, u64)> = Vec::new();
-        away.extend(self.waiting.drain().map(|(_, waiting)| (waiting.client, waiting.tag)));
-        away.extend(self.deferred.drain(..).map(|it| (it.client, it.request.tag)));
-        away.extend(self.merging.drain().map(|(_, it)| (it.client, it.request.tag)));
+        away.extend(
+            self.waiting
+                .drain()
+                .map(|(_, waiting)| (waiting.client, waiting.tag)),
+        );
+        away.extend(
+            self.deferred
+                .drain(..)
+                .map(|it| (it.client, it.request.tag)),
+        );
+        away.extend(
+            self.merging
+                .drain()
+                .map(|(_, it)| (it.client, it.request.tag)),
+        );
         away.extend(self.slow_reads.drain().map(|(_, it)| (it.client, it.tag)));
-        away.extend(self.reads_waiting.drain(..).map(|(client, it)| (client, it.tag)));
-        away.extend(self.reads_done.drain(..).map(|(client, it)| (client, it.tag)));
+        away.extend(
+            self.reads_waiting
+                .drain(..)
+                .map(|(client, it)| (client, it.tag)),
+        );
+        away.extend(
+            self.reads_done
+                .drain(..)
+                .map(|(client, it)| (client, it.tag)),
+        );
         // In a fixed order, so that simulations repeat.
         away.sort_unstable();
         self.in_flight.clear();
@@ -609,7 +781,9 @@ impl Engine {
         };
         let peer = |(server, view): (ServerId, crate::paxos::PeerView)| PeerStatus {
             server,
-            alive: view.heard.is_some_and(|at| now.since(at).as_millis() < 3000),
+            alive: view
+                .heard
+                .is_some_and(|at| now.since(at).as_millis() < 3000),
             applied: view.progress.applied.0,
             durable: replica.durable_at(server).unwrap_or_default().0,
             copying: view.progress.installing,
@@ -682,9 +856,18 @@ mod tests {
 
     #[test]
     fn parts_are_cut_to_the_bytes() {
-        let parts = vec![ReadPart::Hole(4096), ReadPart::Data(Bytes::from(vec![7; 4096]))];
+        let parts = vec![
+            ReadPart::Hole(4096),
+            ReadPart::Data(Bytes::from(vec![7; 4096])),
+        ];
         let cut = cut_parts(parts, 4000, 200);
-        assert_eq!(cut, [ReadPart::Hole(96), ReadPart::Data(Bytes::from(vec![7; 104]))]);
+        assert_eq!(
+            cut,
+            [
+                ReadPart::Hole(96),
+                ReadPart::Data(Bytes::from(vec![7; 104]))
+            ]
+        );
     }
 
     #[test]
