@@ -1,5 +1,7 @@
 //! Real servers on real sockets and files: elections, restarts, catching up, bad input, failing disks.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod support;
 
 use std::io::{Read, Write};
