@@ -2,11 +2,15 @@
 //!
 //! Pure, without IO, clock, threads or randomness: [`paxos`], [`state`], [`entry`], [`volume::map`] and
 //! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
-//! tokio: `client` only.
+//! tokio: `client` only. What people write: [`servers`] (server.conf), [`key`] (the cell key), [`size`].
 
+pub mod client;
 pub mod disk;
 pub mod entry;
+pub mod key;
 pub mod paxos;
+pub mod servers;
+pub mod size;
 pub mod state;
 pub mod time;
 pub mod types;
