@@ -1,1 +1,10 @@
 //! Test harness of PSS.
+
+pub mod binaries;
+pub mod checker;
+pub mod disk;
+pub mod programs;
+pub mod rng;
+pub mod sim;
+mod sim_storage;
+pub mod workload;
