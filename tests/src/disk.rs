@@ -2,7 +2,8 @@
 //! same seed.
 //!
 //! On a power cut every page that was not synced is kept, lost, or torn by sectors of 512 bytes, each by
-//! itself; so are names that were not made durable by `sync_dir`.
+//! itself. Of the changes of names that were not made durable by `sync_dir`, the first few are kept: a
+//! rename is done or not, and never half.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, IoSlice};
@@ -111,11 +112,64 @@ fn torn(new: Option<&Page>, old: Option<&Page>, rng: &mut Rng) -> Option<Page> {
     Some(Arc::new(page))
 }
 
+/// A change of names.
+#[derive(Clone)]
+enum NameChange {
+    Create(String, u64),
+    Remove(String),
+    RemoveAll(String),
+    Rename(String, String),
+}
+
+impl NameChange {
+    fn touches(&self, directory: &str) -> bool {
+        match self {
+            NameChange::Create(path, _)
+            | NameChange::Remove(path)
+            | NameChange::RemoveAll(path) => parent(path) == directory,
+            NameChange::Rename(from, to) => parent(from) == directory || parent(to) == directory,
+        }
+    }
+
+    fn apply(&self, names: &mut BTreeMap<String, u64>) {
+        match self {
+            NameChange::Create(path, id) => {
+                names.insert(path.clone(), *id);
+            }
+            NameChange::Remove(path) => {
+                names.remove(path);
+            }
+            NameChange::RemoveAll(path) => {
+                let inside = format!("{path}/");
+                names.retain(|it, _| !it.starts_with(&inside));
+            }
+            NameChange::Rename(from, to) => {
+                if let Some(id) = names.remove(from) {
+                    names.insert(to.clone(), id);
+                }
+                let inside = format!("{from}/");
+                let moved: Vec<String> = names
+                    .keys()
+                    .filter(|it| it.starts_with(&inside))
+                    .cloned()
+                    .collect();
+                for path in moved {
+                    if let Some(id) = names.remove(&path) {
+                        names.insert(format!("{to}/{}", &path[inside.len()..]), id);
+                    }
+                }
+            }
+        }
+    }
+}
+
 struct Inner {
     rng: Rng,
     zero: Page,
     names: BTreeMap<String, u64>,
     durable_names: BTreeMap<String, u64>,
+    /// Changes that are in `names` and not in `durable_names`.
+    pending: Vec<NameChange>,
     directories: BTreeSet<String>,
     files: BTreeMap<u64, FileData>,
     next_file: u64,
@@ -142,6 +196,7 @@ impl SimDisk {
             zero: Arc::new([0; PAGE]),
             names: BTreeMap::new(),
             durable_names: BTreeMap::new(),
+            pending: Vec::new(),
             directories: BTreeSet::new(),
             files: BTreeMap::new(),
             next_file: 1,
@@ -182,26 +237,12 @@ impl SimDisk {
         for file in inner.files.values_mut() {
             file.cut(&mut inner.rng);
         }
-        let paths: BTreeSet<String> = inner
-            .names
-            .keys()
-            .chain(inner.durable_names.keys())
-            .cloned()
-            .collect();
-        let mut names = BTreeMap::new();
-        for path in paths {
-            let (new, old) = (inner.names.get(&path), inner.durable_names.get(&path));
-            let kept = if new == old || inner.rng.per_mille(500) {
-                new
-            } else {
-                old
-            };
-            if let Some(file) = kept {
-                names.insert(path, *file);
-            }
+        let pending = std::mem::take(&mut inner.pending);
+        let kept = inner.rng.below(pending.len() as u64 + 1) as usize;
+        for change in &pending[..kept] {
+            change.apply(&mut inner.durable_names);
         }
-        inner.durable_names.clone_from(&names);
-        inner.names = names;
+        inner.names = inner.durable_names.clone();
     }
 
     /// The next sync, or write that is durable when it returns, fails.
@@ -258,6 +299,7 @@ impl SimDisk {
             zero: Arc::clone(&inner.zero),
             names: inner.names.clone(),
             durable_names: inner.durable_names.clone(),
+            pending: inner.pending.clone(),
             directories: inner.directories.clone(),
             files: inner.files.clone(),
             ..*inner
@@ -280,6 +322,11 @@ enum Go {
 }
 
 impl Inner {
+    fn rename_durably_later(&mut self, change: NameChange) {
+        change.apply(&mut self.names);
+        self.pending.push(change);
+    }
+
     fn begin(&mut self) -> io::Result<Go> {
         if self.frozen {
             return Err(power_failed());
@@ -337,7 +384,7 @@ impl Disk for SimDisk {
                 }
                 let id = inner.next_file;
                 inner.next_file += 1;
-                inner.names.insert(path.to_owned(), id);
+                inner.rename_durably_later(NameChange::Create(path.to_owned(), id));
                 inner.files.insert(id, FileData::default());
                 id
             }
@@ -404,26 +451,15 @@ impl Disk for SimDisk {
         if inner.begin()? == Go::Part && inner.rng.per_mille(500) {
             return Err(power_failed());
         }
-        if let Some(id) = inner.names.remove(from) {
-            inner.names.insert(to.to_owned(), id);
-        } else {
-            let prefix = format!("{from}/");
-            let inside: Vec<String> = inner
-                .names
-                .keys()
-                .filter(|it| it.starts_with(&prefix))
-                .cloned()
-                .collect();
-            if inside.is_empty() && !inner.directories.contains(from) {
-                return Err(ErrorKind::NotFound.into());
-            }
-            for path in inside {
-                if let Some(id) = inner.names.remove(&path) {
-                    inner
-                        .names
-                        .insert(format!("{to}/{}", &path[prefix.len()..]), id);
-                }
-            }
+        let prefix = format!("{from}/");
+        let is_file = inner.names.contains_key(from);
+        let is_directory = inner.directories.contains(from)
+            || inner.names.keys().any(|it| it.starts_with(&prefix));
+        if !is_file && !is_directory {
+            return Err(ErrorKind::NotFound.into());
+        }
+        inner.rename_durably_later(NameChange::Rename(from.to_owned(), to.to_owned()));
+        if !is_file {
             let moved: Vec<String> = inner
                 .directories
                 .iter()
@@ -449,11 +485,11 @@ impl Disk for SimDisk {
         if inner.begin()? == Go::Part {
             return Err(power_failed());
         }
-        inner
-            .names
-            .remove(path)
-            .map(|_| ())
-            .ok_or_else(|| ErrorKind::NotFound.into())
+        if !inner.names.contains_key(path) {
+            return Err(ErrorKind::NotFound.into());
+        }
+        inner.rename_durably_later(NameChange::Remove(path.to_owned()));
+        Ok(())
     }
 
     fn remove_dir_all(&self, path: &str) -> io::Result<()> {
@@ -462,7 +498,7 @@ impl Disk for SimDisk {
             return Err(power_failed());
         }
         let prefix = format!("{path}/");
-        inner.names.retain(|it, _| !it.starts_with(&prefix));
+        inner.rename_durably_later(NameChange::RemoveAll(path.to_owned()));
         inner
             .directories
             .retain(|it| it != path && !it.starts_with(&prefix));
@@ -475,20 +511,15 @@ impl Disk for SimDisk {
             return Err(power_failed());
         }
         inner.syncs_fail()?;
-        let here = |it: &String| parent(it) == path || (path == "." && parent(it).is_empty());
-        // A renamed directory takes what is below it along.
-        let below = format!("{path}/");
-        inner.durable_names.retain(|it, id| {
-            let moved = it.starts_with(&below) && inner.names.get(it) != Some(id);
-            !(here(it) || moved)
-        });
-        let now: Vec<(String, u64)> = inner
-            .names
-            .iter()
-            .filter(|(it, _)| here(it))
-            .map(|(it, id)| (it.clone(), *id))
-            .collect();
-        inner.durable_names.extend(now);
+        let path = if path == "." { "" } else { path };
+        let pending = std::mem::take(&mut inner.pending);
+        for change in pending {
+            if change.touches(path) {
+                change.apply(&mut inner.durable_names);
+            } else {
+                inner.pending.push(change);
+            }
+        }
         Ok(())
     }
 
@@ -502,6 +533,7 @@ impl Disk for SimDisk {
             file.sync();
         }
         inner.durable_names.clone_from(&inner.names);
+        inner.pending.clear();
         Ok(())
     }
 

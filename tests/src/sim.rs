@@ -239,7 +239,6 @@ pub struct Sim {
     clients: Vec<Client>,
     ground: Playground,
     history: History,
-    setup: VecDeque<Request>,
     /// Values that are chosen.
     chosen: BTreeMap<Slot, EntryId>,
     /// Blocked directions of the network.
@@ -308,7 +307,6 @@ impl Sim {
                 blocks,
             },
             history: History::default(),
-            setup: VecDeque::new(),
             chosen: BTreeMap::new(),
             blocked: vec![vec![false; count]; count],
             loss_per_mille: 0,
@@ -558,6 +556,7 @@ impl Sim {
         match action {
             Action::Send { to, message } => self.send(id, to, message),
             Action::Persist { write, what } => {
+                self.trace(|| format!("server {id} persists {}", summary(&what)));
                 let Some(running) = &mut self.nodes[index].running else {
                     return;
                 };
@@ -924,8 +923,7 @@ impl Sim {
                     chunk_bytes: CHUNK_BYTES_MIN,
                     uuid: [7; 16],
                 };
-                let now = self.clock(index);
-                self.create_volume(index, now, body);
+                self.create_volume(index, body);
                 self.after(index)?;
             }
         }
@@ -934,7 +932,7 @@ impl Sim {
         Ok(())
     }
 
-    fn create_volume(&mut self, index: usize, _now: Instant, body: RequestBody) {
+    fn create_volume(&mut self, index: usize, body: RequestBody) {
         let RequestBody::CreateVolume {
             name,
             size_bytes,
@@ -963,7 +961,7 @@ impl Sim {
         if !self.faults {
             return Ok(());
         }
-        let next = self.now + self.rng.between(20 * MS, 1500 * MS);
+        let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
         match self.rng.below(14) {
@@ -1091,8 +1089,8 @@ impl Sim {
         };
         let replica = running.engine.replica();
         let id = node.id;
-        let promised = replica.promised();
-        if promised < node.promised {
+        let promised = replica.promised_durable();
+        if promised < node.promised || replica.promised() < promised {
             return self.fail(format!("server {id}: the promise went back"));
         }
         node.promised = promised;
@@ -1186,6 +1184,9 @@ impl Sim {
         }
         for (register, operations) in &self.history.operations {
             if let Err(operation) = checker::check(operations) {
+                for operation in operations {
+                    self.trace(|| format!("{operation:?}"));
+                }
                 return self.fail(format!("{register:?} is not linearizable: {operation:?}"));
             }
         }
@@ -1216,6 +1217,14 @@ impl Sim {
                         return self.fail(format!("servers {other} and {id} hold other states"));
                     }
                     if *bytes != volumes {
+                        for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
+                            let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
+                            for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
+                                let value = |it: &[u8]| u64::from_le_bytes([it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7]]);
+                                let (a, b) = (value(a), value(b));
+                                self.trace(|| format!("volume {volume} block {block}: {a} and {b}"));
+                            }
+                        }
                         return self.fail(format!("servers {other} and {id} hold other bytes"));
                     }
                 }
@@ -1247,6 +1256,24 @@ impl Node {
             replica.last(),
             running.engine.copying(),
         )
+    }
+}
+
+fn summary(what: &Persist) -> String {
+    match what {
+        Persist::Append {
+            truncate_after,
+            entries,
+            chosen,
+        } => {
+            let ids = (
+                entries.first().map(|it| it.id),
+                entries.last().map(|it| it.id),
+            );
+            let (first, last) = (ids.0.unwrap_or_default(), ids.1.unwrap_or_default());
+            format!("{first} to {last}, behind {truncate_after:?}, chosen {chosen}")
+        }
+        other => format!("{other:?}"),
     }
 }
 

@@ -20,6 +20,8 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 const REPEAT: Time = 400_000_000;
 /// The same, if the server said that it does not lead.
 const REPEAT_SOON: Time = 40_000_000;
+/// Longest pause between two requests.
+const THINK_MAX: Time = 800_000_000;
 
 /// A half block.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -96,7 +98,7 @@ pub struct Client {
     pub lost: u64,
     next_tag: u64,
     depth: usize,
-    lives: u64,
+    think_until: Time,
 }
 
 impl Client {
@@ -114,7 +116,7 @@ impl Client {
             lost: 0,
             next_tag: 1,
             depth,
-            lives: 0,
+            think_until: 0,
         }
     }
 
@@ -138,7 +140,6 @@ impl Client {
         self.session = None;
         self.opening = None;
         self.next_number = 1;
-        self.lives += 1;
     }
 
     /// What to send now.
@@ -165,7 +166,11 @@ impl Client {
         if elsewhere && rng.per_mille(500) {
             self.server = ServerId(rng.below(servers) as u8);
         }
-        while self.left > 0 && self.pending.len() < self.depth {
+        while self.left > 0 && self.pending.len() < self.depth && now >= self.think_until {
+            // Now and then a pause, so that a run lasts long enough for faults.
+            if rng.per_mille(150) {
+                self.think_until = now + rng.below(THINK_MAX);
+            }
             self.left -= 1;
             let pending = self.make(now, session, rng, ground, history);
             out.push(pending.request.clone());
