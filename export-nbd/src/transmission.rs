@@ -66,8 +66,8 @@ pub enum Ending {
     /// The server stops.
     #[error("server stops")]
     ServerStops,
-    /// The volume was deleted, or the gateway's session fenced.
-    #[error("volume can no longer be used")]
+    /// The volume was deleted.
+    #[error("volume was deleted")]
     DeviceGone,
 }
 

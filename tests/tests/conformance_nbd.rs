@@ -3,6 +3,8 @@
 //! The server runs in this process over a volume in memory, on a unix socket and on a loopback port of
 //! its own. Debian packages: libnbd-bin python3-libnbd nbdkit qemu-utils fio nbd-client.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
