@@ -260,9 +260,15 @@ impl Replica {
         if !matches!(self.role, Role::Follower) || entries.is_empty() {
             return;
         }
+        // Whose entries are chosen has won phase 1: the leader that we follow has lost, and so have the
+        // leases that were granted to it.
+        let ballot = entries.last().map(|entry| entry.id.ballot);
         let Some(end) = self.append_behind(prev, entries, Slot(u64::MAX)) else {
             return;
         };
+        if let Some(ballot) = ballot.filter(|ballot| *ballot > self.promised) {
+            self.promise(ballot);
+        }
         self.learn_chosen(end);
         self.catch_up.progress = (self.chosen, now);
         if !self.is_core() || self.catch_up.known_chosen > self.chosen {
