@@ -201,7 +201,7 @@ pub struct Replica {
     promised: Ballot,
     promised_durable: Ballot,
     tail: Tail,
-    /// The greatest last entry that this server has ever claimed to hold.
+    /// The last entry that it held and that was not replaced; beyond `tail` only if damage has taken it.
     claimed: EntryId,
     log_first: Slot,
     durable: Slot,
@@ -277,7 +277,8 @@ impl Replica {
             role: Role::Follower,
             election_at: now,
             progress_at: now,
-            highest_number: recovered.promised.number,
+            // What was learned from others can be of a ballot that was not promised here.
+            highest_number: recovered.promised.number.max(last.ballot.number),
             peers: config
                 .members
                 .others(config.id)

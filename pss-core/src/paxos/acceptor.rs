@@ -157,6 +157,7 @@ impl Replica {
         };
         self.matched = self.matched.max(last);
         self.learn_chosen(chosen.min(self.matched));
+        self.settle_claim();
         self.catch_up.note_chosen(chosen);
         if self.durable >= last {
             self.acknowledge();
@@ -198,9 +199,8 @@ impl Replica {
             return None;
         }
         let mut fresh: Vec<Entry> = entries.into_iter().skip(equal).collect();
-        let mut truncate_after = None;
-        if before.slot < self.tail.last().slot {
-            truncate_after = Some(before.slot);
+        let replaces = before.slot < self.tail.last().slot;
+        if replaces {
             self.truncate_after(before.slot);
         }
         if unchecked {
@@ -210,10 +210,14 @@ impl Replica {
             self.tail.push(entry.clone());
         }
         let last = self.tail.last();
-        self.claimed = self.claimed.max(last);
+        // What is replaced was not chosen and never will be, nor what followed it, readable or not.
+        self.claimed = match replaces {
+            true => last,
+            false => self.claimed.max(last),
+        };
         let chosen = self.chosen.max(chosen_hint.min(last.slot));
         let append = Persist::Append {
-            truncate_after,
+            truncate_after: replaces.then_some(before.slot),
             entries: fresh,
             chosen,
         };
@@ -230,6 +234,14 @@ impl Replica {
             if let PendingWrite::Append(last) = write {
                 *last = (*last).min(slot);
             }
+        }
+    }
+
+    /// Gives up the claim to entries that damage took, once the log is equal beyond them to one that holds
+    /// everything that is chosen: either they are here again, or they were not chosen.
+    pub(super) fn settle_claim(&mut self) {
+        if self.equal_to_leader() >= self.claimed.slot {
+            self.claimed = self.tail.last();
         }
     }
 

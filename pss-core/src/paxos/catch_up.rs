@@ -270,6 +270,7 @@ impl Replica {
             self.promise(ballot);
         }
         self.learn_chosen(end);
+        self.settle_claim();
         self.catch_up.progress = (self.chosen, now);
         if !self.is_core() || self.catch_up.known_chosen > self.chosen {
             self.ask(now);

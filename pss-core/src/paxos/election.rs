@@ -307,6 +307,7 @@ impl Replica {
         };
         // Up to here our log is equal to the one that we take over.
         self.matched = self.matched.max(end);
+        self.settle_claim();
         self.election_at = now + self.config.tuning.lease + self.jitter();
         if self.matched >= target.slot {
             assert_eq!(
