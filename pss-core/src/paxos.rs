@@ -474,6 +474,8 @@ impl Replica {
             base.slot > self.tail.last().slot,
             "the log does not reach so far"
         );
+        // Whose chunks are incomplete must not lead: not even if it is about to win.
+        self.step_down(now);
         self.tail = Tail::new(base);
         self.claimed = self.claimed.max(base);
         self.durable = base.slot;
