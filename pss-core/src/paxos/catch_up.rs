@@ -283,11 +283,7 @@ impl Replica {
             self.catch_up.asked = None;
             self.catch_up.turn += 1;
         }
-        if let Role::Candidate(_) = self.role {
-            // Too far behind to lead.
-            self.step_down(now);
-            self.election_at = now + self.config.tuning.lease * 3;
-        }
+        self.tail_is_gone(now, from, first);
         // Only if even the log's first entries would leave a gap.
         if first > self.tail.last().slot.next() && !self.installing {
             self.outputs.push_back(Output::CopyChunks { donor: from });
