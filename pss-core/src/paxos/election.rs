@@ -60,6 +60,11 @@ impl Replica {
             Role::Candidate(candidate) => candidate.polite_rounds,
             _ => 0,
         };
+        if self.promised_durable != self.promised {
+            // A slow disk: another ballot would only make it wait longer.
+            self.election_at = now + self.config.tuning.lease + self.jitter();
+            return;
+        }
         if !self.may_lead() {
             self.leader = None;
             self.election_at = now + self.config.tuning.lease + self.jitter();
@@ -184,6 +189,8 @@ impl Replica {
         for server in self.other_core() {
             self.send(server, prepare.clone());
         }
+        // The others' disks need their time too.
+        self.election_at = now + self.config.tuning.lease + self.jitter();
         self.count_promises(now);
     }
 
