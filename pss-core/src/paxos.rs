@@ -282,7 +282,12 @@ impl Replica {
             peers: config
                 .members
                 .others(config.id)
-                .map(|server| (server, PeerView::default()))
+                .map(|server| {
+                    let mut view = PeerView::default();
+                    // Until it says so, no disk is taken for full.
+                    view.progress.free_bytes = u64::MAX;
+                    (server, view)
+                })
                 .collect(),
             catch_up: CatchUp::new(now),
             feeding: BTreeMap::new(),
