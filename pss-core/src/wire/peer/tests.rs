@@ -254,7 +254,7 @@ fn literal_accept_header() {
         entries: vec![Entry {
             id: id(5, 3),
             prev: ballot(4, 1),
-            commands: vec![],
+            commands: [].into(),
         }],
         chosen: Slot(1),
     };
