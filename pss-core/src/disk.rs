@@ -1,8 +1,15 @@
 //! The one seam between the storage code and the machine's files, so that tests can put a simulated
 //! disk under the real log and chunk store.
 
+pub mod files;
+
 use std::io;
 use std::sync::Arc;
+
+use bytes::Bytes;
+
+/// What offsets, lengths and buffers of [`OpenMode::DirectSync`] are multiples of.
+pub const ALIGN_BYTES: usize = 4096;
 
 /// A directory tree that belongs to one server. Paths are relative, with `/` between parts.
 ///
@@ -71,8 +78,81 @@ pub trait DiskFile: Send + Sync {
     fn set_len(&self, bytes: u64) -> io::Result<()>;
     /// Frees a range, which then reads as zeros; the length stays.
     fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()>;
+    /// Makes a range read as zeros and keeps space allocated for it.
+    fn zero_range(&self, offset: u64, bytes: u64) -> io::Result<()>;
     /// Whether the file is empty.
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
+    }
+}
+
+/// Whether an error says that the disk (or the owner's share of it) is full.
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+/// Memory that starts at a multiple of [`ALIGN_BYTES`], as direct IO needs it.
+#[derive(Debug)]
+pub struct AlignedBuf {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl AlignedBuf {
+    /// `bytes` zeros.
+    pub fn zeroed(bytes: usize) -> AlignedBuf {
+        let memory = vec![0; bytes + ALIGN_BYTES - 1];
+        let start = (memory.as_ptr() as usize).next_multiple_of(ALIGN_BYTES);
+        AlignedBuf {
+            start: start - memory.as_ptr() as usize,
+            memory,
+            length: bytes,
+        }
+    }
+
+    /// Length.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.memory[self.start..self.start + self.length]
+    }
+
+    /// The bytes, to change.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.length]
+    }
+
+    /// The same memory as [`Bytes`]; still aligned.
+    pub fn into_bytes(self) -> Bytes {
+        let range = self.start..self.start + self.length;
+        Bytes::from(self.memory).slice(range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aligned_buffers_stay_aligned() {
+        for bytes in [0, 1, 4096, 1 << 20] {
+            let buffer = AlignedBuf::zeroed(bytes);
+            assert_eq!(buffer.len(), bytes);
+            assert_eq!(buffer.as_slice().as_ptr() as usize % ALIGN_BYTES, 0);
+            let bytes = buffer.into_bytes();
+            assert_eq!(bytes.as_ptr() as usize % ALIGN_BYTES, 0);
+        }
     }
 }

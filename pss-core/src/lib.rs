@@ -4,14 +4,18 @@
 //! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
 //! tokio: `client` only. What people write: [`servers`] (server.conf), [`key`] (the cell key), [`size`].
 
+pub mod chunk;
 pub mod client;
 pub mod disk;
+pub mod engine;
 pub mod entry;
 pub mod key;
+pub mod log;
 pub mod paxos;
 pub mod servers;
 pub mod size;
 pub mod state;
+pub mod storage;
 pub mod time;
 pub mod types;
 pub mod volume;

@@ -132,10 +132,7 @@ impl CellFiles {
                 line: record.line,
                 id: record.id,
                 address,
-                key_file: self
-                    .file
-                    .file
-                    .with_file_name(pss_core::key::KEY_FILE_NAME),
+                key_file: self.file.file.with_file_name(pss_core::key::KEY_FILE_NAME),
             }),
         }
     }
@@ -221,7 +218,10 @@ mod tests {
         let config = cell
             .server(1, Some("/b".into()), Some(given), Tuning::default())
             .unwrap();
-        assert_eq!((config.path.as_path(), config.cell), (Path::new("/b"), given));
+        assert_eq!(
+            (config.path.as_path(), config.cell),
+            (Path::new("/b"), given)
+        );
         assert!(matches!(
             cell.server(2, None, None, Tuning::default()),
             Err(ConfigError::Servers(ServersError::NotListed { .. }))

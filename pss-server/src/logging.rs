@@ -143,7 +143,8 @@ impl Syslog {
             0 => line.to_owned(),
             dropped => format!("{line} ({dropped} lines before this one were dropped)"),
         };
-        let sent = state.send(level, &line) || self.reconnect(&mut state) && state.send(level, &line);
+        let sent =
+            state.send(level, &line) || self.reconnect(&mut state) && state.send(level, &line);
         match sent {
             true => state.dropped = 0,
             false => state.dropped += 1,
@@ -199,10 +200,9 @@ impl<'a> MakeWriter<'a> for Syslog {
     }
 
     fn make_writer_for(&'a self, metadata: &Metadata<'_>) -> Line<'a> {
-        Line {
-            level: *metadata.level(),
-            ..self.make_writer()
-        }
+        let mut line = self.make_writer();
+        line.level = *metadata.level();
+        line
     }
 }
 
@@ -297,7 +297,10 @@ mod tests {
         let socket = bind(&path);
         syslog.send(Level::WARN, "back");
         let line = receive(&socket);
-        assert!(line.contains("back (") && line.contains("were dropped"), "{line}");
+        assert!(
+            line.contains("back (") && line.contains("were dropped"),
+            "{line}"
+        );
     }
 
     #[test]

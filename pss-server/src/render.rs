@@ -120,13 +120,18 @@ mod tests {
         let mut table = Table::new([left("NAME"), right("SIZE"), left("USE")]);
         table.row(["vol001".into(), "10G".into(), "".into()]);
         table.row(["ä\u{1b}".into(), "1023.9M".into(), "x".into()]);
-        let expected = "NAME       SIZE  USE\nvol001      10G\nä\\u{1b}  1023.9M  x\n";
+        let expected = "NAME        SIZE  USE\nvol001       10G\nä\\u{1b}  1023.9M  x\n";
         assert_eq!(table.render(), expected);
     }
 
     #[test]
     fn numbers_and_spans() {
-        for (number, text) in [(0, "0"), (999, "999"), (1204, "1,204"), (1_000_000, "1,000,000")] {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1204, "1,204"),
+            (1_000_000, "1,000,000"),
+        ] {
             assert_eq!(grouped(number), text);
         }
         assert_eq!(span(14), "14 s");

@@ -1,1 +1,9 @@
 //! Test harness of PSS.
+
+pub mod binaries;
+pub mod checker;
+pub mod disk;
+pub mod rng;
+pub mod sim;
+mod sim_storage;
+pub mod workload;

@@ -196,12 +196,14 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
             ballot,
             sent,
             durable,
+            received,
             progress,
         } => {
             put.u8(10);
             put.ballot(*ballot);
             put.u64(sent.0);
             put.u64(durable.0);
+            put.u64(received.0);
             put.progress(progress);
         }
         Message::HandOver { ballot } => {
@@ -373,6 +375,7 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
             ballot: input.ballot()?,
             sent: Instant(input.u64()?),
             durable: Slot(input.u64()?),
+            received: Slot(input.u64()?),
             progress: input.progress()?,
         },
         11 => Message::HandOver {

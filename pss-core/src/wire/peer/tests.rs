@@ -113,11 +113,12 @@ fn datagram_message() -> impl Strategy<Value = Message> {
                 last,
             }
         }),
-        (ballots(), any::<u64>(), slots(), progress()).prop_map(
-            |(ballot, sent, durable, progress)| Message::HeartbeatAck {
+        (ballots(), any::<u64>(), slots(), slots(), progress()).prop_map(
+            |(ballot, sent, durable, received, progress)| Message::HeartbeatAck {
                 ballot,
                 sent: Instant(sent),
                 durable,
+                received,
                 progress
             }
         ),

@@ -1,0 +1,294 @@
+//! The table behind a chunk's data.
+
+use bytes::{Buf, BufMut};
+
+use crate::disk::ALIGN_BYTES;
+use crate::types::{ChunkIndex, GroupId, Slot, VolumeId};
+
+/// Version of the chunk file's layout.
+const CHUNK_VERSION: u16 = 1;
+const MAGIC: &[u8; 8] = b"PSSTABL1";
+const HEADER_BYTES: usize = 64;
+/// The table is a guess: see [`Stored::suspect`].
+const FLAG_SUSPECT: u32 = 1;
+/// Stands for a block that must not be given out. It is a checksum that the block does not have.
+pub(super) const DAMAGED: u32 = u32::MAX;
+
+/// What a table is about.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Owner {
+    pub(super) group: GroupId,
+    pub(super) volume: VolumeId,
+    pub(super) uuid: [u8; 16],
+    pub(super) chunk: ChunkIndex,
+    /// Blocks of a chunk.
+    pub(super) blocks: u32,
+}
+
+impl Owner {
+    /// Bytes of one slot.
+    pub(super) fn slot_bytes(&self) -> usize {
+        (HEADER_BYTES + 4 * self.blocks as usize).next_multiple_of(ALIGN_BYTES)
+    }
+}
+
+/// Encodes a table as it stands in its slot.
+///
+/// | at | bytes      | field                                                                    |
+/// |----|------------|--------------------------------------------------------------------------|
+/// | 0  | 8          | magic `PSSTABL1`                                                         |
+/// | 8  | 4          | CRC32C of bytes 12..64 + 4 × blocks                                      |
+/// | 12 | 2          | format version                                                           |
+/// | 14 | 2          | group                                                                    |
+/// | 16 | 4          | volume                                                                   |
+/// | 20 | 4          | chunk                                                                    |
+/// | 24 | 8          | generation; the slot is generation mod 2                                 |
+/// | 32 | 8          | last slot applied to the chunk                                           |
+/// | 40 | 4          | flags: 1 = suspect                                                       |
+/// | 44 | 4          | blocks                                                                   |
+/// | 48 | 16         | uuid of the volume                                                       |
+/// | 64 | 4 × blocks | checksum of each block, or 0: unwritten                                  |
+pub(super) fn encode(
+    owner: &Owner,
+    generation: u64,
+    last_slot: Slot,
+    suspect: bool,
+    checksums: &[u32],
+) -> Vec<u8> {
+    assert_eq!(checksums.len(), owner.blocks as usize);
+    let mut out = Vec::with_capacity(owner.slot_bytes());
+    out.put_slice(MAGIC);
+    out.put_u32_le(0);
+    out.put_u16_le(CHUNK_VERSION);
+    out.put_u16_le(owner.group.0);
+    out.put_u32_le(owner.volume.0);
+    out.put_u32_le(owner.chunk.0);
+    out.put_u64_le(generation);
+    out.put_u64_le(last_slot.0);
+    out.put_u32_le(if suspect { FLAG_SUSPECT } else { 0 });
+    out.put_u32_le(owner.blocks);
+    out.put_slice(&owner.uuid);
+    for checksum in checksums {
+        out.put_u32_le(*checksum);
+    }
+    let crc = crc32c::crc32c(&out[12..]);
+    out[8..12].copy_from_slice(&crc.to_le_bytes());
+    out.resize(owner.slot_bytes(), 0);
+    out
+}
+
+/// What the two slots of a chunk file say.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) enum Found {
+    /// Use this.
+    Table(Stored),
+    /// The file belongs to another volume.
+    Foreign,
+}
+
+/// A table as it was stored.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) struct Stored {
+    pub(super) checksums: Vec<u32>,
+    /// 0: none was written yet.
+    pub(super) generation: u64,
+    pub(super) last_slot: Slot,
+    /// A newer table may have been lost, by a crash while it was written (then the log has what is
+    /// missing) or by damage: blocks that are unwritten here but hold something must not be taken for
+    /// zeros.
+    pub(super) suspect: bool,
+}
+
+enum SlotContent {
+    Valid(Stored),
+    /// Never written.
+    Blank,
+    Bad,
+    Foreign,
+}
+
+/// Chooses between the slots; `bytes` is what the file has behind its data.
+pub(super) fn choose(owner: &Owner, bytes: &[u8]) -> Found {
+    let (first, second) = bytes.split_at(bytes.len().min(owner.slot_bytes()));
+    let table = |checksum, suspect| Stored {
+        checksums: vec![checksum; owner.blocks as usize],
+        generation: 0,
+        last_slot: Slot(0),
+        suspect,
+    };
+    use SlotContent::*;
+    let chosen = match (decode(owner, 0, first), decode(owner, 1, second)) {
+        (Valid(even), Valid(odd)) if even.generation < odd.generation => odd,
+        (Valid(even), Valid(_)) => even,
+        (Valid(only), other) | (other, Valid(only)) => {
+            // Of the first table there is only one.
+            let complete = only.generation == 1 && matches!(other, Blank);
+            Stored {
+                suspect: only.suspect || !complete,
+                ..only
+            }
+        }
+        (Foreign, _) | (_, Foreign) => return Found::Foreign,
+        (Bad, Bad) => table(DAMAGED, false),
+        (Blank | Bad, Blank | Bad) => table(0, true),
+    };
+    Found::Table(chosen)
+}
+
+fn decode(owner: &Owner, parity: u64, bytes: &[u8]) -> SlotContent {
+    let used_bytes = HEADER_BYTES + 4 * owner.blocks as usize;
+    let blank = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+    if blank(&bytes[..bytes.len().min(HEADER_BYTES)]) {
+        return SlotContent::Blank;
+    }
+    let Some(used) = bytes.get(..used_bytes) else {
+        return SlotContent::Bad;
+    };
+    let mut input = used;
+    let magic_fits = input.copy_to_bytes(8) == MAGIC[..];
+    if !magic_fits || input.get_u32_le() != crc32c::crc32c(&used[12..]) {
+        return SlotContent::Bad;
+    }
+    let version = input.get_u16_le();
+    let group = GroupId(input.get_u16_le());
+    let volume = VolumeId(input.get_u32_le());
+    let chunk = ChunkIndex(input.get_u32_le());
+    let generation = input.get_u64_le();
+    let last_slot = Slot(input.get_u64_le());
+    let flags = input.get_u32_le();
+    let blocks = input.get_u32_le();
+    let mut uuid = [0; 16];
+    input.copy_to_slice(&mut uuid);
+    if (group, volume, uuid) != (owner.group, owner.volume, owner.uuid) {
+        return SlotContent::Foreign;
+    }
+    let in_place = chunk == owner.chunk
+        && blocks == owner.blocks
+        && generation % 2 == parity
+        && generation > 0
+        && version == CHUNK_VERSION;
+    if !in_place {
+        return SlotContent::Bad;
+    }
+    SlotContent::Valid(Stored {
+        checksums: input
+            .chunks_exact(4)
+            .map(|mut sum| sum.get_u32_le())
+            .collect(),
+        generation,
+        last_slot,
+        suspect: flags & FLAG_SUSPECT != 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Owner {
+        Owner {
+            group: GroupId(0),
+            volume: VolumeId(3),
+            uuid: [9; 16],
+            chunk: ChunkIndex(5),
+            blocks: 16,
+        }
+    }
+
+    fn slots(even: Option<&[u8]>, odd: Option<&[u8]>) -> Vec<u8> {
+        let zeros = vec![0; owner().slot_bytes()];
+        [even.unwrap_or(&zeros), odd.unwrap_or(&zeros)].concat()
+    }
+
+    fn table(generation: u64) -> Vec<u8> {
+        encode(&owner(), generation, Slot(generation * 10), false, &[7; 16])
+    }
+
+    fn chosen(bytes: &[u8]) -> Stored {
+        match choose(&owner(), bytes) {
+            Found::Table(table) => table,
+            Found::Foreign => panic!("foreign"),
+        }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let hex: String = table(2)[..72]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(hex, GOLDEN);
+    }
+
+    const GOLDEN: &str = "?";
+
+    #[test]
+    fn newer_slot_wins() {
+        let found = chosen(&slots(Some(&table(2)), Some(&table(3))));
+        assert_eq!((found.generation, found.suspect), (3, false));
+        let found = chosen(&slots(Some(&table(4)), Some(&table(3))));
+        assert_eq!((found.generation, found.suspect), (4, false));
+        assert_eq!(found.last_slot, Slot(40));
+    }
+
+    #[test]
+    fn first_table_stands_alone() {
+        let found = chosen(&slots(None, Some(&table(1))));
+        assert_eq!((found.generation, found.suspect), (1, false));
+    }
+
+    #[test]
+    fn a_lost_slot_is_suspect() {
+        let bad = vec![1; owner().slot_bytes()];
+        let found = chosen(&slots(Some(&table(2)), Some(&bad)));
+        assert_eq!((found.generation, found.suspect), (2, true));
+        let found = chosen(&slots(Some(&table(2)), None));
+        assert_eq!((found.generation, found.suspect), (2, true));
+    }
+
+    #[test]
+    fn no_table_yet() {
+        for bytes in [&slots(None, None)[..], &[], &[0; 100]] {
+            let found = chosen(bytes);
+            assert_eq!((found.generation, found.suspect), (0, true));
+            assert_eq!(found.checksums, [0; 16]);
+        }
+    }
+
+    #[test]
+    fn both_slots_bad() {
+        let bad = vec![1; owner().slot_bytes()];
+        assert_eq!(
+            chosen(&slots(Some(&bad), Some(&bad))).checksums,
+            [DAMAGED; 16]
+        );
+    }
+
+    #[test]
+    fn another_volume() {
+        let other = Owner {
+            volume: VolumeId(4),
+            ..owner()
+        };
+        assert_eq!(
+            choose(&other, &slots(None, Some(&table(1)))),
+            Found::Foreign
+        );
+        // A table that strayed here from another chunk of the volume is damage.
+        let other = Owner {
+            chunk: ChunkIndex(4),
+            ..owner()
+        };
+        let bytes = slots(Some(&table(2)), Some(&table(1)));
+        let Found::Table(found) = choose(&other, &bytes) else {
+            panic!("foreign");
+        };
+        assert_eq!(found.checksums, [DAMAGED; 16]);
+    }
+
+    #[test]
+    fn table_in_the_wrong_slot_is_bad() {
+        let found = chosen(&slots(Some(&table(1)), None));
+        assert_eq!((found.generation, found.suspect), (0, true));
+    }
+}

@@ -1,0 +1,866 @@
+//! The log of one server: entries in the order of their slots, durable when an append returns.
+//!
+//! * `record` — bytes of a record and of a segment's header
+//! * `recovery` — what is read at start: the torn-tail rule
+//! * `index` — where the records are
+//! * [`LogReader`] — reads entries back beside the appending thread
+//! * [`Log`] — appends, truncates, trims
+//!
+//! The log is a directory of segments, numbered in the order of their making. A segment is zero-filled
+//! or recycled before its first record is written, so that a write of records changes no metadata of
+//! the file system. Nothing in a segment is ever written twice: to remove entries a new segment is
+//! begun whose header names the entry behind which it goes on.
+
+mod index;
+mod reader;
+mod record;
+mod recovery;
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use bytes::Bytes;
+
+use crate::disk::{ALIGN_BYTES, AlignedBuf, Disk, OpenMode};
+use crate::entry::{ENTRY_PAYLOAD_MAX, Entry};
+use crate::types::{EntryId, GroupId, Slot};
+use index::{Index, Segment, Span};
+pub use reader::{LogRead, LogReadError, LogReader};
+use record::{Place, RECORD_BYTES_MAX, SEGMENT_HEADER_BYTES, SegmentHeader, encode_area};
+use recovery::Scan;
+
+/// Directory of the log.
+const DIRECTORY: &str = "log";
+/// Names of files that are ready to become segments, and of those that are being made so, start thus.
+const SPARE_PREFIX: &str = "spare-";
+/// A write takes at most so much; a larger batch takes several.
+const WRITE_BYTES_MAX: usize = 8 << 20;
+/// A write has at most so many parts (`IOV_MAX`).
+const WRITE_PARTS_MAX: usize = 1024;
+/// Most parts that one entry makes: its payload in place, with copied pieces between.
+const ENTRY_PARTS_MAX: usize = 2 * (ENTRY_PAYLOAD_MAX / IN_PLACE_BYTES) + 2;
+/// Payloads from this size on are written from where they are if they are aligned; smaller ones are
+/// cheaper to copy.
+const IN_PLACE_BYTES: usize = 64 << 10;
+/// Zeros are written in pieces of this size.
+const FILL_BYTES: usize = 1 << 20;
+
+/// How a log is kept.
+#[derive(Clone, Debug)]
+pub struct LogParams {
+    /// Cell that the log belongs to.
+    pub cell: [u8; 16],
+    /// Which log of the cell.
+    pub group: GroupId,
+    /// Size of a segment, a multiple of 4096.
+    pub segment_bytes: u64,
+    /// So much is kept when the log is trimmed, to feed servers that lag.
+    pub retain_bytes: u64,
+    /// So many files are kept ready to become segments.
+    pub spares: usize,
+}
+
+impl LogParams {
+    /// The usual sizes.
+    pub fn new(cell: [u8; 16]) -> LogParams {
+        LogParams {
+            cell,
+            group: GroupId(0),
+            segment_bytes: 128 << 20,
+            retain_bytes: 512 << 20,
+            spares: 2,
+        }
+    }
+}
+
+/// What a log held when it was opened.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Recovered {
+    /// The entry before the first that can be read.
+    pub base: EntryId,
+    /// The last entry.
+    pub last: EntryId,
+    /// Highest slot that is known to be chosen; at least the checkpoint's.
+    pub chosen: Slot,
+    /// The server held entries up to this one, above `last`, which damage has taken. It must not deny
+    /// them when it votes.
+    pub evidence: Option<EntryId>,
+    /// The entries above `chosen`.
+    pub tail: Vec<Entry>,
+}
+
+/// Why the log cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The disk failed. Final: what is on it now is known only after a restart.
+    #[error("log file {path}: {action} failed")]
+    Io {
+        /// Which file.
+        path: String,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another call has failed before.
+    #[error("the log cannot be used after a failed write")]
+    Poisoned,
+    /// A segment of another format version.
+    #[error("log segment {path}: has format version {found}, this program knows version 1")]
+    Version {
+        /// Which file.
+        path: String,
+        /// Its version.
+        found: u16,
+    },
+    /// A segment of another cell or group.
+    #[error("log segment {path}: belongs to another cell or group")]
+    Foreign {
+        /// Which file.
+        path: String,
+    },
+    /// There is a checkpoint, but no log beside it.
+    #[error("the log is gone, though a checkpoint at slot {applied} exists")]
+    Missing {
+        /// Slot of the checkpoint.
+        applied: Slot,
+    },
+    /// An entry that no record can hold.
+    #[error("the entry of slot {slot} is larger than a record can be")]
+    TooLarge {
+        /// Which.
+        slot: Slot,
+    },
+}
+
+impl LogError {
+    fn io(action: &'static str, path: &str, source: io::Error) -> LogError {
+        LogError::Io {
+            path: path.to_owned(),
+            action,
+            source,
+        }
+    }
+}
+
+/// A log, for the one thread that appends.
+pub struct Log {
+    disk: Arc<dyn Disk>,
+    params: LogParams,
+    index: Arc<RwLock<Index>>,
+    spares: Arc<Spares>,
+    active: Active,
+    next_sequence: u64,
+    /// See [`Recovered::evidence`].
+    evidence: Option<EntryId>,
+    staging: Staging,
+    /// Entries were appended since the last marker.
+    wants_marker: bool,
+    appended_bytes: u64,
+    poisoned: bool,
+}
+
+/// The segment that is written.
+struct Active {
+    sequence: u64,
+    path: String,
+    file: Arc<dyn crate::disk::DiskFile>,
+    /// Where the next record goes.
+    end: u64,
+    bytes: u64,
+}
+
+impl Log {
+    /// Opens the log of a server whose checkpoint stands at `applied`; makes one if that is before
+    /// the first entry and there is none.
+    ///
+    /// # Errors
+    /// [`LogError`]. Damage of records is none: see [`Recovered`].
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        params: LogParams,
+        applied: EntryId,
+    ) -> Result<(Log, Recovered), LogError> {
+        assert!(
+            params.segment_bytes.is_multiple_of(ALIGN_BYTES as u64)
+                && params.segment_bytes > SEGMENT_HEADER_BYTES,
+            "a segment is a multiple of 4096 bytes"
+        );
+        let segments = existing_segments(&*disk)?;
+        if segments.is_empty() && applied.slot > Slot(0) {
+            return Err(LogError::Missing {
+                applied: applied.slot,
+            });
+        }
+        let next_sequence = segments.last().map_or(1, |segment| segment.sequence + 1);
+        let scan = Scan::run(segments, &params, applied)?;
+        let spares = Arc::new(Spares::open(Arc::clone(&disk), &params, &scan.unused)?);
+        let last = scan.index.last;
+        let evidence = (scan.seen > last).then_some(scan.seen);
+        let recovered = Recovered {
+            base: scan.index.base,
+            last,
+            chosen: scan.chosen,
+            evidence,
+            tail: scan.tail.into(),
+        };
+        let is_empty = scan.index.base == last;
+        let index = Arc::new(RwLock::new(scan.index));
+        let active = Active::begin(&*disk, &spares, &params, next_sequence, |sequence| {
+            SegmentHeader {
+                group: params.group,
+                cell: params.cell,
+                sequence,
+                reset: is_empty,
+                base: last,
+                evidence,
+            }
+        })?;
+        let mut log = Log {
+            disk,
+            params,
+            index,
+            spares,
+            active,
+            next_sequence: next_sequence + 1,
+            evidence,
+            staging: Staging::default(),
+            wants_marker: false,
+            appended_bytes: 0,
+            poisoned: false,
+        };
+        log.list_active();
+        log.recycle_dead()?;
+        Ok((log, recovered))
+    }
+
+    /// Appends entries, after removing those behind `truncate_after` if that is given. Durable when
+    /// it returns. `chosen` is written down as a hint for the next start.
+    ///
+    /// # Errors
+    /// [`LogError`]; after any the log cannot be used any more.
+    ///
+    /// # Panics
+    /// If the entries do not follow the log's last.
+    pub fn append(
+        &mut self,
+        truncate_after: Option<Slot>,
+        entries: &[Entry],
+        chosen: Slot,
+    ) -> Result<(), LogError> {
+        self.append_many([(truncate_after, entries, chosen)])
+    }
+
+    /// Carries out several appends, with one write where possible. All are durable when it returns.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    ///
+    /// # Panics
+    /// As [`Log::append`].
+    pub fn append_many<'a>(
+        &mut self,
+        batch: impl IntoIterator<Item = (Option<Slot>, &'a [Entry], Slot)>,
+    ) -> Result<(), LogError> {
+        self.guard(|log| {
+            for (truncate_after, entries, chosen) in batch {
+                if let Some(slot) = truncate_after {
+                    log.truncate(slot)?;
+                }
+                for entry in entries {
+                    log.stage(Some(entry), chosen)?;
+                }
+            }
+            log.flush()
+        })
+    }
+
+    /// Writes a record that shows that the entries before it were durable, so that damage to the last
+    /// one is not taken for a torn tail. Does nothing if no entry was appended since the last marker.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    pub fn mark_idle(&mut self, chosen: Slot) -> Result<(), LogError> {
+        if !self.wants_marker && !self.poisoned {
+            return Ok(());
+        }
+        self.guard(|log| {
+            log.stage(None, chosen)?;
+            log.flush()?;
+            log.wants_marker = false;
+            Ok(())
+        })
+    }
+
+    /// Forgets all entries and goes on behind `base`, up to which the server's state is durable.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    pub fn reset(&mut self, base: EntryId) -> Result<(), LogError> {
+        self.guard(|log| {
+            let evidence = log.evidence.filter(|evidence| *evidence > base);
+            log.evidence = evidence;
+            log.begin_segment(base, true)?;
+            {
+                let mut index = log.index.write().unwrap_or_else(PoisonError::into_inner);
+                let mut segments = std::mem::take(&mut index.segments);
+                for segment in &mut segments {
+                    segment.spans.clear();
+                }
+                *index = Index::new(base);
+                index.segments = segments;
+            }
+            log.list_active();
+            log.recycle_dead()
+        })
+    }
+
+    /// Gives up entries up to `below`, which a checkpoint holds durably, by whole segments; the
+    /// newest `retain_bytes` stay.
+    ///
+    /// # Errors
+    /// As [`Log::append`].
+    pub fn trim(&mut self, below: Slot) -> Result<(), LogError> {
+        self.guard(|log| {
+            {
+                let mut index = log.index.write().unwrap_or_else(PoisonError::into_inner);
+                let mut bytes: u64 = index.segments.iter().map(|segment| segment.bytes).sum();
+                let active = log.active.sequence;
+                let mut last = None;
+                for segment in &mut index.segments {
+                    bytes -= segment.bytes;
+                    let is_needed = segment.sequence == active
+                        || segment.last() > below
+                        || bytes < log.params.retain_bytes;
+                    if is_needed {
+                        break;
+                    }
+                    last = Some(segment.last());
+                    segment.spans.clear();
+                }
+                if let Some(last) = last {
+                    index.advance_base(last);
+                }
+            }
+            log.recycle_dead()
+        })
+    }
+
+    /// A handle for other threads.
+    pub fn reader(&self) -> LogReader {
+        LogReader {
+            index: Arc::clone(&self.index),
+            cell: self.params.cell,
+        }
+    }
+
+    /// First slot that the log holds, or would hold if it is empty.
+    pub fn first_slot(&self) -> Slot {
+        self.reader().first_slot()
+    }
+
+    /// The last entry.
+    pub fn last(&self) -> EntryId {
+        self.reader().last()
+    }
+
+    /// Bytes of all segments.
+    pub fn bytes(&self) -> u64 {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// Bytes that were appended since the log was opened.
+    pub fn appended_bytes(&self) -> u64 {
+        self.appended_bytes
+    }
+
+    /// Evidence of entries that are lost here: see [`Recovered::evidence`]. `None` once the log has
+    /// grown beyond.
+    pub fn evidence(&self) -> Option<EntryId> {
+        self.evidence
+    }
+
+    /// A handle with which another thread keeps spare segments ready.
+    pub fn spares(&self) -> Arc<Spares> {
+        Arc::clone(&self.spares)
+    }
+
+    /// Runs a step; whatever fails poisons the log.
+    fn guard(
+        &mut self,
+        step: impl FnOnce(&mut Log) -> Result<(), LogError>,
+    ) -> Result<(), LogError> {
+        if self.poisoned {
+            return Err(LogError::Poisoned);
+        }
+        let result = step(self);
+        if result.is_err() {
+            self.poisoned = true;
+        }
+        result
+    }
+
+    /// Removes the entries behind `slot`, by beginning a segment that goes on from there.
+    fn truncate(&mut self, slot: Slot) -> Result<(), LogError> {
+        self.flush()?;
+        let base = {
+            let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+            if slot >= index.last.slot {
+                return Ok(());
+            }
+            index
+                .id_at(slot)
+                .expect("only entries that the log holds are removed")
+        };
+        self.begin_segment(base, false)?;
+        {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            index.cut(slot);
+        }
+        self.list_active();
+        self.recycle_dead()
+    }
+
+    /// Puts a record, or a marker, into the next write.
+    fn stage(&mut self, entry: Option<&Entry>, chosen: Slot) -> Result<(), LogError> {
+        let last = self.staging.last.unwrap_or_else(|| self.last());
+        if let Some(entry) = entry {
+            let follows = entry.id.slot == last.slot.next() && entry.prev == last.ballot;
+            assert!(follows, "entry {} does not follow {last}", entry.id);
+        }
+        let id = entry.map_or(last, |entry| entry.id);
+        let durable = self.staging.durable.unwrap_or(last.slot);
+        self.staging.durable = Some(durable);
+        // The header goes into a scratch buffer first because its length decides where it goes.
+        let offset = self.active.end + self.staging.bytes as u64;
+        let place = self.place(offset);
+        self.staging.header.clear();
+        let area = encode_area(&mut self.staging.header, &place, entry, id, durable, chosen);
+        let area = area.ok_or(LogError::TooLarge { slot: id.slot })?;
+        let bytes = area + entry.map_or(0, Entry::payload_bytes);
+        if self.must_write_first(bytes) {
+            self.flush()?;
+            if self.active.end + bytes as u64 > self.active.bytes
+                && self.active.end > SEGMENT_HEADER_BYTES
+            {
+                self.begin_segment(last, false)?;
+                self.list_active();
+                self.recycle_dead()?;
+            }
+            // Elsewhere, and with what was written now being durable.
+            return self.stage(entry, chosen);
+        }
+        self.staging.add(entry, bytes);
+        if entry.is_some() {
+            let span = Span::new(offset, bytes as u64);
+            self.staging.spans.push((id, span));
+            self.staging.last = Some(id);
+        }
+        Ok(())
+    }
+
+    /// Whether what is staged must be written before `bytes` more can be.
+    fn must_write_first(&self, bytes: usize) -> bool {
+        let staged = self.staging.bytes;
+        let is_first = staged == 0 && self.active.end == SEGMENT_HEADER_BYTES;
+        let does_not_fit = self.active.end + (staged + bytes) as u64 > self.active.bytes;
+        // A record that is larger than a segment gets one for itself, which grows.
+        let rotate = does_not_fit && !is_first;
+        let too_much = staged + bytes > WRITE_BYTES_MAX
+            || self.staging.parts.len() + ENTRY_PARTS_MAX > WRITE_PARTS_MAX;
+        rotate || (staged > 0 && too_much)
+    }
+
+    fn place(&self, offset: u64) -> Place {
+        Place {
+            cell: self.params.cell,
+            sequence: self.active.sequence,
+            offset,
+        }
+    }
+
+    /// Writes what is staged.
+    fn flush(&mut self) -> Result<(), LogError> {
+        let bytes = self.staging.bytes as u64;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let parts = self.staging.parts();
+        let written = self.active.file.write_at(&parts, self.active.end);
+        drop(parts);
+        written.map_err(|source| LogError::io("write", &self.active.path, source))?;
+        self.active.end += bytes;
+        self.active.bytes = self.active.bytes.max(self.active.end);
+        self.appended_bytes += bytes;
+        if !self.staging.spans.is_empty() {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            for (id, span) in self.staging.spans.drain(..) {
+                index.push(id, span);
+            }
+            if let Some(segment) = index.segments.back_mut() {
+                segment.bytes = self.active.bytes;
+            }
+            self.wants_marker = true;
+            if self.evidence.is_some_and(|evidence| index.last >= evidence) {
+                self.evidence = None;
+            }
+        }
+        self.staging.clear();
+        Ok(())
+    }
+
+    /// Begins the segment that goes on behind `base`. The caller adds it to the index.
+    fn begin_segment(&mut self, base: EntryId, reset: bool) -> Result<(), LogError> {
+        let (group, cell, evidence) = (self.params.group, self.params.cell, self.evidence);
+        let header = |sequence| SegmentHeader {
+            group,
+            cell,
+            sequence,
+            reset,
+            base,
+            evidence,
+        };
+        let sequence = self.next_sequence;
+        self.active = Active::begin(&*self.disk, &self.spares, &self.params, sequence, header)?;
+        self.next_sequence += 1;
+        self.wants_marker = false;
+        Ok(())
+    }
+
+    /// Adds the active segment to the index.
+    fn list_active(&mut self) {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        let segment = Segment {
+            sequence: self.active.sequence,
+            path: self.active.path.clone(),
+            file: Arc::clone(&self.active.file),
+            bytes: self.active.bytes,
+            first: index.last.slot.next(),
+            spans: Vec::new(),
+        };
+        index.segments.push_back(segment);
+    }
+
+    /// Makes spares of the segments that hold no entry any more. Whatever part of this survives a
+    /// power cut, the segments that stay say the same.
+    fn recycle_dead(&mut self) -> Result<(), LogError> {
+        let dead = {
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            index.take_dead()
+        };
+        for segment in dead {
+            self.spares.recycle(&segment.path, segment.bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl Active {
+    fn begin(
+        disk: &dyn Disk,
+        spares: &Spares,
+        params: &LogParams,
+        sequence: u64,
+        header: impl FnOnce(u64) -> SegmentHeader,
+    ) -> Result<Active, LogError> {
+        let spare = spares.take()?;
+        let file = disk
+            .open(&spare, OpenMode::DirectSync)
+            .map_err(|source| LogError::io("open", &spare, source))?;
+        let mut bytes = AlignedBuf::zeroed(SEGMENT_HEADER_BYTES as usize);
+        bytes
+            .as_mut_slice()
+            .copy_from_slice(&header(sequence).encode());
+        file.write_at(&[IoSlice::new(bytes.as_slice())], 0)
+            .map_err(|source| LogError::io("write", &spare, source))?;
+        // The name comes last: a file that is called a segment has a durable header.
+        let path = segment_path(sequence);
+        disk.rename(&spare, &path)
+            .and_then(|()| disk.sync_dir(DIRECTORY))
+            .map_err(|source| LogError::io("rename", &path, source))?;
+        Ok(Active {
+            sequence,
+            path,
+            file,
+            end: SEGMENT_HEADER_BYTES,
+            bytes: params.segment_bytes,
+        })
+    }
+}
+
+fn segment_path(sequence: u64) -> String {
+    format!("{DIRECTORY}/{sequence:016x}")
+}
+
+/// The segments in the directory, in order. Everything in them is made durable, so that nothing that
+/// is read now can be lost later.
+fn existing_segments(disk: &dyn Disk) -> Result<Vec<Segment>, LogError> {
+    let failed = |action, source| LogError::io(action, DIRECTORY, source);
+    disk.create_dir_all(DIRECTORY)
+        .map_err(|source| failed("create", source))?;
+    disk.sync_dir("").map_err(|source| failed("sync", source))?;
+    let mut segments = Vec::new();
+    for entry in disk
+        .read_dir(DIRECTORY)
+        .map_err(|source| failed("read", source))?
+    {
+        let Some(sequence) = parse_sequence(&entry.name).filter(|_| !entry.is_dir) else {
+            continue;
+        };
+        let path = segment_path(sequence);
+        let opened = disk.open(&path, OpenMode::DirectSync).and_then(|file| {
+            file.sync()?;
+            let bytes = file.len()?;
+            Ok((file, bytes))
+        });
+        let (file, bytes) = opened.map_err(|source| LogError::io("open", &path, source))?;
+        segments.push(Segment {
+            sequence,
+            path,
+            file,
+            bytes: bytes.min(SEGMENT_BYTES_MAX),
+            first: Slot(0),
+            spans: Vec::new(),
+        });
+    }
+    disk.sync_dir(DIRECTORY)
+        .map_err(|source| failed("sync", source))?;
+    segments.sort_by_key(|segment| segment.sequence);
+    Ok(segments)
+}
+
+/// No segment is longer, whatever the file system says: positions are kept in 32 bits of 4 KiB.
+const SEGMENT_BYTES_MAX: u64 = 1 << 40;
+
+fn parse_sequence(name: &str) -> Option<u64> {
+    let is_hex = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    (name.len() == 16 && name.bytes().all(is_hex))
+        .then(|| u64::from_str_radix(name, 16).ok())
+        .flatten()
+        .filter(|sequence| *sequence < u64::MAX / 2)
+}
+
+/// Files that are ready to become segments.
+pub struct Spares {
+    disk: Arc<dyn Disk>,
+    segment_bytes: u64,
+    wanted: usize,
+    ready: Mutex<VecDeque<String>>,
+    next_name: AtomicU64,
+}
+
+impl Spares {
+    /// Finds the spares of earlier runs; `unused` are segments that were never begun.
+    fn open(
+        disk: Arc<dyn Disk>,
+        params: &LogParams,
+        unused: &[String],
+    ) -> Result<Spares, LogError> {
+        let spares = Spares {
+            disk,
+            segment_bytes: params.segment_bytes,
+            wanted: params.spares,
+            ready: Mutex::default(),
+            next_name: AtomicU64::new(0),
+        };
+        let names = spares
+            .disk
+            .read_dir(DIRECTORY)
+            .map_err(|source| LogError::io("read", DIRECTORY, source))?;
+        let mut numbers: Vec<u64> = names
+            .iter()
+            .filter_map(|entry| entry.name.strip_prefix(SPARE_PREFIX)?.parse().ok())
+            .collect();
+        numbers.sort_unstable();
+        let next = numbers.last().map_or(0, |last| last + 1);
+        spares.next_name.store(next, Ordering::Relaxed);
+        for number in numbers {
+            spares.readopt(&format!("{DIRECTORY}/{SPARE_PREFIX}{number}"))?;
+        }
+        for path in unused {
+            spares.readopt(path)?;
+        }
+        Ok(spares)
+    }
+
+    /// Takes a file of an earlier run if it is of the right length: one that is still being filled,
+    /// or was made with other parameters, is not.
+    fn readopt(&self, path: &str) -> Result<(), LogError> {
+        let bytes = self
+            .disk
+            .open(path, OpenMode::Existing)
+            .and_then(|file| file.len())
+            .map_err(|source| LogError::io("open", path, source))?;
+        self.recycle(path, bytes)
+    }
+
+    /// Makes a spare of a file that is no segment any more, or removes it.
+    fn recycle(&self, path: &str, bytes: u64) -> Result<(), LogError> {
+        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if bytes != self.segment_bytes || ready.len() >= self.wanted {
+            return self
+                .disk
+                .remove_file(path)
+                .map_err(|source| LogError::io("remove", path, source));
+        }
+        let spare = self.new_name();
+        self.disk
+            .rename(path, &spare)
+            .map_err(|source| LogError::io("rename", path, source))?;
+        ready.push_back(spare);
+        Ok(())
+    }
+
+    fn new_name(&self) -> String {
+        let number = self.next_name.fetch_add(1, Ordering::Relaxed);
+        format!("{DIRECTORY}/{SPARE_PREFIX}{number}")
+    }
+
+    /// Makes one more spare if there are fewer than wanted; says whether it did. For a thread of
+    /// little importance: it writes a whole segment of zeros.
+    ///
+    /// # Errors
+    /// [`LogError::Io`]; it does not harm the log, which makes a segment itself if it finds no spare.
+    pub fn prepare(&self) -> Result<bool, LogError> {
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if ready.len() >= self.wanted {
+            return Ok(false);
+        }
+        drop(ready);
+        let spare = self.make()?;
+        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        ready.push_back(spare);
+        Ok(true)
+    }
+
+    fn take(&self) -> Result<String, LogError> {
+        let ready = self
+            .ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop_front();
+        ready.map_or_else(|| self.make(), Ok)
+    }
+
+    /// Makes a file of zeros whose blocks are all allocated.
+    fn make(&self) -> Result<String, LogError> {
+        let path = self.new_name();
+        let made = self.fill(&path);
+        if let Err(source) = made {
+            // A full disk must not be fuller for it.
+            let _ = self.disk.remove_file(&path);
+            return Err(LogError::io("fill", &path, source));
+        }
+        Ok(path)
+    }
+
+    fn fill(&self, path: &str) -> io::Result<()> {
+        let file = self.disk.open(path, OpenMode::Create)?;
+        let zeros = vec![0; FILL_BYTES.min(self.segment_bytes as usize)];
+        let mut offset = 0;
+        while offset < self.segment_bytes {
+            let bytes = (self.segment_bytes - offset).min(zeros.len() as u64) as usize;
+            file.write_at(&[IoSlice::new(&zeros[..bytes])], offset)?;
+            offset += bytes as u64;
+        }
+        file.sync()
+    }
+}
+
+/// The next write, as it is put together.
+#[derive(Default)]
+struct Staging {
+    /// Headers and copied payload; the rest of the write is in `parts`.
+    memory: Option<AlignedBuf>,
+    used: usize,
+    parts: Vec<Part>,
+    /// Of all parts.
+    bytes: usize,
+    spans: Vec<(EntryId, Span)>,
+    last: Option<EntryId>,
+    /// Highest slot that was durable when the first record was staged.
+    durable: Option<Slot>,
+    /// Header area of the record that is being staged.
+    header: Vec<u8>,
+}
+
+enum Part {
+    /// From the staging memory.
+    Copied(usize, usize),
+    /// From where it is.
+    InPlace(Bytes),
+}
+
+impl Staging {
+    /// Adds the record whose header area is in `header`; `bytes` is its whole length.
+    fn add(&mut self, entry: Option<&Entry>, bytes: usize) {
+        let header = std::mem::take(&mut self.header);
+        self.reserve(bytes);
+        self.copy(&header);
+        for payload in entry.into_iter().flat_map(Entry::payload_parts) {
+            let is_aligned = (payload.as_ptr() as usize).is_multiple_of(ALIGN_BYTES)
+                && payload.len().is_multiple_of(ALIGN_BYTES);
+            if payload.len() >= IN_PLACE_BYTES && is_aligned {
+                self.parts.push(Part::InPlace(payload.clone()));
+                self.bytes += payload.len();
+            } else {
+                self.copy(payload);
+            }
+        }
+        self.header = header;
+    }
+
+    fn copy(&mut self, bytes: &[u8]) {
+        let memory = self.memory.as_mut().expect("memory was reserved");
+        let (from, until) = (self.used, self.used + bytes.len());
+        memory.as_mut_slice()[from..until].copy_from_slice(bytes);
+        self.used = until;
+        self.bytes += bytes.len();
+        match self.parts.last_mut() {
+            Some(Part::Copied(_, end)) if *end == from => *end = until,
+            _ => self.parts.push(Part::Copied(from, until)),
+        }
+    }
+
+    /// Makes sure that `bytes` more can be copied.
+    fn reserve(&mut self, bytes: usize) {
+        let have = self.memory.as_ref().map_or(0, AlignedBuf::len);
+        if self.used + bytes <= have {
+            return;
+        }
+        let want = (self.used + bytes).next_power_of_two().max(64 << 10);
+        let mut memory = AlignedBuf::zeroed(want);
+        if let Some(old) = &self.memory {
+            memory.as_mut_slice()[..self.used].copy_from_slice(&old.as_slice()[..self.used]);
+        }
+        self.memory = Some(memory);
+    }
+
+    fn parts(&self) -> Vec<IoSlice<'_>> {
+        let memory = self.memory.as_ref().map_or(&[][..], AlignedBuf::as_slice);
+        self.parts
+            .iter()
+            .map(|part| match part {
+                Part::Copied(from, until) => IoSlice::new(&memory[*from..*until]),
+                Part::InPlace(bytes) => IoSlice::new(bytes),
+            })
+            .collect()
+    }
+
+    fn clear(&mut self) {
+        self.used = 0;
+        self.parts.clear();
+        self.bytes = 0;
+        self.spans.clear();
+        self.last = None;
+        self.durable = None;
+    }
+}
+
+const _: () = assert!(RECORD_BYTES_MAX <= WRITE_BYTES_MAX);
+
+#[cfg(test)]
+mod tests;

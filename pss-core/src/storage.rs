@@ -1,0 +1,163 @@
+//! Everything that one server keeps on its disk: identity, checkpoint, log and chunks.
+//!
+//! * `pair` — a small record in two copies
+//! * [`Identity`] — who the server is, what it has promised
+//! * [`CheckpointFile`] — up to where the chunks are durable, and the replicated state there
+//! * [`apply_entry`] — carries a chosen entry out
+//! * [`Storage`] — opens all of it at start and brings the chunks up to date
+
+mod apply;
+mod checkpoint;
+mod identity;
+mod pair;
+
+use std::sync::Arc;
+
+pub use apply::{ApplyError, ChunkFilter, Stalled, apply_entry};
+pub use checkpoint::{CheckpointFile, CheckpointRecord};
+pub use identity::{Identity, IdentityFacts};
+pub use pair::PairError;
+
+use crate::chunk::{ChunkError, ChunkParams, ChunkStore};
+use crate::disk::Disk;
+use crate::log::{Log, LogError, LogParams, LogRead, LogReadError, Recovered};
+use crate::state::{State, Volume};
+use crate::types::{EntryId, ServerId, Slot};
+
+/// Entries are read for replay in pieces of about this size.
+const REPLAY_BYTES: usize = 8 << 20;
+
+/// How a server's files are kept, and whose they must be.
+#[derive(Clone, Debug)]
+pub struct StorageParams {
+    /// The files must be of this server.
+    pub server: ServerId,
+    /// Log; its cell is the one that the files must be of.
+    pub log: LogParams,
+    /// Chunks.
+    pub chunks: ChunkParams,
+}
+
+/// Why a server's files cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    /// The identity or the checkpoint.
+    #[error(transparent)]
+    Pair(#[from] PairError),
+    /// The directory is of another cell.
+    #[error("the data directory belongs to another cell")]
+    OtherCell,
+    /// The directory is of another server.
+    #[error("the data directory belongs to server {found}, not to server {expected}")]
+    OtherServer {
+        /// Whose it is.
+        found: ServerId,
+        /// Whose it should be.
+        expected: ServerId,
+    },
+    /// There are files in a directory that is to be formatted.
+    #[error("the data directory is not empty: it holds {name}")]
+    NotEmpty {
+        /// One of them.
+        name: String,
+    },
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// Reading the log back.
+    #[error(transparent)]
+    LogRead(#[from] LogReadError),
+    /// The log ends before an entry that it should hold.
+    #[error("the log does not hold the entry of slot {0}, which is to be applied again")]
+    LogEnds(Slot),
+    /// The chunks.
+    #[error(transparent)]
+    Chunks(#[from] ChunkError),
+}
+
+/// A server's files, opened and up to date.
+pub struct Storage {
+    /// Identity and promise.
+    pub identity: Identity,
+    /// Writes checkpoint records.
+    pub checkpoint: CheckpointFile,
+    /// The log, for the one thread that appends.
+    pub log: Log,
+    /// The chunks.
+    pub chunks: Arc<ChunkStore>,
+    /// The replicated state as of `applied`.
+    pub state: State,
+    /// The last entry that was applied: all that were known chosen, unless `stalled`.
+    pub applied: EntryId,
+    /// Slot of the last checkpoint.
+    pub checkpointed: Slot,
+    /// Chunks were being copied from another server: those here are not complete.
+    pub installing: bool,
+    /// What the log held.
+    pub recovered: Recovered,
+    /// The disk was too full to go on applying after `applied`.
+    pub stalled: Option<Stalled>,
+}
+
+impl Storage {
+    /// Opens a server's files and applies what was known chosen and not in the last checkpoint.
+    ///
+    /// # Errors
+    /// [`StorageError`].
+    pub fn open(disk: Arc<dyn Disk>, params: &StorageParams) -> Result<Storage, StorageError> {
+        let identity = Identity::open(Arc::clone(&disk))?;
+        let facts = identity.facts();
+        if facts.cell != params.log.cell || facts.group != params.log.group {
+            return Err(StorageError::OtherCell);
+        }
+        if facts.server != params.server {
+            return Err(StorageError::OtherServer {
+                found: facts.server,
+                expected: params.server,
+            });
+        }
+        let (checkpoint, record) = CheckpointFile::open(Arc::clone(&disk))?;
+        let (log, recovered) = Log::open(Arc::clone(&disk), params.log.clone(), record.applied)?;
+        let volumes: Vec<Volume> = record.state.volumes().cloned().collect();
+        let chunks = ChunkStore::open(disk, params.chunks.clone(), &volumes)?;
+        let mut storage = Storage {
+            identity,
+            checkpoint,
+            log,
+            chunks: Arc::new(chunks),
+            state: record.state,
+            applied: record.applied,
+            checkpointed: record.applied.slot,
+            installing: record.installing,
+            recovered,
+            stalled: None,
+        };
+        storage.replay()?;
+        Ok(storage)
+    }
+
+    /// Applies the entries between the checkpoint and what is known chosen. While chunks are being
+    /// copied that is right as well: what is missing is found by comparing with the other server.
+    fn replay(&mut self) -> Result<(), StorageError> {
+        let reader = self.log.reader();
+        let until = self.recovered.chosen;
+        while self.applied.slot < until {
+            let after = self.applied.slot;
+            let entries = match reader.read(after, until, REPLAY_BYTES)? {
+                LogRead::Entries { entries, .. } if !entries.is_empty() => entries,
+                _ => return Err(StorageError::LogEnds(after.next())),
+            };
+            for entry in &entries {
+                match apply_entry(&mut self.state, &self.chunks, entry, None) {
+                    Ok(_) => self.applied = entry.id,
+                    Err(ApplyError::NoSpace(stalled)) => {
+                        self.stalled = Some(*stalled);
+                        return Ok(());
+                    }
+                    Err(ApplyError::Chunks(error)) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+}
