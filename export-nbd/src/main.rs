@@ -122,10 +122,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let stop = stop_signal()?;
     if args.stdio {
         let (stream, peer) = Stream::stdio()?;
-        tokio::select! {
-            () = Arc::clone(&server).serve_stream(stream, peer) => {}
-            () = stop => {}
-        }
+        server.run_one(stream, peer, stop).await;
         cell.close().await;
         return Ok(());
     }
