@@ -14,7 +14,7 @@ pub const LOCK_FILE: &str = "lock";
 /// Most parts that the kernel takes in one call (`IOV_MAX`).
 const PARTS_MAX: usize = 1024;
 /// Zeros are written in pieces of this size where the file system cannot make them itself.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A directory of the machine. It is locked for this process as long as the value lives.
 #[derive(Debug)]
