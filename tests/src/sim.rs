@@ -732,6 +732,10 @@ impl Sim {
             }
             Event::Client { client } => {
                 self.client_step(client);
+                if !self.clients[client].is_done() {
+                    let again = self.now + self.rng.between(5 * MS, 60 * MS);
+                    self.schedule(again, Event::Client { client });
+                }
                 Ok(())
             }
             Event::Answer {
@@ -872,10 +876,6 @@ impl Sim {
         let (rng, history) = (&mut self.rng, &mut self.history);
         let requests = self.clients[client].step(now, servers, rng, &self.ground, history);
         self.send_requests(client, requests);
-        let again = now + self.rng.between(5 * MS, 60 * MS);
-        if !self.clients[client].is_done() {
-            self.schedule(again, Event::Client { client });
-        }
     }
 
     fn send_requests(&mut self, client: usize, requests: Vec<Request>) {
@@ -1040,7 +1040,7 @@ impl Sim {
 
     /// Bit rot in the log, on one server only, so that there is always a good copy.
     fn damage_log(&mut self, index: usize) {
-        if index == 0 && self.config.seed % 4 == 0 && self.rng.chance(200) {
+        if index == 0 && self.config.seed.is_multiple_of(4) && self.rng.chance(200) {
             let rot = self.nodes[index]
                 .disk
                 .flip_random_bit("log/", &mut self.rng);
