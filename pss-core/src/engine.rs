@@ -226,7 +226,9 @@ pub struct Engine {
     failure: Option<ApplyError>,
     /// The disk was full in the middle of an entry; the entries behind it wait.
     stalled: Option<Box<Stalled>>,
+    /// Chosen entries that wait: for space, or for chunks that are on their way here.
     backlog: VecDeque<Entry>,
+    backlog_bytes: usize,
     forgetful: bool,
 }
 
@@ -270,6 +272,7 @@ impl Engine {
             failure: None,
             stalled: None,
             backlog: VecDeque::new(),
+            backlog_bytes: 0,
             forgetful: false,
         };
         engine.share_volumes();
@@ -436,14 +439,18 @@ impl Engine {
     }
 
     fn apply(&mut self, now: Instant, entries: Vec<Entry>) {
-        if self.failure.is_some() {
+        self.backlog_bytes += entries.iter().map(Entry::weight_bytes).sum::<usize>();
+        self.backlog.extend(entries);
+        self.apply_backlog(now);
+    }
+
+    /// Applies what waits, unless the disk is full or chunks are on their way here.
+    fn apply_backlog(&mut self, now: Instant) {
+        if self.failure.is_some() || self.stalled.is_some() || self.holds_back() {
             return;
         }
-        if self.stalled.is_some() {
-            return self.backlog.extend(entries);
-        }
-        let mut entries = VecDeque::from(entries);
-        while let Some(entry) = entries.pop_front() {
+        while let Some(entry) = self.backlog.pop_front() {
+            self.backlog_bytes -= entry.weight_bytes();
             let copying = self.copying.as_ref().filter(|it| it.is_installing());
             let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
             let filter: Option<storage::ChunkFilter<'_>> = match copying {
@@ -460,7 +467,6 @@ impl Engine {
                 Ok(answers) => self.entry_applied(&entry, answers),
                 Err(ApplyError::NoSpace(stalled)) => {
                     self.stalled = Some(stalled);
-                    self.backlog = entries;
                     break;
                 }
                 Err(failure) => {
@@ -502,8 +508,8 @@ impl Engine {
         match resumed {
             Ok((entry, answers)) => {
                 self.entry_applied(&entry, answers);
-                let backlog = std::mem::take(&mut self.backlog);
-                self.apply(now, backlog.into());
+                self.replica.handle_applied(now, self.state.applied());
+                self.apply_backlog(now);
             }
             Err(ApplyError::NoSpace(stalled)) => self.stalled = Some(stalled),
             Err(failure) => self.failure = Some(failure),

@@ -201,7 +201,7 @@ pub struct Replica {
     promised: Ballot,
     promised_durable: Ballot,
     tail: Tail,
-    /// The greatest last entry that this server has ever claimed to hold.
+    /// The last entry that it held and that was not replaced; beyond `tail` only if damage has taken it.
     claimed: EntryId,
     log_first: Slot,
     durable: Slot,
@@ -277,11 +277,17 @@ impl Replica {
             role: Role::Follower,
             election_at: now,
             progress_at: now,
-            highest_number: recovered.promised.number,
+            // What was learned from others can be of a ballot that was not promised here.
+            highest_number: recovered.promised.number.max(last.ballot.number),
             peers: config
                 .members
                 .others(config.id)
-                .map(|server| (server, PeerView::default()))
+                .map(|server| {
+                    let mut view = PeerView::default();
+                    // Until it says so, no disk is taken for full.
+                    view.progress.free_bytes = u64::MAX;
+                    (server, view)
+                })
                 .collect(),
             catch_up: CatchUp::new(now),
             feeding: BTreeMap::new(),
@@ -473,6 +479,8 @@ impl Replica {
             base.slot > self.tail.last().slot,
             "the log does not reach so far"
         );
+        // Whose chunks are incomplete must not lead: not even if it is about to win.
+        self.step_down(now);
         self.tail = Tail::new(base);
         self.claimed = self.claimed.max(base);
         self.durable = base.slot;
@@ -633,6 +641,11 @@ impl Replica {
     /// Highest promised ballot.
     pub fn promised(&self) -> Ballot {
         self.promised
+    }
+
+    /// Highest promised ballot that is durable: others may have been told.
+    pub fn promised_durable(&self) -> Ballot {
+        self.promised_durable
     }
 
     /// Slot up to which it knows the log to be chosen.

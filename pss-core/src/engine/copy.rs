@@ -4,8 +4,9 @@
 //! and goes on appending, acknowledging and applying entries; but an entry takes effect only on chunks
 //! that have been copied. A chunk is copied as of a slot that is at least as new as what is applied here
 //! at that moment, so that no entry can be missed between; entries that it holds already are applied once
-//! more, which changes nothing because they write whole blocks in order. Volumes and chunks are copied in
-//! ascending order: what lies below the cursor is done.
+//! more, which changes nothing because they write whole blocks in order. So that a chunk is not outdated
+//! when it comes, nothing is applied here while the answer to a question is on its way. Volumes and chunks
+//! are copied in ascending order: what lies below the cursor is done.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,8 +25,10 @@ use crate::types::{ChunkIndex, EntryId, ServerId, Slot, VolumeId};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// After a refusal.
 const RETRY: Duration = Duration::from_millis(100);
-/// Chunks asked for at once.
+/// Chunks asked for at once; entries wait until they are all here.
 const CHUNKS_AT_ONCE: usize = 4;
+/// Entries that wait at most, bytes; then they are applied, and what comes too late is asked for again.
+const BACKLOG_BYTES_MAX: usize = 256 << 20;
 /// Chunks in one list.
 const LIST_MAX: usize = 1024;
 
@@ -40,6 +43,8 @@ pub(super) struct Copying {
     /// Every chunk below is copied.
     cursor: ChunkName,
     asked: BTreeMap<ChunkName, Instant>,
+    /// A list was asked for, and its answer is on its way.
+    list_asked: bool,
     retry_at: Instant,
     chunks_done: u64,
     chunks_known: u64,
@@ -67,6 +72,7 @@ impl Copying {
             turn: 0,
             cursor: (VolumeId(0), ChunkIndex(0)),
             asked: BTreeMap::new(),
+            list_asked: false,
             retry_at: now,
             chunks_done: 0,
             chunks_known: 0,
@@ -100,6 +106,20 @@ impl Copying {
     /// Whether a checkpoint made now could undo the stored base.
     pub(super) fn is_storing(&self) -> bool {
         matches!(self.stage, Stage::Storing { .. })
+    }
+
+    /// Whether a list or chunks are on their way here.
+    fn is_waiting(&self) -> bool {
+        self.is_installing() && (self.list_asked || !self.asked.is_empty())
+    }
+
+    /// The question was not answered in time, or not as hoped; asks another server next.
+    fn give_up_question(&mut self, retry_at: Instant) {
+        self.donor = None;
+        self.turn += 1;
+        self.asked.clear();
+        self.list_asked = false;
+        self.retry_at = retry_at;
     }
 
     pub(super) fn next_at(&self) -> Instant {
@@ -145,15 +165,25 @@ impl Engine {
             order.extend(donors.iter().filter(|server| Some(**server) == leader));
             copying.donor = order.get(copying.turn % order.len().max(1)).copied();
             copying.asked.clear();
+            copying.list_asked = false;
         }
         copying.retry_at = now + RETRY;
         if copying.donor.is_some() {
             self.ask_donor(now);
         }
+        self.apply_backlog(now);
+    }
+
+    /// Whether chosen entries wait for chunks that are on their way here.
+    pub(super) fn holds_back(&self) -> bool {
+        let waits = self.copying.as_ref().is_some_and(Copying::is_waiting);
+        waits && self.backlog_bytes < BACKLOG_BYTES_MAX
     }
 
     /// Asks for what is needed next.
     fn ask_donor(&mut self, now: Instant) {
+        // The answer must be as new as what is applied here, so the less remains to be applied the better.
+        self.apply_backlog(now);
         let applied = self.state.applied();
         let Some(copying) = &mut self.copying else {
             return;
@@ -180,6 +210,7 @@ impl Engine {
             }
             Stage::Chunks { .. } => return self.ask_chunks(now, donor),
         };
+        copying.list_asked = matches!(copying.stage, Stage::List);
         copying.retry_at = now + ANSWER_TIMEOUT;
         // If this is not answered, the next one is asked.
         copying.donor = None;
@@ -204,10 +235,9 @@ impl Engine {
             .values()
             .any(|at| now.since(*at) >= ANSWER_TIMEOUT);
         if late {
-            copying.donor = None;
-            copying.turn += 1;
-            copying.asked.clear();
-            copying.retry_at = now;
+            return copying.give_up_question(now);
+        }
+        if !copying.asked.is_empty() {
             return;
         }
         for chunk in missing {
@@ -268,9 +298,7 @@ impl Engine {
             }
             SyncMessage::Refused => {
                 if let Some(copying) = &mut self.copying {
-                    copying.donor = None;
-                    copying.turn += 1;
-                    copying.retry_at = now + RETRY;
+                    copying.give_up_question(now + RETRY);
                 }
             }
         }
@@ -380,8 +408,7 @@ impl Engine {
 
     fn refuse_answer(&mut self, now: Instant) {
         if let Some(copying) = &mut self.copying {
-            copying.donor = None;
-            copying.retry_at = now + RETRY;
+            copying.give_up_question(now + RETRY);
         }
     }
 
@@ -407,6 +434,10 @@ impl Engine {
             return;
         }
         self.state = *state;
+        // What waited for space is in the base.
+        self.stalled = None;
+        self.backlog.clear();
+        self.backlog_bytes = 0;
         self.share_volumes();
         self.checkpoint_slot = base.slot;
         self.recovered_last = base.slot;
@@ -455,6 +486,7 @@ impl Engine {
             return self.refuse_answer(now);
         }
         copying.donor = Some(from);
+        copying.list_asked = false;
         copying.chunks_known += chunks.len() as u64;
         let inside = |chunk: ChunkIndex| until.is_none_or(|until| chunk < until);
         let listed: BTreeMap<ChunkIndex, &ChunkSummary> = chunks
@@ -526,10 +558,7 @@ impl Engine {
             Ok(()) => {}
             Err(ChunkError::BadImage(_)) => {
                 // Damaged on the way or at the donor: ask another one.
-                copying.donor = None;
-                copying.turn += 1;
-                copying.retry_at = now + RETRY;
-                return;
+                return copying.give_up_question(now + RETRY);
             }
             Err(error) => {
                 self.failure = Some(error.into());

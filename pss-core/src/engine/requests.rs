@@ -349,6 +349,9 @@ impl Engine {
             waiting.tag = request.tag;
             return;
         }
+        if self.readdress(client, &request) {
+            return;
+        }
         if let Some(answer) = self.state.remembered(key.0, key.1) {
             let waiting = Waiting {
                 client,
@@ -377,6 +380,28 @@ impl Engine {
                     self.propose_write(client, request, range, None);
                 }
             }
+        }
+    }
+
+    /// If the request waits for its blocks already, its answer goes to where it was repeated from. Twice in
+    /// line, a compare-and-write would find its own work and say that it differs.
+    fn readdress(&mut self, client: ClientId, request: &Request) -> bool {
+        let same = |it: &Request| it.session == request.session && it.number == request.number;
+        let deferred = self
+            .deferred
+            .iter_mut()
+            .map(|it| (&mut it.client, &mut it.request));
+        let merging = self
+            .merging
+            .values_mut()
+            .map(|it| (&mut it.client, &mut it.request));
+        match deferred.chain(merging).find(|(_, waiting)| same(waiting)) {
+            Some((to, waiting)) => {
+                *to = client;
+                waiting.tag = request.tag;
+                true
+            }
+            None => false,
         }
     }
 
@@ -757,6 +782,8 @@ impl Engine {
                 sessions.push(session.id);
             }
         }
+        let state = &self.state;
+        self.heard.retain(|session, _| state.has_session(*session));
         if sessions.is_empty() {
             return;
         }

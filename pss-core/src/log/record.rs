@@ -321,7 +321,7 @@ mod tests {
                 number: 1,
                 server: ServerId(0),
             },
-            commands: vec![Command::internal(Op::Noop)],
+            commands: vec![Command::internal(Op::Noop)].into(),
         }
     }
 
@@ -346,7 +346,11 @@ mod tests {
         assert!(out[160..].iter().all(|byte| *byte == 0));
     }
 
-    const RECORD_GOLDEN: &str = "?";
+    const RECORD_GOLDEN: &str = "\
+        5053534c5245433103f2f4d001000000030000000000000000200000000000000500000000000000\
+        04000000000000000300000000000000370000000010000000300000000000000000000000000000\
+        02000000000000000100000000000000050000000000000002000000000000000101000000000000\
+        00000100000000000000000000000000000000000000000000000000000000000000000000000000";
 
     #[test]
     fn segment_header_golden_bytes() {
@@ -372,7 +376,10 @@ mod tests {
         }
     }
 
-    const SEGMENT_GOLDEN: &str = "?";
+    const SEGMENT_GOLDEN: &str = "\
+        5053534c534547316231377901000000070707070707070707070707070707070300000000000000\
+        01000000000000000500000000000000020000000000000001000000000000000500000000000000\
+        020000000000000001000000000000000000000000000000";
 
     #[test]
     fn record_round_trip() {
@@ -433,7 +440,7 @@ mod tests {
             Slot(3),
         )
         .unwrap();
-        for bit in 0..147 * 8 {
+        for bit in 0..151 * 8 {
             let mut bad = out.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             let found = RecordHeader::decode(&bad, &PLACE)

@@ -157,6 +157,7 @@ impl Replica {
         };
         self.matched = self.matched.max(last);
         self.learn_chosen(chosen.min(self.matched));
+        self.settle_claim();
         self.catch_up.note_chosen(chosen);
         if self.durable >= last {
             self.acknowledge();
@@ -167,7 +168,8 @@ impl Replica {
     }
 
     /// Puts consecutive entries behind `prev` into the log; what stands there and differs is removed.
-    /// Returns the slot of the last one, or `None` if the log does not hold `prev`.
+    /// Returns the slot of the last one. `None` if the log does not hold `prev`, or if the entries
+    /// contradict what is chosen: then whoever sent them leads no more and does not know it yet.
     pub(super) fn append_behind(
         &mut self,
         prev: EntryId,
@@ -177,61 +179,69 @@ impl Replica {
         if !is_chain(prev, &entries) {
             return None;
         }
-        let known = prev.slot <= self.chosen || self.tail.id(prev.slot) == Some(prev);
-        let unchecked = self.bug == Some(Bug::SkipPreviousCheck);
-        let appendable = unchecked && prev.slot == self.tail.last().slot;
-        if !known && !appendable {
+        let end = entries.last().map_or(prev.slot, |entry| entry.id.slot);
+        // What the log holds already stays; before its base everything is chosen and equal everywhere.
+        let base = self.tail.base();
+        let holds = |id: EntryId| id.slot < base.slot || self.tail.id(id.slot) == Some(id);
+        let equal = entries.iter().take_while(|entry| holds(entry.id)).count();
+        let before = match equal {
+            0 => prev,
+            some => entries[some - 1].id,
+        };
+        let unchecked = self.bug == Some(Bug::SkipPreviousCheck) && before == prev;
+        if !(holds(before) || unchecked && prev.slot == self.tail.last().slot) {
             return None;
         }
-        let end = entries.last().map_or(prev.slot, |entry| entry.id.slot);
-        let mut truncate_after = None;
-        let mut fresh = Vec::new();
-        for mut entry in entries {
-            let slot = entry.id.slot;
-            if slot <= self.tail.base().slot {
-                continue;
-            }
-            match self.tail.id(slot) {
-                Some(id) if id == entry.id => continue,
-                Some(_) => {
-                    let before = Slot(slot.0 - 1);
-                    assert!(
-                        before >= self.chosen || self.bug.is_some(),
-                        "a chosen entry is never replaced"
-                    );
-                    truncate_after = Some(before);
-                    self.truncate_after(before);
-                }
-                None => {}
-            }
-            if unchecked {
-                entry.prev = self.tail.last().ballot;
-            }
+        if equal == entries.len() {
+            return Some(end);
+        }
+        if before.slot < base.slot || before.slot < self.chosen && self.bug.is_none() {
+            return None;
+        }
+        let mut fresh: Vec<Entry> = entries.into_iter().skip(equal).collect();
+        let replaces = before.slot < self.tail.last().slot;
+        if replaces {
+            self.truncate_after(before.slot);
+        }
+        if unchecked {
+            fresh[0].prev = self.tail.last().ballot;
+        }
+        for entry in &fresh {
             self.tail.push(entry.clone());
-            fresh.push(entry);
         }
-        if !fresh.is_empty() {
-            let last = self.tail.last();
-            self.claimed = self.claimed.max(last);
-            let chosen = self.chosen.max(chosen_hint.min(last.slot));
-            let append = Persist::Append {
-                truncate_after,
-                entries: fresh,
-                chosen,
-            };
-            self.persist(append, PendingWrite::Append(last.slot));
-        }
+        let last = self.tail.last();
+        // What is replaced was not chosen and never will be, nor what followed it, readable or not.
+        self.claimed = match replaces {
+            true => last,
+            false => self.claimed.max(last),
+        };
+        let chosen = self.chosen.max(chosen_hint.min(last.slot));
+        let append = Persist::Append {
+            truncate_after: replaces.then_some(before.slot),
+            entries: fresh,
+            chosen,
+        };
+        self.persist(append, PendingWrite::Append(last.slot));
         Some(end)
     }
 
     fn truncate_after(&mut self, slot: Slot) {
         self.tail.truncate_after(slot);
         self.durable = self.durable.min(slot);
+        self.matched = self.matched.min(slot);
         // A sync that is under way says nothing about what will be written in these slots now.
         for (_, write) in &mut self.writes {
             if let PendingWrite::Append(last) = write {
                 *last = (*last).min(slot);
             }
+        }
+    }
+
+    /// Gives up the claim to entries that damage took, once the log is equal beyond them to one that holds
+    /// everything that is chosen: either they are here again, or they were not chosen.
+    pub(super) fn settle_claim(&mut self) {
+        if self.equal_to_leader() >= self.claimed.slot {
+            self.claimed = self.tail.last();
         }
     }
 

@@ -91,8 +91,7 @@ impl Replica {
             if now < until {
                 return;
             }
-            self.catch_up.asked = None;
-            self.catch_up.turn += 1;
+            self.turn_to_another();
         }
         let behind = self.catch_up.known_chosen > self.chosen;
         let stuck = now.since(self.catch_up.progress.1) >= PATIENCE;
@@ -102,12 +101,25 @@ impl Replica {
     }
 
     fn ask(&mut self, now: Instant) {
-        let Some(feeder) = self.feeder(now) else {
+        // The disk may be slower than the network, and what is not applied stays in memory.
+        let waiting = self.tail.weight_between(self.applied, self.chosen);
+        if waiting >= self.config.tuning.window_bytes {
             return;
-        };
+        }
+        if let Some(feeder) = self.feeder(now) {
+            self.ask_after(now, feeder, self.chosen);
+        }
+    }
+
+    fn ask_after(&mut self, now: Instant, feeder: ServerId, after: Slot) {
         self.catch_up.asked = Some((feeder, now + ANSWER_TIMEOUT));
-        let after = self.chosen;
         self.send(feeder, Message::CatchUp { after });
+    }
+
+    /// An answer, or none in time, of no use: the next question goes to another server.
+    fn turn_to_another(&mut self) {
+        self.catch_up.asked = None;
+        self.catch_up.turn += 1;
     }
 
     /// Who to ask: a server that was heard of lately and is not behind us; followers first.
@@ -253,33 +265,57 @@ impl Replica {
         chosen: Slot,
     ) {
         self.catch_up.note_chosen(chosen);
-        if self.catch_up.asked.is_some_and(|(asked, _)| asked == from) {
+        let expected = self.catch_up.asked.is_some_and(|(asked, _)| asked == from);
+        if expected {
             self.catch_up.asked = None;
         }
         // A leader's log holds everything that is chosen; a candidate's is being compared.
-        if !matches!(self.role, Role::Follower) || entries.is_empty() {
+        if !matches!(self.role, Role::Follower) {
             return;
         }
-        let Some(end) = self.append_behind(prev, entries, Slot(u64::MAX)) else {
+        // Whose entries are chosen has won phase 1: the leader that we follow has lost, and so have the
+        // leases that were granted to it.
+        let ballot = entries.last().map(|entry| entry.id.ballot);
+        let appended = match entries.is_empty() {
+            false => self.append_behind(prev, entries, Slot(u64::MAX)),
+            true => None,
+        };
+        let Some(end) = appended else {
+            if expected {
+                self.turn_to_another();
+                let differs = self.tail.id(prev.slot).is_some_and(|own| own != prev);
+                if differs && prev.slot > self.chosen && !self.installing {
+                    // It has nothing from before this, see on_log_gone, and our log is another one.
+                    self.outputs.push_back(Output::CopyChunks { donor: from });
+                }
+            }
             return;
         };
+        if let Some(ballot) = ballot.filter(|ballot| *ballot > self.promised) {
+            self.promise(ballot);
+        }
         self.learn_chosen(end);
+        self.settle_claim();
         self.catch_up.progress = (self.chosen, now);
-        if !self.is_core() || self.catch_up.known_chosen > self.chosen {
+        // One question at a time, and none for what the leader has sent meanwhile.
+        let behind = self.catch_up.known_chosen > self.equal_to_leader();
+        if self.catch_up.asked.is_none() && (!self.is_core() || behind) {
             self.ask(now);
         }
     }
 
     pub(super) fn on_log_gone(&mut self, now: Instant, from: ServerId, first: Slot, chosen: Slot) {
         self.catch_up.note_chosen(chosen);
-        if self.catch_up.asked.is_some_and(|(asked, _)| asked == from) {
-            self.catch_up.asked = None;
-            self.catch_up.turn += 1;
-        }
-        if let Role::Candidate(_) = self.role {
-            // Too far behind to lead.
-            self.step_down(now);
-            self.election_at = now + self.config.tuning.lease * 3;
+        let expected = self.catch_up.asked.is_some_and(|(asked, _)| asked == from);
+        self.tail_is_gone(now, from, first);
+        let before = Slot(first.0.saturating_sub(1));
+        if expected {
+            self.turn_to_another();
+            if before > self.chosen && before <= self.tail.last().slot {
+                // We hold what it has no more, but do not know it to be chosen. If the logs are equal
+                // just before `first`, they are equal up to there.
+                return self.ask_after(now, from, before);
+            }
         }
         // Only if even the log's first entries would leave a gap.
         if first > self.tail.last().slot.next() && !self.installing {

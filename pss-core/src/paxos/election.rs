@@ -60,6 +60,11 @@ impl Replica {
             Role::Candidate(candidate) => candidate.polite_rounds,
             _ => 0,
         };
+        if self.promised_durable != self.promised {
+            // A slow disk: another ballot would only make it wait longer.
+            self.election_at = now + self.config.tuning.lease + self.jitter();
+            return;
+        }
         if !self.may_lead() {
             self.leader = None;
             self.election_at = now + self.config.tuning.lease + self.jitter();
@@ -184,6 +189,8 @@ impl Replica {
         for server in self.other_core() {
             self.send(server, prepare.clone());
         }
+        // The others' disks need their time too.
+        self.election_at = now + self.config.tuning.lease + self.jitter();
         self.count_promises(now);
     }
 
@@ -244,17 +251,37 @@ impl Replica {
     }
 
     fn fetch_tail(&mut self) {
+        self.fetch_tail_after(self.equal_to_leader());
+    }
+
+    fn fetch_tail_after(&mut self, after: Slot) {
         let Role::Candidate(candidate) = &self.role else {
             return;
         };
         let Stage::Adopt { from, .. } = candidate.stage else {
             return;
         };
-        let fetch = Message::FetchTail {
-            ballot: candidate.ballot,
-            after: self.equal_to_leader(),
+        let ballot = candidate.ballot;
+        self.send(from, Message::FetchTail { ballot, after });
+    }
+
+    /// The log that was to be taken over begins only with `first`.
+    pub(super) fn tail_is_gone(&mut self, now: Instant, from: ServerId, first: Slot) {
+        let before = Slot(first.0.saturating_sub(1));
+        let adopts = |candidate: &Candidate| match candidate.stage {
+            Stage::Adopt { from: source, .. } => source == from,
+            _ => false,
         };
-        self.send(from, fetch);
+        if !matches!(&self.role, Role::Candidate(candidate) if adopts(candidate)) {
+            return;
+        }
+        if before > self.equal_to_leader() && before <= self.tail.last().slot {
+            // If the logs are equal just before `first`, they are equal up to there.
+            return self.fetch_tail_after(before);
+        }
+        // Too far behind to lead.
+        self.step_down(now);
+        self.election_at = now + self.config.tuning.lease * 3;
     }
 
     pub(super) fn on_fetch_tail(&mut self, from: ServerId, ballot: Ballot, after: Slot) {
@@ -305,15 +332,19 @@ impl Replica {
         let Some(end) = self.append_behind(prev, entries, Slot(0)) else {
             return;
         };
+        // A doubled answer, or a log that became shorter: asking again at once could go on for ever.
+        if end <= self.matched && end < target.slot {
+            return;
+        }
         // Up to here our log is equal to the one that we take over.
         self.matched = self.matched.max(end);
+        self.settle_claim();
         self.election_at = now + self.config.tuning.lease + self.jitter();
         if self.matched >= target.slot {
-            assert_eq!(
-                self.tail.id(target.slot),
-                Some(target),
-                "the best log was taken over"
-            );
+            if self.tail.id(target.slot) != Some(target) {
+                // It learned what a later ballot chose, and that replaced its tail.
+                return self.step_down(now);
+            }
             let Role::Candidate(candidate) = &mut self.role else {
                 return;
             };

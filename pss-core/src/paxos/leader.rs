@@ -29,8 +29,8 @@ pub(super) struct Leader {
     pub(super) heartbeat_at: Instant,
     /// When a majority was last known to follow.
     followed: Instant,
-    /// The server that shall take over; no new requests are taken.
-    handing_over: Option<ServerId>,
+    /// The server that shall take over, and until when; no new requests are taken meanwhile.
+    handing_over: Option<(ServerId, Instant)>,
 }
 
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
@@ -90,21 +90,23 @@ impl Replica {
     /// Gives the leadership to a server that is up to date, if there is one. Returns whether this server
     /// still leads; ask again until it does not, or give up waiting.
     pub fn hand_over(&mut self, now: Instant) -> bool {
-        let best = self.best_successor();
+        let best = self.best_successor(now);
         let Role::Leader(leader) = &mut self.role else {
             return false;
         };
         let Some(best) = best else { return true };
-        leader.handing_over = Some(best);
+        if leader.handing_over.is_none() {
+            leader.handing_over = Some((best, now + self.config.tuning.lease * 2));
+        }
         self.advance(now);
         matches!(self.role, Role::Leader(_))
     }
 
-    fn best_successor(&self) -> Option<ServerId> {
+    fn best_successor(&self, now: Instant) -> Option<ServerId> {
         let Role::Leader(leader) = &self.role else {
             return None;
         };
-        if let Some(chosen) = leader.handing_over {
+        if let Some((chosen, _)) = leader.handing_over {
             return Some(chosen);
         }
         let ready = leader.followers.iter().filter(|(server, follower)| {
@@ -112,7 +114,10 @@ impl Replica {
                 .peers
                 .get(server)
                 .is_some_and(|peer| !peer.progress.installing);
-            follower.next.is_some() && complete
+            let alive = follower
+                .granted
+                .is_some_and(|at| now.since(at) < self.config.tuning.lease);
+            follower.next.is_some() && complete && alive
         });
         ready
             .max_by_key(|(_, follower)| follower.durable)
@@ -436,12 +441,17 @@ impl Replica {
     /// Leaves when the successor has everything.
     fn finish_hand_over(&mut self, now: Instant) {
         let last = self.tail.last().slot;
-        let Role::Leader(leader) = &self.role else {
+        let Role::Leader(leader) = &mut self.role else {
             return;
         };
-        let Some(successor) = leader.handing_over else {
+        let Some((successor, until)) = leader.handing_over else {
             return;
         };
+        if now >= until {
+            // It has stopped or cannot follow: requests are taken again.
+            leader.handing_over = None;
+            return;
+        }
         let done = leader.queue.is_empty() && self.chosen == last && self.applied == last;
         if done
             && leader
