@@ -1041,7 +1041,9 @@ impl Sim {
     /// Bit rot in the log, on one server only, so that there is always a good copy.
     fn damage_log(&mut self, index: usize) {
         if index == 0 && self.config.seed % 4 == 0 && self.rng.chance(200) {
-            let rot = self.nodes[index].disk.flip_random_bit("log/", &mut self.rng);
+            let rot = self.nodes[index]
+                .disk
+                .flip_random_bit("log/", &mut self.rng);
             let id = self.nodes[index].id;
             self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
         }
@@ -1222,9 +1224,15 @@ impl Sim {
                         for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
                             let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
                             for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
-                                let value = |it: &[u8]| u64::from_le_bytes([it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7]]);
+                                let value = |it: &[u8]| {
+                                    u64::from_le_bytes([
+                                        it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7],
+                                    ])
+                                };
                                 let (a, b) = (value(a), value(b));
-                                self.trace(|| format!("volume {volume} block {block}: {a} and {b}"));
+                                self.trace(|| {
+                                    format!("volume {volume} block {block}: {a} and {b}")
+                                });
                             }
                         }
                         return self.fail(format!("servers {other} and {id} hold other bytes"));

@@ -18,7 +18,7 @@ const PARTS_MAX: usize = 1024;
 /// buffers of it: 15 us instead of one.
 const CACHED_WRITE_BYTES: usize = 16 << 10;
 /// Zeros are written in pieces of this size where the file system cannot make them itself.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A directory of the machine. It is locked for this process as long as the value lives.
 #[derive(Debug)]
