@@ -87,7 +87,13 @@ pub(crate) fn ids(storage: &Storage) -> BTreeMap<Slot, EntryId> {
     let mut ids = BTreeMap::from([(storage.applied.slot, storage.applied)]);
     let last = storage.log.last();
     ids.insert(last.slot, last);
-    ids.extend(storage.recovered.tail.iter().map(|entry| (entry.id.slot, entry.id)));
+    ids.extend(
+        storage
+            .recovered
+            .tail
+            .iter()
+            .map(|entry| (entry.id.slot, entry.id)),
+    );
     let mut after = Slot(storage.log.first_slot().0 - 1);
     let reader = storage.log.reader();
     while let Ok(LogRead::Entries { prev, entries }) = reader.read(after, last.slot, 1 << 20) {

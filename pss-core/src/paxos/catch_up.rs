@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::output::Output;
-use crate::paxos::{Replica, Role};
+use crate::paxos::{PendingWrite, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -198,6 +198,15 @@ impl Replica {
     }
 
     pub(super) fn read_log(&mut self, to: ServerId, after: Slot, tail_for: Option<Ballot>) {
+        // Until the log is started anew on the disk as well, it holds what was never chosen.
+        if self
+            .writes
+            .iter()
+            .any(|(_, write)| *write == PendingWrite::Reset)
+        {
+            let first = self.tail.base().slot.next();
+            return self.handle_log_gone(to, first, tail_for);
+        }
         let last = self.tail.last().slot;
         let chosen = self.chosen.min(self.durable);
         let until = if tail_for.is_some() {
@@ -213,6 +222,14 @@ impl Replica {
             bytes_max,
             tail_for,
         });
+    }
+
+    fn handle_log_gone(&mut self, to: ServerId, first: Slot, tail_for: Option<Ballot>) {
+        if tail_for.is_none() {
+            self.feeding.remove(&to);
+        }
+        let chosen = self.chosen;
+        self.send(to, Message::LogGone { first, chosen });
     }
 
     /// Answer to [`Output::ReadLog`].
@@ -250,7 +267,7 @@ impl Replica {
                     },
                 );
             }
-            (LogRead::Gone { first }, _) => self.send(to, Message::LogGone { first, chosen }),
+            (LogRead::Gone { first }, _) => self.handle_log_gone(to, first, tail_for),
             _ => {}
         }
         self.advance(now);
