@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::output::Output;
-use crate::paxos::{Replica, Role};
+use crate::paxos::{PendingWrite, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -198,6 +198,14 @@ impl Replica {
     }
 
     pub(super) fn read_log(&mut self, to: ServerId, after: Slot, tail_for: Option<Ballot>) {
+        let resets = |(_, write): &(_, PendingWrite)| matches!(write, PendingWrite::Reset);
+        if self.writes.iter().any(resets) {
+            // On disk there is still the log from before the base, with entries that were not chosen.
+            self.feeding.remove(&to);
+            let first = self.tail.base().slot.next();
+            let chosen = self.chosen;
+            return self.send(to, Message::LogGone { first, chosen });
+        }
         let last = self.tail.last().slot;
         let chosen = self.chosen.min(self.durable);
         let until = if tail_for.is_some() {
