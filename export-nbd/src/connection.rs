@@ -116,8 +116,10 @@ impl Connection {
 
     fn look_at_device(&mut self) {
         match self.device.fate() {
-            Fate::Alive => {}
-            Fate::Deleted | Fate::Fenced => self.transmission.end(Ending::DeviceGone),
+            // A fenced session is followed by a new one: requests fail until then, and clients that can
+            // wait for nothing else keep their connection.
+            Fate::Alive | Fate::Fenced => {}
+            Fate::Deleted => self.transmission.end(Ending::DeviceGone),
         }
     }
 

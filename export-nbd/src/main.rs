@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +11,9 @@ use clap::Parser;
 use export_nbd::export::{Exports, Policy};
 use export_nbd::listen::{Listener, Stream};
 use export_nbd::server::{CONNECTIONS_MAX, Limits, Server};
-use pss_core::volume::device::Volumes;
+use pss_core::client::{Cell, CellConfig};
+use pss_core::key::CellKey;
+use pss_core::servers::ServersFile;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info};
@@ -32,6 +34,9 @@ struct Args {
         value_name = "FILE"
     )]
     servers: PathBuf,
+    /// The cell key [default: cell.key beside the list of servers, if it exists]
+    #[arg(long, env = "PSS_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
     /// Listen on this TCP address; may be repeated [default: 127.0.0.1:10809, unless --unix or
     /// --stdio is given or a service manager passed sockets]
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -56,7 +61,7 @@ struct Args {
     max_connections: usize,
     /// How long a request waits for a leader, in seconds, before it fails with EIO. Keep it below
     /// the clients' own timeout
-    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
     /// What to log: error, warn, info, debug, trace, or directives of tracing's EnvFilter
     #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL")]
@@ -68,10 +73,22 @@ Lines of --export-policy FILE; the first whose name fits a volume holds:
   NAME [read-only] [hidden] [connections=N] [allow=ADDRESS/BITS|uid:N|gid:N|unix]...
 NAME may end in *. Without allow= everyone may connect.";
 
-/// Opens the cell that `servers` describes; a request waits `timeout` for a leader.
-async fn connect(servers: &Path, timeout: Duration) -> anyhow::Result<Arc<dyn Volumes>> {
-    let _ = timeout;
-    anyhow::bail!("{}: no connection to cells yet", servers.display())
+/// Opens the cell that `--servers` describes.
+fn connect(args: &Args) -> anyhow::Result<Arc<Cell>> {
+    let file = ServersFile::read(&args.servers)?;
+    let key = CellKey::find(args.key.as_deref(), &args.servers)?;
+    let servers = file.resolve()?;
+    let addresses = servers
+        .ids()
+        .into_iter()
+        .filter_map(|id| Some((id, servers.tcp(id)?)));
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = format!("pss-nbd@{}", host.trim());
+    Ok(Cell::connect(CellConfig {
+        key,
+        request_timeout: Duration::from_secs(args.timeout),
+        ..CellConfig::new(addresses.collect(), &name)
+    }))
 }
 
 fn main() -> anyhow::Result<()> {
@@ -95,8 +112,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         true => Vec::new(),
         false => listeners(&args)?,
     };
-    let volumes = connect(&args.servers, Duration::from_secs(args.timeout)).await?;
-    let exports = Exports::new(volumes, policy);
+    let cell = connect(&args)?;
+    let exports = Exports::new(Arc::clone(&cell) as _, policy);
     let limits = Limits {
         connections_max: args.max_connections,
         ..Limits::default()
@@ -105,15 +122,15 @@ async fn serve(args: Args) -> anyhow::Result<()> {
     let stop = stop_signal()?;
     if args.stdio {
         let (stream, peer) = Stream::stdio()?;
-        tokio::select! {
-            () = Arc::clone(&server).serve_stream(stream, peer) => {}
-            () = stop => {}
-        }
+        server.run_one(stream, peer, stop).await;
+        cell.close().await;
         return Ok(());
     }
     tokio::spawn(reload_policy(signal(SignalKind::hangup())?, exports, args));
     tell_manager(&[NotifyState::Ready]);
     server.run(listeners, stop).await;
+    // The cell need not wait for this gateway's session to run out.
+    cell.close().await;
     Ok(())
 }
 

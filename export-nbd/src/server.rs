@@ -79,6 +79,22 @@ impl Server {
         serving.join_all().await;
     }
 
+    /// Serves one client until it is gone or `stop` is done.
+    pub async fn run_one(
+        self: Arc<Self>,
+        stream: Stream,
+        peer: Peer,
+        stop: impl Future<Output = ()>,
+    ) {
+        let mut serving = JoinSet::new();
+        serving.spawn(Arc::clone(&self).serve_stream(stream, peer));
+        tokio::select! {
+            _ = serving.join_next() => return,
+            () = stop => self.stop(),
+        }
+        self.wait_for(serving).await;
+    }
+
     /// Serves the clients of a listener until [`Server::stop`], and returns when their requests in
     /// flight are answered, at the latest after the time that [`Limits`] give.
     pub async fn serve(self: Arc<Self>, listener: Listener) {
@@ -101,8 +117,13 @@ impl Server {
             }
         }
         drop(listener);
+        self.wait_for(connections).await;
+    }
+
+    async fn wait_for(&self, mut connections: JoinSet<()>) {
         let all_ended = async { while connections.join_next().await.is_some() {} };
-        if timeout(self.limits.stop_timeout, all_ended).await.is_err() {
+        let ended = timeout(self.limits.stop_timeout, all_ended).await;
+        if ended.is_err() {
             let left = connections.len();
             warn!(left, "stopped with requests in flight");
         }

@@ -1,19 +1,17 @@
 //! Servers that an NBD client starts: by socket activation and on standard input. Uses nbdinfo and nbdsh.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 /// The example server, which cargo builds beside this test.
 fn memory_server() -> String {
-    let mut path = PathBuf::from(std::env::current_exe().unwrap());
-    path.pop();
-    path.pop();
-    path.push("examples/memory_server");
+    let test = std::env::current_exe().expect("a test has a path");
+    let target = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    let server = target.join("examples/memory_server");
     assert!(
-        path.exists(),
+        server.exists(),
         "cargo test builds the examples unless told not to"
     );
-    path.to_str().unwrap().to_owned()
+    server.display().to_string()
 }
 
 fn run(program: &str, package: &str, arguments: &[&str]) -> String {

@@ -643,6 +643,11 @@ impl Replica {
         self.promised
     }
 
+    /// Highest promised ballot that is durable: others may have been told.
+    pub fn promised_durable(&self) -> Ballot {
+        self.promised_durable
+    }
+
     /// Slot up to which it knows the log to be chosen.
     pub fn chosen(&self) -> Slot {
         self.chosen

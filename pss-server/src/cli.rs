@@ -26,6 +26,7 @@ pub use format::{FormatArgs, FormatError, format};
 pub use signals::on_stop_signal;
 pub use start::StartArgs;
 
+pub(crate) use start::start as start_server;
 pub(crate) use volume::check_new as check_new_volume;
 
 /// Exit codes of `pss`; `pssd` uses the first three.

@@ -4,8 +4,12 @@
 //! `pssd`, whose binaries only call it; [`up`] runs a whole cell in one process.
 
 pub mod cli;
+mod clients;
+mod clock;
 pub mod config;
 pub mod logging;
 pub mod node;
+mod peers;
 pub mod render;
+mod storage;
 pub mod up;

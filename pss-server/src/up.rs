@@ -31,10 +31,10 @@ use pss_core::volume::device::Volumes;
 use tokio::sync::watch;
 
 use crate::cli::cell::{connect, explain};
-use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal};
+use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
 use crate::config::{CellFiles, ServerConfig, Tuning};
 use crate::logging::{self, LogLevel, LogTarget};
-use crate::node::{Server, ServerHandle};
+use crate::node::ServerHandle;
 
 /// Flags of `pss up`.
 #[derive(Args, Debug)]
@@ -361,7 +361,7 @@ impl RunningServers {
             format(&config, false)?;
         }
         let id = config.id;
-        let handle = Arc::new(Server::start(config)?);
+        let handle = Arc::new(start_server(config).map_err(anyhow::Error::msg)?);
         self.running.send_modify(|running| *running += 1);
         let (waiting, running) = (Arc::clone(&handle), Arc::clone(&self.running));
         let waiter = std::thread::Builder::new()

@@ -4,8 +4,8 @@
 //! register and is checked by itself. The check walks through the history's events in order of time and
 //! keeps every *configuration* that can explain what was answered so far: the value, which writes under
 //! way have taken effect, and which reads under way have been satisfied. A write takes effect as late as
-//! it can: when it is answered, or when a read that is answered needs its value. A write that is answered
-//! may also have been hidden: it took effect right before another one did.
+//! it can: when it is answered, or, at the latest possible moment, because a read under way shows its
+//! value. A write that is answered may also have been hidden: it took effect right before another one.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -72,8 +72,8 @@ pub fn check(operations: &[Operation]) -> Result<(), Operation> {
     for (time, answered, index) in events.into_keys() {
         let operation = operations[index];
         if answered {
-            under_way.remove(&index);
             configurations = answer(operations, &under_way, configurations, index, time);
+            under_way.remove(&index);
             if configurations.is_empty() {
                 return Err(operation);
             }
@@ -102,22 +102,11 @@ fn answer(
 ) -> BTreeSet<Configuration> {
     let operation = operations[index];
     let mut next = BTreeSet::new();
-    for mut configuration in configurations {
+    for mut configuration in with_awaited(operations, under_way, configurations, time) {
         match operation.kind {
-            Kind::Read(value) => {
+            Kind::Read(_) => {
                 if configuration.satisfied.remove(&index) {
                     next.insert(configuration);
-                    continue;
-                }
-                // Needs a write of that value that has not taken effect yet.
-                for write in under_way {
-                    let fits = operations[*write].kind == Kind::Write(value);
-                    if fits && !configuration.effective.contains(write) {
-                        let mut with = configuration.clone();
-                        with.take_effect(operations, under_way, *write, time);
-                        with.satisfied.remove(&index);
-                        next.insert(with);
-                    }
                 }
             }
             Kind::Write(_) => {
@@ -136,6 +125,37 @@ fn answer(
         }
     }
     next
+}
+
+/// The configurations, and all that come of them when writes take effect that reads under way show.
+fn with_awaited(
+    operations: &[Operation],
+    under_way: &BTreeSet<usize>,
+    configurations: BTreeSet<Configuration>,
+    time: Time,
+) -> BTreeSet<Configuration> {
+    let mut all = BTreeSet::new();
+    let mut todo: Vec<Configuration> = configurations.into_iter().collect();
+    while let Some(configuration) = todo.pop() {
+        if !all.insert(configuration.clone()) {
+            continue;
+        }
+        for write in under_way {
+            let Kind::Write(value) = operations[*write].kind else {
+                continue;
+            };
+            let awaited = under_way.iter().any(|read| {
+                operations[*read].kind == Kind::Read(value)
+                    && !configuration.satisfied.contains(read)
+            });
+            if awaited && !configuration.effective.contains(write) {
+                let mut with = configuration.clone();
+                with.take_effect(operations, under_way, *write, time);
+                todo.push(with);
+            }
+        }
+    }
+    all
 }
 
 impl Configuration {
@@ -274,6 +294,18 @@ mod tests {
             check(&[write(5, 1, 10), write(6, 2, 9), read(6, 11, 12), back]),
             Err(back)
         );
+    }
+
+    #[test]
+    fn read_under_way_may_show_a_value_that_is_gone_already() {
+        let history = [
+            write(5, 1, 40),
+            write(6, 2, 30),
+            read(5, 10, 35),
+            read(6, 36, 37),
+            read(6, 50, 51),
+        ];
+        assert_eq!(check(&history), Ok(()));
     }
 
     #[test]

@@ -1,321 +1,138 @@
-//! A simulated disk: keeps what a real one may keep, loses what it may lose, and repeats itself for the
-//! same seed.
+//! A simulated disk: in memory, deterministic, and able to fail in the ways that disks fail.
 //!
-//! On a power cut every page that was not synced is kept, lost, or torn by sectors of 512 bytes, each by
-//! itself; so are names that were not made durable by `sync_dir`.
+//! What it models:
+//!
+//! * Writes are in the page cache until the file is synced; on a power cut each 512-byte sector that
+//!   was not synced is as it was at the last sync, or as it was written, in any mixture.
+//! * Names are durable when their directory is synced; on a power cut any subset of the other changes
+//!   of names survives that could survive (a change that builds on another only with that one).
+//! * Writes through `OpenMode::DirectSync` are durable when they return. One that a power cut hits is
+//!   torn like any other.
+//! * Syncs and writes that fail, a full disk, flipped bits, writes that go to the wrong place.
+//!
+//! It has no clock and no threads, and every random choice comes from a [`Rng`] that the caller seeds.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, ErrorKind, IoSlice};
+use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
 
-use crate::rng::Rng;
+pub use crate::rng::Rng;
 
 const PAGE: usize = 4096;
 const SECTOR: usize = 512;
 
-type Page = Arc<[u8; PAGE]>;
-
-#[derive(Clone, Default)]
-struct FileData {
-    pages: BTreeMap<u64, Page>,
-    len: u64,
-    /// What pages held when they were last synced; only for those changed since.
-    synced: BTreeMap<u64, Option<Page>>,
-    synced_len: u64,
+/// Counts of what was done to a disk.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct DiskStats {
+    /// Everything that changes the disk, syncs included: what [`SimDisk::crash_at_op`] counts.
+    pub mutating_ops: u64,
+    /// Syncs of files, directories and everything, and direct writes.
+    pub syncs: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Reads.
+    pub reads: u64,
 }
 
-impl FileData {
-    fn change(&mut self, index: u64, page: Option<Page>) {
-        let old = self.pages.get(&index).cloned();
-        self.synced.entry(index).or_insert(old);
-        match page {
-            Some(page) => self.pages.insert(index, page),
-            None => self.pages.remove(&index),
-        };
-    }
-
-    fn sync(&mut self) {
-        self.synced.clear();
-        self.synced_len = self.len;
-    }
-
-    fn set_len(&mut self, bytes: u64) {
-        let first = bytes.div_ceil(PAGE as u64);
-        let beyond: Vec<u64> = self.pages.range(first..).map(|(index, _)| *index).collect();
-        for index in beyond {
-            self.change(index, None);
-        }
-        if !bytes.is_multiple_of(PAGE as u64)
-            && let Some(page) = self.pages.get(&(bytes / PAGE as u64))
-        {
-            let mut page = **page;
-            page[(bytes % PAGE as u64) as usize..].fill(0);
-            self.change(bytes / PAGE as u64, Some(Arc::new(page)));
-        }
-        self.len = bytes;
-    }
-
-    fn write(&mut self, mut data: &[u8], mut offset: u64, zero: &Page) {
-        self.len = self.len.max(offset + data.len() as u64);
-        while !data.is_empty() {
-            let index = offset / PAGE as u64;
-            let start = (offset % PAGE as u64) as usize;
-            let count = data.len().min(PAGE - start);
-            let page = if data[..count].iter().all(|byte| *byte == 0) && count == PAGE {
-                Arc::clone(zero)
-            } else {
-                let mut page = self.pages.get(&index).map_or([0; PAGE], |page| **page);
-                page[start..start + count].copy_from_slice(&data[..count]);
-                Arc::new(page)
-            };
-            self.change(index, Some(page));
-            offset += count as u64;
-            data = &data[count..];
-        }
-    }
-
-    /// What is left after a power cut.
-    fn cut(&mut self, rng: &mut Rng) {
-        let lost_len = self.len != self.synced_len && rng.per_mille(500);
-        for (index, old) in std::mem::take(&mut self.synced) {
-            let new = self.pages.get(&index).cloned();
-            let kept = match rng.below(3) {
-                0 => new,
-                1 => old,
-                _ => torn(new.as_ref(), old.as_ref(), rng),
-            };
-            match kept {
-                Some(page) => self.pages.insert(index, page),
-                None => self.pages.remove(&index),
-            };
-        }
-        if lost_len {
-            let synced_len = self.synced_len;
-            self.set_len(synced_len);
-        }
-        self.sync();
-    }
+/// What a power cut leaves of things that were not synced.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Survival {
+    /// Nothing.
+    Nothing,
+    /// Everything.
+    Everything,
+    /// Whatever chance gives.
+    Chance,
 }
 
-fn torn(new: Option<&Page>, old: Option<&Page>, rng: &mut Rng) -> Option<Page> {
-    let mut page = old.map_or([0; PAGE], |page| **page);
-    let new = new.map_or([0; PAGE], |page| **page);
-    for sector in 0..PAGE / SECTOR {
-        if rng.per_mille(500) {
-            let range = sector * SECTOR..(sector + 1) * SECTOR;
-            page[range.clone()].copy_from_slice(&new[range]);
-        }
-    }
-    Some(Arc::new(page))
-}
-
-struct Inner {
-    rng: Rng,
-    zero: Page,
-    names: BTreeMap<String, u64>,
-    durable_names: BTreeMap<String, u64>,
-    directories: BTreeSet<String>,
-    files: BTreeMap<u64, FileData>,
-    next_file: u64,
-    /// Mutating operations until the power fails; none: it does not.
-    crash_in: Option<u64>,
-    frozen: bool,
-    fail_syncs: u32,
-    operations: u64,
-    syncs: u64,
-    capacity: u64,
-    would_block_per_mille: u64,
-}
-
-/// See the module's text.
+/// A disk. Clones are the same disk.
+#[derive(Clone)]
 pub struct SimDisk {
     inner: Arc<Mutex<Inner>>,
 }
 
-impl SimDisk {
-    /// An empty disk.
-    pub fn new(seed: u64) -> SimDisk {
-        let inner = Inner {
-            rng: Rng::new(seed),
-            zero: Arc::new([0; PAGE]),
-            names: BTreeMap::new(),
-            durable_names: BTreeMap::new(),
-            directories: BTreeSet::new(),
-            files: BTreeMap::new(),
-            next_file: 1,
-            crash_in: None,
-            frozen: false,
-            fail_syncs: 0,
-            operations: 0,
-            syncs: 0,
-            capacity: 1 << 40,
-            would_block_per_mille: 50,
-        };
-        SimDisk {
-            inner: Arc::new(Mutex::new(inner)),
+type Page = Arc<[u8; PAGE]>;
+
+/// One page of a file: what is read, and what is durable.
+#[derive(Clone, Default)]
+struct Slot {
+    /// `None`: a hole.
+    current: Option<Page>,
+    durable: Option<Page>,
+}
+
+#[derive(Default)]
+struct Inode {
+    pages: Vec<Slot>,
+    /// Pages that differ from what is durable, or may.
+    dirty: BTreeSet<usize>,
+    length: u64,
+    durable_length: u64,
+}
+
+type InodeRef = Arc<Mutex<Inode>>;
+
+#[derive(Clone)]
+enum Node {
+    Directory,
+    File(InodeRef),
+}
+
+/// A change of names.
+#[derive(Clone)]
+enum NameOp {
+    Create(String, Node),
+    Remove(String),
+    Rename(String, String),
+}
+
+impl NameOp {
+    fn paths(&self) -> Vec<&str> {
+        match self {
+            NameOp::Create(path, _) | NameOp::Remove(path) => vec![path],
+            NameOp::Rename(from, to) => vec![from, to],
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether it changes names in the directory.
+    fn touches(&self, directory: &str) -> bool {
+        self.paths().iter().any(|path| parent(path) == directory)
     }
 
-    /// The mutating operation after `after` more of them hits a power cut: it is done in part, and it and
-    /// everything behind it fails until [`SimDisk::power_cut`].
-    pub fn crash_at_op(&self, after: u64) {
-        self.lock().crash_in = Some(after);
-    }
-
-    /// Whether such an operation was reached.
-    pub fn has_crashed(&self) -> bool {
-        self.lock().frozen
-    }
-
-    /// The power comes back: what was not durable is kept, lost or torn.
-    pub fn power_cut(&self) {
-        let inner = &mut *self.lock();
-        inner.crash_in = None;
-        inner.frozen = false;
-        inner.fail_syncs = 0;
-        for file in inner.files.values_mut() {
-            file.cut(&mut inner.rng);
-        }
-        let paths: BTreeSet<String> = inner
-            .names
-            .keys()
-            .chain(inner.durable_names.keys())
-            .cloned()
-            .collect();
-        let mut names = BTreeMap::new();
-        for path in paths {
-            let (new, old) = (inner.names.get(&path), inner.durable_names.get(&path));
-            let kept = if new == old || inner.rng.per_mille(500) {
-                new
-            } else {
-                old
-            };
-            if let Some(file) = kept {
-                names.insert(path, *file);
-            }
-        }
-        inner.durable_names.clone_from(&names);
-        inner.names = names;
-    }
-
-    /// The next sync, or write that is durable when it returns, fails.
-    pub fn fail_next_sync(&self) {
-        self.lock().fail_syncs = 1;
-    }
-
-    /// Flips one bit of a page of a file whose path starts so. Says whether there was one.
-    pub fn rot(&self, prefix: &str) -> bool {
-        let inner = &mut *self.lock();
-        let ids: Vec<u64> = inner
-            .names
+    /// Whether this one cannot survive without the other, which came before.
+    fn needs(&self, earlier: &NameOp) -> bool {
+        let overlap = |a: &str, b: &str| is_below(a, b) || is_below(b, a);
+        let paths = self.paths();
+        paths
             .iter()
-            .filter(|(path, _)| path.starts_with(prefix))
-            .map(|(_, id)| *id)
-            .collect();
-        let Some(id) = inner.rng.pick(&ids).copied() else {
-            return false;
-        };
-        let Some(file) = inner.files.get_mut(&id) else {
-            return false;
-        };
-        let written = file
-            .pages
-            .iter()
-            .filter(|(_, page)| !Arc::ptr_eq(page, &inner.zero));
-        let indexes: Vec<u64> = written.map(|(index, _)| *index).collect();
-        let Some(index) = inner.rng.pick(&indexes).copied() else {
-            return false;
-        };
-        let mut page = *file.pages[&index];
-        page[inner.rng.below(PAGE as u64) as usize] ^= 1 << inner.rng.below(8);
-        file.pages.insert(index, Arc::new(page));
-        true
+            .any(|path| earlier.paths().iter().any(|other| overlap(path, other)))
     }
 
-    /// Mutating operations so far, and how many of them were syncs.
-    pub fn operations(&self) -> (u64, u64) {
-        let inner = self.lock();
-        (inner.operations, inner.syncs)
-    }
-
-    /// Limits the space.
-    pub fn set_capacity(&self, bytes: u64) {
-        self.lock().capacity = bytes;
-    }
-
-    /// A copy of the whole disk as it is now, unsynced parts included.
-    #[must_use]
-    pub fn fork(&self, seed: u64) -> SimDisk {
-        let inner = self.lock();
-        let inner = Inner {
-            rng: Rng::new(seed),
-            zero: Arc::clone(&inner.zero),
-            names: inner.names.clone(),
-            durable_names: inner.durable_names.clone(),
-            directories: inner.directories.clone(),
-            files: inner.files.clone(),
-            ..*inner
-        };
-        SimDisk {
-            inner: Arc::new(Mutex::new(inner)),
-        }
-    }
-}
-
-fn power_failed() -> io::Error {
-    io::Error::other("the power has failed (simulated)")
-}
-
-/// Whether the operation is to be done whole, or in part because the power fails in it.
-#[derive(PartialEq)]
-enum Go {
-    Whole,
-    Part,
-}
-
-impl Inner {
-    fn begin(&mut self) -> io::Result<Go> {
-        if self.frozen {
-            return Err(power_failed());
-        }
-        self.operations += 1;
-        match &mut self.crash_in {
-            Some(0) => {
-                self.frozen = true;
-                Ok(Go::Part)
+    fn apply(&self, names: &mut BTreeMap<String, Node>) {
+        match self {
+            NameOp::Create(path, node) => {
+                names.insert(path.clone(), node.clone());
             }
-            Some(left) => {
-                *left -= 1;
-                Ok(Go::Whole)
+            NameOp::Remove(path) => {
+                for path in tree(names, path) {
+                    names.remove(&path);
+                }
             }
-            None => Ok(Go::Whole),
+            NameOp::Rename(from, to) => {
+                let moved = tree(names, from);
+                if !moved.is_empty() {
+                    for path in tree(names, to) {
+                        names.remove(&path);
+                    }
+                }
+                for path in moved {
+                    let node = names.remove(&path).expect("it was just listed");
+                    names.insert(format!("{to}{}", &path[from.len()..]), node);
+                }
+            }
         }
-    }
-
-    fn used(&self) -> u64 {
-        let zero = &self.zero;
-        let used = |file: &FileData| {
-            file.pages
-                .values()
-                .filter(|page| !Arc::ptr_eq(page, zero))
-                .count() as u64
-        };
-        self.files.values().map(used).sum::<u64>() * PAGE as u64
-    }
-
-    fn syncs_fail(&mut self) -> io::Result<()> {
-        self.syncs += 1;
-        if self.fail_syncs > 0 {
-            self.fail_syncs -= 1;
-            return Err(io::Error::other("sync failed (simulated)"));
-        }
-        Ok(())
     }
 }
 
@@ -323,325 +140,813 @@ fn parent(path: &str) -> &str {
     path.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
+/// Whether `path` is `top` or below it.
+fn is_below(path: &str, top: &str) -> bool {
+    path.strip_prefix(top)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+/// A path and everything below it.
+fn tree(names: &BTreeMap<String, Node>, top: &str) -> Vec<String> {
+    names
+        .range(top.to_owned()..)
+        .map(|(path, _)| path)
+        .take_while(|path| path.starts_with(top))
+        .filter(|path| is_below(path, top))
+        .cloned()
+        .collect()
+}
+
+struct Inner {
+    names: BTreeMap<String, Node>,
+    durable_names: BTreeMap<String, Node>,
+    /// Not durable yet, in order.
+    name_ops: Vec<NameOp>,
+    /// Files with changes that are not durable.
+    dirty_files: Vec<InodeRef>,
+    /// Raised by a power cut: files opened before are gone.
+    life: u64,
+    frozen: bool,
+    crash_at: Option<u64>,
+    fail_syncs: Vec<u64>,
+    fail_writes: Vec<u64>,
+    syncs_seen: u64,
+    writes_seen: u64,
+    misdirect: Option<(String, i64)>,
+    would_block_per_mille: u64,
+    would_block: Rng,
+    capacity_pages: u64,
+    used_pages: u64,
+    zero: Page,
+    stats: DiskStats,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn frozen() -> io::Error {
+    io::Error::other("the simulated disk has lost power")
+}
+
+impl Default for SimDisk {
+    fn default() -> SimDisk {
+        SimDisk::new()
+    }
+}
+
+impl SimDisk {
+    /// An empty disk of unlimited size.
+    pub fn new() -> SimDisk {
+        let inner = Inner {
+            names: BTreeMap::new(),
+            durable_names: BTreeMap::new(),
+            name_ops: Vec::new(),
+            dirty_files: Vec::new(),
+            life: 0,
+            frozen: false,
+            crash_at: None,
+            fail_syncs: Vec::new(),
+            fail_writes: Vec::new(),
+            syncs_seen: 0,
+            writes_seen: 0,
+            misdirect: None,
+            would_block_per_mille: 0,
+            would_block: Rng::new(0),
+            capacity_pages: u64::MAX,
+            used_pages: 0,
+            zero: Arc::new([0; PAGE]),
+            stats: DiskStats::default(),
+        };
+        SimDisk {
+            inner: Arc::new(Mutex::new(inner)),
+        }
+    }
+
+    /// As the trait object that the product takes.
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        Arc::new(self.clone())
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> DiskStats {
+        lock(&self.inner).stats
+    }
+
+    /// The mutating operation with this number (counted from 1 since the disk was made, see
+    /// [`DiskStats::mutating_ops`]) fails: a write is then torn by the power cut, nothing of a sync is
+    /// certain. Everything fails from then on, until [`SimDisk::power_cut`].
+    pub fn crash_at_op(&self, number: u64) {
+        lock(&self.inner).crash_at = Some(number);
+    }
+
+    /// Stops everything now, as if [`SimDisk::crash_at_op`] had struck.
+    pub fn freeze(&self) {
+        lock(&self.inner).frozen = true;
+    }
+
+    /// Whether it waits for [`SimDisk::power_cut`].
+    pub fn is_frozen(&self) -> bool {
+        lock(&self.inner).frozen
+    }
+
+    /// The power fails and comes back. Files that were open give errors.
+    pub fn power_cut(&self, rng: &mut Rng) {
+        let survival = match rng.below(6) {
+            0 => Survival::Nothing,
+            1 => Survival::Everything,
+            _ => Survival::Chance,
+        };
+        self.power_cut_with(rng, survival);
+    }
+
+    /// Like [`SimDisk::power_cut`], with a say in what survives.
+    pub fn power_cut_with(&self, rng: &mut Rng, survival: Survival) {
+        let mut inner = lock(&self.inner);
+        inner.life += 1;
+        inner.frozen = false;
+        inner.crash_at = None;
+        inner.fail_syncs.clear();
+        inner.fail_writes.clear();
+        inner.misdirect = None;
+        for file in std::mem::take(&mut inner.dirty_files) {
+            lock(&file).power_cut(rng, survival);
+        }
+        let ops = std::mem::take(&mut inner.name_ops);
+        // How many are lost differs from time to time, as what the disk was doing does.
+        let keep_per_mille = *rng.pick(&[100, 500, 900, 1000]);
+        let mut lost: Vec<&NameOp> = Vec::new();
+        for op in &ops {
+            let survives = match survival {
+                Survival::Nothing => false,
+                Survival::Everything => true,
+                Survival::Chance => {
+                    rng.chance(keep_per_mille) && !lost.iter().any(|earlier| op.needs(earlier))
+                }
+            };
+            if survives {
+                op.apply(&mut inner.durable_names);
+            } else {
+                lost.push(op);
+            }
+        }
+        inner.names = inner.durable_names.clone();
+        inner.count_pages();
+    }
+
+    /// The process dies, the machine does not: nothing is lost, but open files give errors.
+    pub fn process_crash(&self) {
+        let mut inner = lock(&self.inner);
+        inner.life += 1;
+        inner.frozen = false;
+        inner.crash_at = None;
+    }
+
+    /// The sync after the next `after` ones fails. (Direct writes are not counted.)
+    pub fn fail_sync(&self, after: u64) {
+        let mut inner = lock(&self.inner);
+        let number = inner.syncs_seen + after + 1;
+        inner.fail_syncs.push(number);
+    }
+
+    /// The write after the next `after` ones fails, having written any part.
+    pub fn fail_write(&self, after: u64) {
+        let mut inner = lock(&self.inner);
+        let number = inner.writes_seen + after + 1;
+        inner.fail_writes.push(number);
+    }
+
+    /// Reads that do not wait are told to wait in so many of 1000 cases.
+    pub fn set_would_block(&self, per_mille: u64, seed: u64) {
+        let mut inner = lock(&self.inner);
+        inner.would_block_per_mille = per_mille;
+        inner.would_block = Rng::new(seed);
+    }
+
+    /// Bytes that the files may take together.
+    pub fn set_capacity(&self, bytes: u64) {
+        lock(&self.inner).capacity_pages = bytes / PAGE as u64;
+    }
+
+    /// Bytes that the files take.
+    pub fn used_bytes(&self) -> u64 {
+        lock(&self.inner).used_pages * PAGE as u64
+    }
+
+    /// All files, with their lengths.
+    pub fn files(&self) -> Vec<(String, u64)> {
+        let inner = lock(&self.inner);
+        inner
+            .names
+            .iter()
+            .filter_map(|(path, node)| match node {
+                Node::File(file) => Some((path.clone(), lock(file).length)),
+                Node::Directory => None,
+            })
+            .collect()
+    }
+
+    /// The contents of a file.
+    pub fn contents(&self, path: &str) -> Option<Vec<u8>> {
+        let file = lock(&self.inner).file(path)?;
+        let file = lock(&file);
+        let mut bytes = vec![0; file.length as usize];
+        file.read(&mut bytes, 0);
+        Some(bytes)
+    }
+
+    /// Flips a bit of a file, for good. Says whether there was such a byte.
+    pub fn flip_bit(&self, path: &str, offset: u64, bit: u8) -> bool {
+        let Some(file) = lock(&self.inner).file(path) else {
+            return false;
+        };
+        let mut file = lock(&file);
+        if offset >= file.length {
+            return false;
+        }
+        file.flip(offset, bit);
+        true
+    }
+
+    /// Flips a random bit of a random file whose path starts with `prefix`. Says where.
+    pub fn flip_random_bit(&self, prefix: &str, rng: &mut Rng) -> Option<(String, u64)> {
+        let files = self.files();
+        let files: Vec<_> = files
+            .iter()
+            .filter(|(path, length)| path.starts_with(prefix) && *length > 0)
+            .collect();
+        if files.is_empty() {
+            return None;
+        }
+        let (path, length) = rng.pick(&files);
+        let offset = rng.below(*length);
+        self.flip_bit(path, offset, rng.below(8) as u8);
+        Some((path.clone(), offset))
+    }
+
+    /// The next write to a file whose path starts with `prefix` goes so many bytes further on.
+    pub fn misdirect_write(&self, prefix: &str, by_bytes: i64) {
+        lock(&self.inner).misdirect = Some((prefix.to_owned(), by_bytes));
+    }
+}
+
+impl Inner {
+    fn file(&self, path: &str) -> Option<InodeRef> {
+        match self.names.get(path) {
+            Some(Node::File(file)) => Some(Arc::clone(file)),
+            _ => None,
+        }
+    }
+
+    fn check(&self) -> io::Result<()> {
+        if self.frozen { Err(frozen()) } else { Ok(()) }
+    }
+
+    /// Counts a mutating operation. `Ok(true)`: this is the one that the power cut hits; it is to be
+    /// carried out, and then to fail.
+    fn begin(&mut self) -> io::Result<bool> {
+        self.check()?;
+        self.stats.mutating_ops += 1;
+        if self
+            .crash_at
+            .is_some_and(|at| self.stats.mutating_ops >= at)
+        {
+            self.frozen = true;
+        }
+        Ok(self.frozen)
+    }
+
+    fn change_names(&mut self, op: NameOp) -> io::Result<()> {
+        let hit = self.begin()?;
+        op.apply(&mut self.names);
+        self.name_ops.push(op);
+        if hit { Err(frozen()) } else { Ok(()) }
+    }
+
+    /// Makes names durable: the chosen changes and those that they build on.
+    fn settle_names(&mut self, is_chosen: impl Fn(&NameOp) -> bool) {
+        let ops = std::mem::take(&mut self.name_ops);
+        let mut chosen = vec![false; ops.len()];
+        for (at, op) in ops.iter().enumerate().rev() {
+            let is_needed = (at + 1..ops.len()).any(|later| chosen[later] && ops[later].needs(op));
+            chosen[at] = is_needed || is_chosen(op);
+        }
+        for (op, chosen) in ops.into_iter().zip(chosen) {
+            if chosen {
+                op.apply(&mut self.durable_names);
+            } else {
+                self.name_ops.push(op);
+            }
+        }
+    }
+
+    fn sync_step(&mut self) -> io::Result<()> {
+        let hit = self.begin()?;
+        self.stats.syncs += 1;
+        self.syncs_seen += 1;
+        if hit {
+            return Err(frozen());
+        }
+        if self.fail_syncs.contains(&self.syncs_seen) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        Ok(())
+    }
+
+    fn count_pages(&mut self) {
+        let mut seen = BTreeSet::new();
+        let mut pages = 0;
+        for node in self.names.values() {
+            if let Node::File(file) = node
+                && seen.insert(Arc::as_ptr(file) as usize)
+            {
+                pages += lock(file).allocated();
+            }
+        }
+        self.used_pages = pages;
+    }
+
+    fn mark_dirty(&mut self, file: &InodeRef) {
+        if !self
+            .dirty_files
+            .iter()
+            .any(|other| Arc::ptr_eq(other, file))
+        {
+            self.dirty_files.push(Arc::clone(file));
+        }
+    }
+}
+
+impl Inode {
+    fn allocated(&self) -> u64 {
+        self.pages
+            .iter()
+            .filter(|slot| slot.current.is_some())
+            .count() as u64
+    }
+
+    fn read(&self, buf: &mut [u8], offset: u64) -> usize {
+        let length = self.length.saturating_sub(offset).min(buf.len() as u64) as usize;
+        let mut done = 0;
+        while done < length {
+            let at = offset as usize + done;
+            let within = at % PAGE;
+            let bytes = (PAGE - within).min(length - done);
+            let to = &mut buf[done..done + bytes];
+            match self
+                .pages
+                .get(at / PAGE)
+                .and_then(|slot| slot.current.as_ref())
+            {
+                Some(page) => to.copy_from_slice(&page[within..within + bytes]),
+                None => to.fill(0),
+            }
+            done += bytes;
+        }
+        length
+    }
+
+    fn slot(&mut self, page: usize) -> &mut Slot {
+        if self.pages.len() <= page {
+            self.pages.resize(page + 1, Slot::default());
+        }
+        &mut self.pages[page]
+    }
+
+    /// Changes one page.
+    fn set_page(&mut self, page: usize, content: Option<Page>) {
+        self.slot(page).current = content;
+        self.dirty.insert(page);
+    }
+
+    /// Writes within one page. Gives back whether a page was allocated.
+    fn write_page(&mut self, at: usize, bytes: &[u8], zero: &Page) -> bool {
+        let (page, within) = (at / PAGE, at % PAGE);
+        let is_new = self.slot(page).current.is_none();
+        let content = if bytes.len() == PAGE {
+            match <&[u8; PAGE]>::try_from(bytes) {
+                Ok(bytes) if **zero == *bytes => Arc::clone(zero),
+                Ok(bytes) => Arc::new(*bytes),
+                Err(_) => unreachable!("the length was just compared"),
+            }
+        } else {
+            let mut content = self.pages[page]
+                .current
+                .as_deref()
+                .copied()
+                .unwrap_or([0; PAGE]);
+            content[within..within + bytes.len()].copy_from_slice(bytes);
+            Arc::new(content)
+        };
+        self.set_page(page, Some(content));
+        is_new
+    }
+
+    fn set_len(&mut self, bytes: u64) -> u64 {
+        let before = self.allocated();
+        self.length = bytes;
+        let keep = (bytes as usize).div_ceil(PAGE);
+        for page in keep..self.pages.len() {
+            if self.pages[page].current.is_some() {
+                self.set_page(page, None);
+            }
+        }
+        let within = bytes as usize % PAGE;
+        if within > 0
+            && let Some(content) = self
+                .pages
+                .get(keep - 1)
+                .and_then(|slot| slot.current.clone())
+        {
+            let mut content = *content;
+            content[within..].fill(0);
+            self.set_page(keep - 1, Some(Arc::new(content)));
+        }
+        before - self.allocated()
+    }
+
+    fn sync(&mut self) {
+        for page in std::mem::take(&mut self.dirty) {
+            let slot = &mut self.pages[page];
+            slot.durable.clone_from(&slot.current);
+        }
+        self.durable_length = self.length;
+    }
+
+    fn sync_range(&mut self, offset: u64, bytes: u64) {
+        let pages = offset as usize / PAGE..(offset + bytes).div_ceil(PAGE as u64) as usize;
+        for page in pages {
+            self.dirty.remove(&page);
+            let slot = &mut self.pages[page];
+            slot.durable.clone_from(&slot.current);
+        }
+        self.durable_length = self.durable_length.max(offset + bytes);
+    }
+
+    fn power_cut(&mut self, rng: &mut Rng, survival: Survival) {
+        let mode = rng.below(4);
+        for page in std::mem::take(&mut self.dirty) {
+            let slot = &mut self.pages[page];
+            let content = match (survival, mode) {
+                (Survival::Nothing, _) | (_, 0) if survival != Survival::Everything => {
+                    slot.durable.clone()
+                }
+                (Survival::Everything, _) | (_, 1) => slot.current.clone(),
+                (_, 2) if rng.chance(500) => slot.current.clone(),
+                (_, 2) => slot.durable.clone(),
+                _ => Some(tear(rng, slot)),
+            };
+            slot.current.clone_from(&content);
+            slot.durable = content;
+        }
+        let keeps_length = match survival {
+            Survival::Nothing => false,
+            Survival::Everything => true,
+            Survival::Chance => rng.chance(500),
+        };
+        let length = if keeps_length {
+            self.length
+        } else {
+            self.durable_length
+        };
+        self.length = length;
+        let keep = (length as usize).div_ceil(PAGE);
+        self.pages.truncate(keep);
+        self.durable_length = length;
+    }
+
+    fn flip(&mut self, offset: u64, bit: u8) {
+        let (page, within) = (offset as usize / PAGE, offset as usize % PAGE);
+        let slot = self.slot(page);
+        for content in [&mut slot.current, &mut slot.durable] {
+            let mut bytes = content.as_deref().copied().unwrap_or([0; PAGE]);
+            bytes[within] ^= 1 << (bit % 8);
+            *content = Some(Arc::new(bytes));
+        }
+    }
+}
+
+/// Any mixture of the sectors of two pages.
+fn tear(rng: &mut Rng, slot: &Slot) -> Page {
+    let empty = [0; PAGE];
+    let mut content = slot.durable.as_deref().copied().unwrap_or(empty);
+    let current = slot.current.as_deref().unwrap_or(&empty);
+    for start in (0..PAGE).step_by(SECTOR) {
+        if rng.chance(500) {
+            let sector = start..start + SECTOR;
+            content[sector.clone()].copy_from_slice(&current[sector]);
+        }
+    }
+    Arc::new(content)
+}
+
 impl Disk for SimDisk {
     fn open(&self, path: &str, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        let inner = &mut *self.lock();
-        if inner.frozen {
-            return Err(power_failed());
-        }
-        let id = match (inner.names.get(path), mode) {
-            (Some(id), _) => *id,
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        let file = match (inner.names.get(path), mode) {
+            (Some(Node::File(file)), _) => Arc::clone(file),
+            (Some(Node::Directory), _) => return Err(io::ErrorKind::IsADirectory.into()),
             (None, OpenMode::Create) => {
-                if inner.begin()? == Go::Part {
-                    return Err(power_failed());
+                let above = parent(path);
+                if !above.is_empty() && !inner.names.contains_key(above) {
+                    return Err(io::ErrorKind::NotFound.into());
                 }
-                let id = inner.next_file;
-                inner.next_file += 1;
-                inner.names.insert(path.to_owned(), id);
-                inner.files.insert(id, FileData::default());
-                id
+                let file = InodeRef::default();
+                let node = Node::File(Arc::clone(&file));
+                inner.change_names(NameOp::Create(path.to_owned(), node))?;
+                file
             }
-            (None, _) => return Err(ErrorKind::NotFound.into()),
+            (None, _) => return Err(io::ErrorKind::NotFound.into()),
         };
-        let direct = mode == OpenMode::DirectSync;
         Ok(Arc::new(SimFile {
-            inner: Arc::clone(&self.inner),
-            id,
-            direct,
+            disk: Arc::clone(&self.inner),
+            life: inner.life,
+            path: path.to_owned(),
+            file,
+            direct: mode == OpenMode::DirectSync,
         }))
     }
 
     fn read_dir(&self, path: &str) -> io::Result<Vec<DirEntry>> {
-        let inner = self.lock();
-        let mut found = BTreeSet::new();
-        let inside = |it: &str| -> Option<String> {
-            if path.is_empty() || path == "." {
-                return Some(it.to_owned());
-            }
-            it.strip_prefix(path)?.strip_prefix('/').map(str::to_owned)
+        let inner = lock(&self.inner);
+        inner.check()?;
+        let start = if path.is_empty() {
+            String::new()
+        } else {
+            format!("{path}/")
         };
-        for rest in inner.names.keys().filter_map(|it| inside(it)) {
-            match rest.split_once('/') {
-                Some((name, _)) => found.insert(DirEntry {
-                    name: name.to_owned(),
-                    is_dir: true,
-                }),
-                None => found.insert(DirEntry {
-                    name: rest,
-                    is_dir: false,
-                }),
-            };
-        }
-        for rest in inner.directories.iter().filter_map(|it| inside(it)) {
-            let name = rest.split('/').next().unwrap_or_default();
-            if !name.is_empty() {
-                found.insert(DirEntry {
-                    name: name.to_owned(),
-                    is_dir: true,
-                });
-            }
-        }
-        Ok(found.into_iter().collect())
+        let entries = inner
+            .names
+            .range(start.clone()..)
+            .take_while(|(found, _)| found.starts_with(&start))
+            .filter(|(found, _)| parent(found) == path)
+            .map(|(found, node)| DirEntry {
+                name: found[start.len()..].to_owned(),
+                is_dir: matches!(node, Node::Directory),
+            });
+        Ok(entries.collect())
     }
 
     fn create_dir_all(&self, path: &str) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        let mut all = path;
-        loop {
-            // Directories come back as soon as something in them does; empty ones matter to nobody.
-            if !inner.directories.insert(all.to_owned()) {
-                return Ok(());
-            }
-            match all.rsplit_once('/') {
-                Some((parent, _)) => all = parent,
-                None => return Ok(()),
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        let ends = path.match_indices('/').map(|(at, _)| at);
+        for end in ends.chain([path.len()]) {
+            let directory = &path[..end];
+            match inner.names.get(directory) {
+                Some(Node::Directory) => {}
+                Some(Node::File(_)) => return Err(io::ErrorKind::AlreadyExists.into()),
+                None => {
+                    let op = NameOp::Create(directory.to_owned(), Node::Directory);
+                    inner.change_names(op)?;
+                }
             }
         }
+        Ok(())
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part && inner.rng.per_mille(500) {
-            return Err(power_failed());
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        let above = parent(to);
+        let is_possible =
+            inner.names.contains_key(from) && (above.is_empty() || inner.names.contains_key(above));
+        if !is_possible {
+            return Err(io::ErrorKind::NotFound.into());
         }
-        if let Some(id) = inner.names.remove(from) {
-            inner.names.insert(to.to_owned(), id);
-        } else {
-            let prefix = format!("{from}/");
-            let inside: Vec<String> = inner
-                .names
-                .keys()
-                .filter(|it| it.starts_with(&prefix))
-                .cloned()
-                .collect();
-            if inside.is_empty() && !inner.directories.contains(from) {
-                return Err(ErrorKind::NotFound.into());
-            }
-            for path in inside {
-                if let Some(id) = inner.names.remove(&path) {
-                    inner
-                        .names
-                        .insert(format!("{to}/{}", &path[prefix.len()..]), id);
-                }
-            }
-            let moved: Vec<String> = inner
-                .directories
-                .iter()
-                .filter(|it| *it == from || it.starts_with(&prefix))
-                .cloned()
-                .collect();
-            for path in moved {
-                inner.directories.remove(&path);
-                inner
-                    .directories
-                    .insert(format!("{to}{}", &path[from.len()..]));
-            }
-        }
-        if inner.frozen {
-            Err(power_failed())
-        } else {
-            Ok(())
-        }
+        let result = inner.change_names(NameOp::Rename(from.to_owned(), to.to_owned()));
+        inner.count_pages();
+        result
     }
 
     fn remove_file(&self, path: &str) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
-        }
-        inner
-            .names
-            .remove(path)
-            .map(|_| ())
-            .ok_or_else(|| ErrorKind::NotFound.into())
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        let pages = match inner.file(path) {
+            Some(file) => lock(&file).allocated(),
+            None => return Err(io::ErrorKind::NotFound.into()),
+        };
+        inner.used_pages = inner.used_pages.saturating_sub(pages);
+        inner.change_names(NameOp::Remove(path.to_owned()))
     }
 
     fn remove_dir_all(&self, path: &str) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        if !matches!(inner.names.get(path), Some(Node::Directory)) {
+            return Err(io::ErrorKind::NotFound.into());
         }
-        let prefix = format!("{path}/");
-        inner.names.retain(|it, _| !it.starts_with(&prefix));
-        inner
-            .directories
-            .retain(|it| it != path && !it.starts_with(&prefix));
+        // One name after the other, the deepest first, as it is done in truth.
+        let mut paths = tree(&inner.names, path);
+        paths.reverse();
+        for path in paths {
+            inner.change_names(NameOp::Remove(path))?;
+        }
+        inner.count_pages();
         Ok(())
     }
 
     fn sync_dir(&self, path: &str) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
+        let mut inner = lock(&self.inner);
+        inner.check()?;
+        if !path.is_empty() && !matches!(inner.names.get(path), Some(Node::Directory)) {
+            return Err(io::ErrorKind::NotFound.into());
         }
-        inner.syncs_fail()?;
-        let here = |it: &String| parent(it) == path || (path == "." && parent(it).is_empty());
-        // A renamed directory takes what is below it along.
-        let below = format!("{path}/");
-        inner.durable_names.retain(|it, id| {
-            let moved = it.starts_with(&below) && inner.names.get(it) != Some(id);
-            !(here(it) || moved)
-        });
-        let now: Vec<(String, u64)> = inner
-            .names
-            .iter()
-            .filter(|(it, _)| here(it))
-            .map(|(it, id)| (it.clone(), *id))
-            .collect();
-        inner.durable_names.extend(now);
+        inner.sync_step()?;
+        inner.settle_names(|op| op.touches(path));
         Ok(())
     }
 
     fn sync_all(&self) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
+        let mut inner = lock(&self.inner);
+        inner.sync_step()?;
+        inner.settle_names(|_| true);
+        for file in std::mem::take(&mut inner.dirty_files) {
+            lock(&file).sync();
         }
-        inner.syncs_fail()?;
-        for file in inner.files.values_mut() {
-            file.sync();
-        }
-        inner.durable_names.clone_from(&inner.names);
         Ok(())
     }
 
     fn space(&self) -> io::Result<(u64, u64)> {
-        let inner = self.lock();
-        let used = if inner.capacity == 1 << 40 {
-            0
-        } else {
-            inner.used()
-        };
-        Ok((inner.capacity.saturating_sub(used), inner.capacity))
+        let inner = lock(&self.inner);
+        inner.check()?;
+        let total = inner.capacity_pages.min(1 << 40);
+        let free = total.saturating_sub(inner.used_pages);
+        Ok((free * PAGE as u64, total * PAGE as u64))
     }
 }
 
 struct SimFile {
-    inner: Arc<Mutex<Inner>>,
-    id: u64,
+    disk: Arc<Mutex<Inner>>,
+    life: u64,
+    path: String,
+    file: InodeRef,
     direct: bool,
 }
 
 impl SimFile {
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn inner(&self) -> io::Result<MutexGuard<'_, Inner>> {
+        let inner = lock(&self.disk);
+        inner.check()?;
+        if inner.life != self.life {
+            return Err(io::Error::other("the file was opened before a power cut"));
+        }
+        Ok(inner)
+    }
+
+    /// Direct IO must be aligned, or it fails on real disks.
+    fn check_aligned(&self, pointer: *const u8, bytes: usize, offset: u64) {
+        let is_aligned = |value: usize| value.is_multiple_of(PAGE);
+        assert!(
+            !self.direct
+                || (is_aligned(pointer as usize)
+                    && is_aligned(bytes)
+                    && is_aligned(offset as usize)),
+            "{}: direct IO of {bytes} bytes at {offset} is not aligned",
+            self.path
+        );
+    }
+
+    fn change(
+        &self,
+        change: impl FnOnce(&mut Inner, &mut Inode) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut inner = self.inner()?;
+        let hit = inner.begin()?;
+        inner.mark_dirty(&self.file);
+        let mut file = lock(&self.file);
+        let result = change(&mut inner, &mut file);
+        if hit { Err(frozen()) } else { result }
+    }
+
+    fn fill(&self, offset: u64, bytes: u64, allocate: bool) -> io::Result<()> {
+        self.change(|inner, file| {
+            if allocate {
+                let length = file.length.max(offset + bytes);
+                file.length = length;
+            }
+            let (zero, end) = (Arc::clone(&inner.zero), (offset + bytes).min(file.length));
+            let mut at = offset;
+            while at < end {
+                let part = (PAGE as u64 - at % PAGE as u64).min(end - at);
+                let page = (at / PAGE as u64) as usize;
+                let is_hole = file.slot(page).current.is_none();
+                if allocate && is_hole && inner.used_pages >= inner.capacity_pages {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                if part == PAGE as u64 && !allocate {
+                    if !is_hole {
+                        file.set_page(page, None);
+                        inner.used_pages -= 1;
+                    }
+                } else if allocate || !is_hole {
+                    let new = file.write_page(at as usize, &zero[..part as usize], &zero);
+                    inner.used_pages += u64::from(new);
+                }
+                at += part;
+            }
+            Ok(())
+        })
     }
 }
 
 impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let inner = self.lock();
-        let file = inner.files.get(&self.id).ok_or(ErrorKind::NotFound)?;
-        let count = (file.len.saturating_sub(offset)).min(buf.len() as u64) as usize;
-        let mut done = 0;
-        while done < count {
-            let at = offset + done as u64;
-            let start = (at % PAGE as u64) as usize;
-            let part = (PAGE - start).min(count - done);
-            match file.pages.get(&(at / PAGE as u64)) {
-                Some(page) => {
-                    buf[done..done + part].copy_from_slice(&page[start..start + part]);
-                }
-                None => buf[done..done + part].fill(0),
-            }
-            done += part;
-        }
-        Ok(count)
+        self.check_aligned(buf.as_ptr(), buf.len(), offset);
+        let mut inner = self.inner()?;
+        inner.stats.reads += 1;
+        Ok(lock(&self.file).read(buf, offset))
     }
 
     fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        {
-            let inner = &mut *self.lock();
-            let chance = inner.would_block_per_mille;
-            if inner.rng.per_mille(chance) {
-                return Err(ErrorKind::WouldBlock.into());
-            }
+        let mut inner = self.inner()?;
+        let per_mille = inner.would_block_per_mille;
+        if per_mille > 0 && inner.would_block.chance(per_mille) {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
+        drop(inner);
         self.read_at(buf, offset)
     }
 
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        let go = inner.begin()?;
-        let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
-        if inner.capacity < 1 << 40 && inner.used() + bytes > inner.capacity {
-            return Err(ErrorKind::StorageFull.into());
+        for part in parts {
+            self.check_aligned(part.as_ptr(), part.len(), offset);
+        }
+        let mut inner = self.inner()?;
+        let hit = inner.begin()?;
+        inner.writes_seen += 1;
+        let fails = inner.fail_writes.contains(&inner.writes_seen);
+        let mut offset = offset;
+        if let Some((prefix, by)) = &inner.misdirect
+            && self.path.starts_with(prefix.as_str())
+        {
+            offset = offset.saturating_add_signed(*by);
+            inner.misdirect = None;
         }
         let zero = Arc::clone(&inner.zero);
-        let file = inner.files.get_mut(&self.id).ok_or(ErrorKind::NotFound)?;
-        let mut at = offset;
-        for part in parts {
-            file.write(part, at, &zero);
-            at += part.len() as u64;
-        }
-        if go == Go::Part {
-            // Stays unsynced: the power cut decides what is left of it.
-            return Err(power_failed());
-        }
-        if self.direct {
-            inner.syncs_fail()?;
-            if let Some(file) = inner.files.get_mut(&self.id) {
-                for page in offset / PAGE as u64..(offset + bytes).div_ceil(PAGE as u64) {
-                    file.synced.remove(&page);
+        let start = offset;
+        let mut file = lock(&self.file);
+        let mut result = Ok(());
+        'parts: for part in parts {
+            let mut rest = &part[..];
+            while !rest.is_empty() {
+                let bytes = (PAGE - offset as usize % PAGE).min(rest.len());
+                let (now, behind) = rest.split_at(bytes);
+                let page = offset as usize / PAGE;
+                let is_full = inner.used_pages >= inner.capacity_pages;
+                if is_full && file.slot(page).current.is_none() {
+                    result = Err(io::ErrorKind::StorageFull.into());
+                    break 'parts;
                 }
-                file.synced_len = file.synced_len.max((offset + bytes).min(file.len));
+                let is_new = file.write_page(offset as usize, now, &zero);
+                inner.used_pages += u64::from(is_new);
+                offset += bytes as u64;
+                rest = behind;
             }
         }
-        Ok(())
+        file.length = file.length.max(offset);
+        inner.stats.bytes_written += offset - start;
+        if fails {
+            result = Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        if self.direct && !hit && result.is_ok() {
+            inner.stats.syncs += 1;
+            file.sync_range(start, offset - start);
+        } else {
+            drop(file);
+            inner.mark_dirty(&self.file);
+        }
+        if hit { Err(frozen()) } else { result }
     }
 
     fn sync(&self) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
-        }
-        inner.syncs_fail()?;
-        if let Some(file) = inner.files.get_mut(&self.id) {
-            file.sync();
-        }
+        let mut inner = self.inner()?;
+        inner.sync_step()?;
+        lock(&self.file).sync();
+        inner
+            .dirty_files
+            .retain(|file| !Arc::ptr_eq(file, &self.file));
         Ok(())
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.lock().files.get(&self.id).map_or(0, |file| file.len))
+        let _inner = self.inner()?;
+        Ok(lock(&self.file).length)
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
-        }
-        if let Some(file) = inner.files.get_mut(&self.id) {
-            file.set_len(bytes);
-        }
-        Ok(())
+        self.change(|inner, file| {
+            inner.used_pages -= file.set_len(bytes);
+            Ok(())
+        })
     }
 
     fn punch_hole(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
-        }
-        if let Some(file) = inner.files.get_mut(&self.id) {
-            for page in offset.div_ceil(PAGE as u64)..(offset + bytes) / PAGE as u64 {
-                file.change(page, None);
-            }
-        }
-        Ok(())
+        self.fill(offset, bytes, false)
     }
 
     fn zero_range(&self, offset: u64, bytes: u64) -> io::Result<()> {
-        let inner = &mut *self.lock();
-        if inner.begin()? == Go::Part {
-            return Err(power_failed());
-        }
-        let zero = Arc::clone(&inner.zero);
-        if let Some(file) = inner.files.get_mut(&self.id) {
-            file.len = file.len.max(offset + bytes);
-            for page in offset.div_ceil(PAGE as u64)..(offset + bytes) / PAGE as u64 {
-                file.change(page, Some(Arc::clone(&zero)));
-            }
-        }
-        Ok(())
+        self.fill(offset, bytes, true)
     }
 }

@@ -1,10 +1,10 @@
 //! Test harness of PSS.
 
-mod sim_storage;
 pub mod binaries;
 pub mod checker;
 pub mod disk;
 pub mod programs;
 pub mod rng;
 pub mod sim;
+mod sim_storage;
 pub mod workload;

@@ -11,7 +11,8 @@ impl Rng {
     }
 
     /// The next number.
-    pub fn next_u64(&mut self) -> u64 {
+    #[expect(clippy::should_implement_trait, reason = "not an iterator: it never ends")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -24,7 +25,7 @@ impl Rng {
         if bound == 0 {
             0
         } else {
-            self.next_u64() % bound
+            self.next() % bound
         }
     }
 
@@ -34,13 +35,15 @@ impl Rng {
     }
 
     /// True in so many of a thousand cases.
-    pub fn per_mille(&mut self, chance: u64) -> bool {
+    pub fn chance(&mut self, chance: u64) -> bool {
         self.below(1000) < chance
     }
 
     /// One of them.
-    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> Option<&'a T> {
-        let index = self.below(items.len() as u64) as usize;
-        items.get(index)
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        &items[self.below(items.len() as u64) as usize]
     }
 }

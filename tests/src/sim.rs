@@ -212,7 +212,7 @@ struct Running {
 
 struct Node {
     id: ServerId,
-    disk: Arc<SimDisk>,
+    disk: SimDisk,
     running: Option<Running>,
     /// Counts starts, so that events of an earlier life are dropped.
     life: u64,
@@ -239,7 +239,6 @@ pub struct Sim {
     clients: Vec<Client>,
     ground: Playground,
     history: History,
-    setup: VecDeque<Request>,
     /// Values that are chosen.
     chosen: BTreeMap<Slot, EntryId>,
     /// Blocked directions of the network.
@@ -276,14 +275,14 @@ impl Sim {
         let nodes: Vec<Node> = ids
             .map(|id| Node {
                 id: ServerId(id),
-                disk: Arc::new(SimDisk::new(config.seed ^ (u64::from(id) << 56))),
+                disk: new_disk(config.seed, id),
                 running: None,
                 life: 0,
                 paused_until: 0,
                 waiting: Vec::new(),
                 offset: rng.below(1000 * SECOND),
                 drift_per_mille: rng.between(0, 40) as i64 - 20,
-                slow_disk: rng.per_mille(150),
+                slow_disk: rng.chance(150),
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
             })
@@ -308,7 +307,6 @@ impl Sim {
                 blocks,
             },
             history: History::default(),
-            setup: VecDeque::new(),
             chosen: BTreeMap::new(),
             blocked: vec![vec![false; count]; count],
             loss_per_mille: 0,
@@ -417,7 +415,7 @@ impl Sim {
         }
         let now = self.clock(index);
         let members = Membership::new(self.nodes.iter().map(|node| node.id));
-        let seed = self.rng.next_u64();
+        let seed = self.rng.next();
         let node = &mut self.nodes[index];
         node.life += 1;
         let storage = match sim_storage::open(&node.disk, node.id) {
@@ -436,7 +434,7 @@ impl Sim {
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
         );
-        let parts = sim_storage::Parts::new(storage, Arc::clone(&node.disk));
+        let parts = sim_storage::Parts::new(storage, node.disk.disk());
         let chunks = Arc::clone(&parts.chunks);
         let mut engine = Engine::new(config, recovered, state, chunks, now);
         match self.config.bug {
@@ -488,19 +486,21 @@ impl Sim {
         };
         self.report.crashes += 1;
         // Writes that were under way reach the disk in part.
-        if !running.log_queue.is_empty() && self.rng.per_mille(700) {
-            node.disk.crash_at_op(self.rng.below(3));
+        if !running.log_queue.is_empty() && self.rng.chance(700) {
+            let operations = node.disk.stats().mutating_ops;
+            node.disk.crash_at_op(operations + 1 + self.rng.below(3));
             let batch: Vec<_> = running.log_queue.drain(..).collect();
             let _ = running.storage.persist(&batch);
         }
         if let Some(Work::Checkpoint(checkpoint)) = running.checkpoint_queue.pop_front()
-            && self.rng.per_mille(500)
+            && self.rng.chance(500)
         {
-            node.disk.crash_at_op(self.rng.below(6));
+            let operations = node.disk.stats().mutating_ops;
+            node.disk.crash_at_op(operations + 1 + self.rng.below(6));
             let _ = running.storage.checkpoint(checkpoint);
         }
         drop(running);
-        node.disk.power_cut();
+        node.disk.power_cut(&mut self.rng);
         let id = node.id;
         self.trace(|| format!("server {id} loses power"));
     }
@@ -558,6 +558,7 @@ impl Sim {
         match action {
             Action::Send { to, message } => self.send(id, to, message),
             Action::Persist { write, what } => {
+                self.trace(|| format!("server {id} persists {}", summary(&what)));
                 let Some(running) = &mut self.nodes[index].running else {
                     return;
                 };
@@ -675,10 +676,10 @@ impl Sim {
         let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else {
             return;
         };
-        if self.blocked[a][b] || self.rng.per_mille(self.loss_per_mille) {
+        if self.blocked[a][b] || self.rng.chance(self.loss_per_mille) {
             return;
         }
-        let copies = if self.rng.per_mille(self.duplicate_per_mille) {
+        let copies = if self.rng.chance(self.duplicate_per_mille) {
             2
         } else {
             1
@@ -697,7 +698,7 @@ impl Sim {
 
     /// How long something takes between a client and a server; `None`: the connection broke.
     fn client_delay(&mut self) -> Option<u64> {
-        if self.rng.per_mille(self.loss_per_mille / 2) {
+        if self.rng.chance(self.loss_per_mille / 2) {
             return None;
         }
         Some(self.rng.between(MS / 20, self.delay_max))
@@ -924,8 +925,7 @@ impl Sim {
                     chunk_bytes: CHUNK_BYTES_MIN,
                     uuid: [7; 16],
                 };
-                let now = self.clock(index);
-                self.create_volume(index, now, body);
+                self.create_volume(index, body);
                 self.after(index)?;
             }
         }
@@ -934,7 +934,7 @@ impl Sim {
         Ok(())
     }
 
-    fn create_volume(&mut self, index: usize, _now: Instant, body: RequestBody) {
+    fn create_volume(&mut self, index: usize, body: RequestBody) {
         let RequestBody::CreateVolume {
             name,
             size_bytes,
@@ -963,14 +963,14 @@ impl Sim {
         if !self.faults {
             return Ok(());
         }
-        let next = self.now + self.rng.between(20 * MS, 1500 * MS);
+        let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
         match self.rng.below(14) {
             0..=2 => self.crash_for_a_while(index),
             3 => {
                 // A power cut of everything.
-                if self.rng.per_mille(500) {
+                if self.rng.chance(500) {
                     for index in 0..self.nodes.len() {
                         self.crash_for_a_while(index);
                     }
@@ -1011,14 +1011,14 @@ impl Sim {
             _ => {
                 let leader = self.nodes.iter().position(Node::leads);
                 if let Some(index) = leader {
-                    if self.rng.per_mille(300) {
+                    if self.rng.chance(300) {
                         let now = self.clock(index);
                         if let Some(running) = &mut self.nodes[index].running {
                             running.engine.hand_over(now);
                             return self.after(index);
                         }
-                    } else if self.rng.per_mille(300) {
-                        self.nodes[index].disk.fail_next_sync();
+                    } else if self.rng.chance(300) {
+                        self.nodes[index].disk.fail_write(self.rng.below(4));
                     } else {
                         self.crash_for_a_while(index);
                     }
@@ -1031,7 +1031,7 @@ impl Sim {
     fn crash_for_a_while(&mut self, index: usize) {
         self.crash(index);
         // Some stay down long enough for the log to be trimmed meanwhile.
-        let long = self.rng.per_mille(200);
+        let long = self.rng.chance(200);
         let most = if long { 8 * SECOND } else { SECOND };
         let at = self.now + self.rng.between(10 * MS, most);
         self.schedule(at, Event::Start { node: index });
@@ -1040,27 +1040,27 @@ impl Sim {
 
     /// Bit rot in the log, on one server only, so that there is always a good copy.
     fn damage_log(&mut self, index: usize) {
-        if index == 0 && self.config.seed % 4 == 0 && self.rng.per_mille(200) {
-            self.nodes[index].disk.rot("log/");
+        if index == 0 && self.config.seed % 4 == 0 && self.rng.chance(200) {
+            let rot = self.nodes[index].disk.flip_random_bit("log/", &mut self.rng);
             let id = self.nodes[index].id;
-            self.trace(|| format!("bits rot in the log of server {id}"));
+            self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
         }
     }
 
     fn partition(&mut self) {
         let count = self.nodes.len();
-        let one_way = self.rng.per_mille(400);
-        let sides: Vec<bool> = (0..count).map(|_| self.rng.per_mille(500)).collect();
+        let one_way = self.rng.chance(400);
+        let sides: Vec<bool> = (0..count).map(|_| self.rng.chance(500)).collect();
         for a in 0..count {
             for b in 0..count {
                 self.blocked[a][b] = sides[a] != sides[b] && (!one_way || sides[a]);
             }
         }
-        if self.rng.per_mille(300) {
+        if self.rng.chance(300) {
             // Every link by itself: majorities that are no groups.
             for a in 0..count {
                 for b in 0..count {
-                    self.blocked[a][b] = self.rng.per_mille(400);
+                    self.blocked[a][b] = self.rng.chance(400);
                 }
             }
         }
@@ -1091,8 +1091,8 @@ impl Sim {
         };
         let replica = running.engine.replica();
         let id = node.id;
-        let promised = replica.promised();
-        if promised < node.promised {
+        let promised = replica.promised_durable();
+        if promised < node.promised || replica.promised() < promised {
             return self.fail(format!("server {id}: the promise went back"));
         }
         node.promised = promised;
@@ -1186,6 +1186,9 @@ impl Sim {
         }
         for (register, operations) in &self.history.operations {
             if let Err(operation) = checker::check(operations) {
+                for operation in operations {
+                    self.trace(|| format!("{operation:?}"));
+                }
                 return self.fail(format!("{register:?} is not linearizable: {operation:?}"));
             }
         }
@@ -1216,6 +1219,14 @@ impl Sim {
                         return self.fail(format!("servers {other} and {id} hold other states"));
                     }
                     if *bytes != volumes {
+                        for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
+                            let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
+                            for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
+                                let value = |it: &[u8]| u64::from_le_bytes([it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7]]);
+                                let (a, b) = (value(a), value(b));
+                                self.trace(|| format!("volume {volume} block {block}: {a} and {b}"));
+                            }
+                        }
                         return self.fail(format!("servers {other} and {id} hold other bytes"));
                     }
                 }
@@ -1247,6 +1258,30 @@ impl Node {
             replica.last(),
             running.engine.copying(),
         )
+    }
+}
+
+fn new_disk(seed: u64, id: u8) -> SimDisk {
+    let disk = SimDisk::new();
+    disk.set_would_block(50, seed ^ (u64::from(id) << 56));
+    disk
+}
+
+fn summary(what: &Persist) -> String {
+    match what {
+        Persist::Append {
+            truncate_after,
+            entries,
+            chosen,
+        } => {
+            let ids = (
+                entries.first().map(|it| it.id),
+                entries.last().map(|it| it.id),
+            );
+            let (first, last) = (ids.0.unwrap_or_default(), ids.1.unwrap_or_default());
+            format!("{first} to {last}, behind {truncate_after:?}, chosen {chosen}")
+        }
+        other => format!("{other:?}"),
     }
 }
 

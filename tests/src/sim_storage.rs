@@ -42,7 +42,7 @@ fn params(server: ServerId) -> StorageParams {
 ///
 /// # Errors
 /// As [`Identity::create`].
-pub fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), StorageError> {
+pub(crate) fn format(disk: &SimDisk, server: ServerId) -> Result<(), StorageError> {
     let facts = IdentityFacts {
         group: GroupId(0),
         cell: CELL,
@@ -50,7 +50,7 @@ pub fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), StorageError>
         incarnation: Incarnation(1),
         promised: Ballot::default(),
     };
-    let disk: Arc<dyn Disk> = disk.clone();
+    let disk: Arc<dyn Disk> = disk.disk();
     Identity::create(disk, facts, false).map(|_| ())
 }
 
@@ -58,13 +58,13 @@ pub fn format(disk: &Arc<SimDisk>, server: ServerId) -> Result<(), StorageError>
 ///
 /// # Errors
 /// As [`Storage::open`].
-pub fn open(disk: &Arc<SimDisk>, server: ServerId) -> Result<Storage, StorageError> {
-    let disk: Arc<dyn Disk> = disk.clone();
+pub(crate) fn open(disk: &SimDisk, server: ServerId) -> Result<Storage, StorageError> {
+    let disk: Arc<dyn Disk> = disk.disk();
     Storage::open(disk, &params(server))
 }
 
 /// What the agreement is told of a directory that was opened.
-pub fn recovered(storage: &Storage) -> Recovered {
+pub(crate) fn recovered(storage: &Storage) -> Recovered {
     let applied = storage.applied;
     let tail = storage.recovered.tail.iter();
     Recovered {
@@ -82,18 +82,18 @@ pub fn recovered(storage: &Storage) -> Recovered {
 }
 
 /// The files of a running server.
-pub struct Parts {
+pub(crate) struct Parts {
     identity: Identity,
     checkpoint: CheckpointFile,
     log: Log,
-    disk: Arc<SimDisk>,
+    disk: Arc<dyn Disk>,
     /// The chunks.
-    pub chunks: Arc<ChunkStore>,
+    pub(crate) chunks: Arc<ChunkStore>,
 }
 
 impl Parts {
     /// Takes an opened directory apart.
-    pub fn new(storage: Storage, disk: Arc<SimDisk>) -> Parts {
+    pub(crate) fn new(storage: Storage, disk: Arc<dyn Disk>) -> Parts {
         let Storage {
             identity,
             checkpoint,
@@ -114,7 +114,7 @@ impl Parts {
     ///
     /// # Errors
     /// What failed; the server must stop.
-    pub fn persist(&mut self, batch: &[(WriteId, Persist)]) -> Result<(), String> {
+    pub(crate) fn persist(&mut self, batch: &[(WriteId, Persist)]) -> Result<(), String> {
         let mut at = 0;
         while at < batch.len() {
             let appends: Vec<_> = batch[at..]
@@ -156,7 +156,7 @@ impl Parts {
     ///
     /// # Errors
     /// What failed; the server must stop.
-    pub fn checkpoint(&mut self, checkpoint: Checkpoint) -> Result<(), String> {
+    pub(crate) fn checkpoint(&mut self, checkpoint: Checkpoint) -> Result<(), String> {
         checkpoint
             .chunks
             .flush()
@@ -176,7 +176,7 @@ impl Parts {
     ///
     /// # Errors
     /// What failed; the server must stop.
-    pub fn store_base(&mut self, base: EntryId, state: &[u8]) -> Result<(), String> {
+    pub(crate) fn store_base(&mut self, base: EntryId, state: &[u8]) -> Result<(), String> {
         self.checkpoint
             .store(base, true, state)
             .map_err(|error| error.to_string())
@@ -186,12 +186,12 @@ impl Parts {
     ///
     /// # Errors
     /// What failed; the server must stop.
-    pub fn trim(&mut self, below: Slot) -> Result<(), String> {
+    pub(crate) fn trim(&mut self, below: Slot) -> Result<(), String> {
         self.log.trim(below).map_err(|error| error.to_string())
     }
 
     /// Reads entries for a server that lags. A damaged record cannot be given: it counts as gone.
-    pub fn read_log(&self, after: Slot, until: Slot, bytes_max: usize) -> LogRead {
+    pub(crate) fn read_log(&self, after: Slot, until: Slot, bytes_max: usize) -> LogRead {
         let read = self.log.reader().read(after, until, bytes_max);
         read.unwrap_or(LogRead::Gone {
             first: until.next(),
@@ -199,7 +199,7 @@ impl Parts {
     }
 
     /// Free space, and the first slot of the log.
-    pub fn facts(&self) -> (u64, Slot) {
+    pub(crate) fn facts(&self) -> (u64, Slot) {
         let free = self.disk.space().map_or(0, |(free, _)| free);
         (free, self.log.first_slot())
     }
@@ -209,7 +209,7 @@ impl Parts {
 ///
 /// # Errors
 /// Which block cannot be read.
-pub fn contents(chunks: &ChunkStore, volume: &Volume) -> Result<Vec<u8>, String> {
+pub(crate) fn contents(chunks: &ChunkStore, volume: &Volume) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let parts = chunks.read(volume, 0, volume.blocks(), false);
     for part in parts.map_err(|error| error.to_string())? {

@@ -20,6 +20,8 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 const REPEAT: Time = 400_000_000;
 /// The same, if the server said that it does not lead.
 const REPEAT_SOON: Time = 40_000_000;
+/// Longest pause between two requests.
+const THINK_MAX: Time = 800_000_000;
 
 /// A half block.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -96,7 +98,7 @@ pub struct Client {
     pub lost: u64,
     next_tag: u64,
     depth: usize,
-    lives: u64,
+    think_until: Time,
 }
 
 impl Client {
@@ -114,7 +116,7 @@ impl Client {
             lost: 0,
             next_tag: 1,
             depth,
-            lives: 0,
+            think_until: 0,
         }
     }
 
@@ -138,7 +140,6 @@ impl Client {
         self.session = None;
         self.opening = None;
         self.next_number = 1;
-        self.lives += 1;
     }
 
     /// What to send now.
@@ -162,10 +163,14 @@ impl Client {
                 out.push(pending.request.clone());
             }
         }
-        if elsewhere && rng.per_mille(500) {
+        if elsewhere && rng.chance(500) {
             self.server = ServerId(rng.below(servers) as u8);
         }
-        while self.left > 0 && self.pending.len() < self.depth {
+        while self.left > 0 && self.pending.len() < self.depth && now >= self.think_until {
+            // Now and then a pause, so that a run lasts long enough for faults.
+            if rng.chance(150) {
+                self.think_until = now + rng.below(THINK_MAX);
+            }
             self.left -= 1;
             let pending = self.make(now, session, rng, ground, history);
             out.push(pending.request.clone());
@@ -183,7 +188,7 @@ impl Client {
         }
         let nonce = self
             .opening
-            .map_or_else(|| rng.next_u64() >> 2, |(nonce, _)| nonce);
+            .map_or_else(|| rng.next() >> 2, |(nonce, _)| nonce);
         self.opening = Some((nonce, now));
         let body = RequestBody::OpenSession {
             nonce,
@@ -217,8 +222,8 @@ impl Client {
         ground: &Playground,
         history: &mut History,
     ) -> Pending {
-        let volume = *rng.pick(&ground.volumes).expect("there is a volume");
-        let block = *rng.pick(&ground.blocks).expect("there are blocks");
+        let volume = *rng.pick(&ground.volumes);
+        let block = *rng.pick(&ground.blocks);
         let dice = rng.below(100);
         let mut writes = Vec::new();
         let mut reads = None;
@@ -277,7 +282,7 @@ impl Client {
                 volume,
                 offset_bytes: block * BLOCK,
                 length_bytes: blocks * BLOCK,
-                allocate: rng.per_mille(300),
+                allocate: rng.chance(300),
                 whole_blocks_only: true,
             }
         };

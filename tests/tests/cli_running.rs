@@ -33,13 +33,28 @@ fn start_on_a_wrong_directory() {
         .run("pssd", "start --id 0 --path empty")
         .fails(1, &["empty", "pssd format"]);
     bench.run("pssd", "format --id 0 --path data").done();
-    bench
-        .run("pssd", "start --id 1 --path data")
-        .fails(1, &["data", "server 0", "server 1"]);
+    bench.run("pssd", "start --id 1 --path data").fails(
+        1,
+        &["data: ", "belongs to server 0, not to server 1", "--id 0"],
+    );
     bench.run("pss", "key new cell.key").done();
     bench
         .run("pssd", "start --id 0 --path data")
-        .fails(1, &["data", "cell"]);
+        .fails(1, &["data: ", "belongs to another cell", "--cell"]);
+    bench
+        .run("pssd", "format --id 0 --path data --force")
+        .done();
+    for copy in ["data/identity.0", "data/identity.1"] {
+        let mut bytes = fs::read(bench.path(copy)).unwrap();
+        // docs/formats.md: CRC32C at 8 of everything from 12, where the version is.
+        bytes[12] = 9;
+        let checksum = crc32c::crc32c(&bytes[12..]);
+        bytes[8..12].copy_from_slice(&checksum.to_le_bytes());
+        fs::write(bench.path(copy), bytes).unwrap();
+    }
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["data: ", "format version 9", "newer pssd"]);
 }
 
 #[test]
@@ -215,10 +230,12 @@ fn volumes_from_creation_to_deletion() {
 fn an_attached_volume_is_not_deleted() {
     let up = Up::new("127.0.3.11");
     let nbdsh = binaries::tool("nbdsh", "python3-libnbd");
+    // It runs the first python3 of PATH, which has to be the system's.
+    let path = "/usr/bin:/bin";
     let uri = format!("nbd://{}/vol001", up.nbd);
     let script = "import sys, time; print(h.get_size(), flush=True); time.sleep(60)";
     let mut command = std::process::Command::new(nbdsh);
-    let mut client = Running::start(command.args(["-u", &uri, "-c", script]));
+    let mut client = Running::start(command.args(["-u", &uri, "-c", script]).env("PATH", path));
     client.wait_for("10737418240", SOON);
     up.bench
         .run("pss", "volume delete vol001 --yes")

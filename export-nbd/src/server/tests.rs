@@ -340,21 +340,35 @@ async fn stop_does_not_wait_for_ever() {
 }
 
 #[tokio::test]
-async fn deleted_and_fenced_volumes_close_their_connections() {
-    for (fate, error) in [(Fate::Deleted, 108), (Fate::Fenced, 5)] {
-        let fixture = Fixture::new(Limits::default());
-        let mut idle = fixture.client().await;
-        let mut busy = fixture.client().await;
-        let device = fixture.device();
-        device.hold();
-        busy.request(0, 0, 4).await;
-        until(|| device.held() == 1).await;
-        device.set_fate(fate);
-        idle.closed().await;
-        device.release();
-        assert_eq!(busy.error().await, error);
-        busy.closed().await;
-    }
+async fn deleted_volume_closes_its_connections() {
+    let fixture = Fixture::new(Limits::default());
+    let mut idle = fixture.client().await;
+    let mut busy = fixture.client().await;
+    let device = fixture.device();
+    device.hold();
+    busy.request(0, 0, 4).await;
+    until(|| device.held() == 1).await;
+    device.set_fate(Fate::Deleted);
+    idle.closed().await;
+    device.release();
+    assert_eq!(busy.error().await, 108);
+    busy.closed().await;
+}
+
+#[tokio::test]
+async fn fenced_session_fails_requests_until_there_is_a_new_one() {
+    let fixture = Fixture::new(Limits::default());
+    let mut client = fixture.client().await;
+    let device = fixture.device();
+    device.hold();
+    client.request(0, 0, 4).await;
+    until(|| device.held() == 1).await;
+    device.set_fate(Fate::Fenced);
+    device.release();
+    assert_eq!(client.error().await, 5);
+    device.set_fate(Fate::Alive);
+    client.request(0, 0, 4).await;
+    assert_eq!(client.error().await, 0);
 }
 
 #[tokio::test]

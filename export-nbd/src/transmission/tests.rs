@@ -3,7 +3,7 @@
 use std::io::IoSlice;
 
 use proptest::prelude::*;
-use pss_core::volume::device::{BlockDevice, CompletionQueue};
+use pss_core::volume::device::{BlockDevice, CompletionQueue, ReadPart};
 
 use super::*;
 use crate::memory::MemoryDevice;

@@ -586,6 +586,17 @@ impl ChunkStore {
         state: &mut ChunkState,
         at_once: bool,
     ) -> Result<(), ChunkError> {
+        self.forget(chunk, state);
+        if at_once {
+            self.remove_doomed(chunk, state)?;
+        } else {
+            self.mark_dirty(chunk, state);
+        }
+        Ok(())
+    }
+
+    /// The same without touching the file, which is doomed.
+    fn forget(&self, chunk: &Chunk, state: &mut ChunkState) {
         state.doomed |= state.exists;
         state.exists = false;
         state.file = None;
@@ -596,12 +607,6 @@ impl ChunkStore {
         state.last_slot = Slot(0);
         state.suspect = false;
         chunk.volume.set_allocated(chunk.index, 0);
-        if at_once {
-            self.remove_doomed(chunk, state)?;
-        } else {
-            self.mark_dirty(chunk, state);
-        }
-        Ok(())
     }
 
     /// Removes the file of a chunk that does not exist any more.
@@ -826,6 +831,9 @@ impl ChunkStore {
         state.allocated = allocated(&table);
         state.table = Arc::new(table);
         state.suspect = false;
+        if state.allocated == 0 {
+            self.forget(chunk, state);
+        }
         self.note_presence(chunk, state);
         self.mark_dirty(chunk, state);
         Ok(())

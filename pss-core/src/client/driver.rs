@@ -22,7 +22,7 @@ use crate::wire::frame::FrameKind;
 /// While something is under way, deadlines and silence are looked at this often.
 const TICK: Duration = Duration::from_millis(100);
 /// Otherwise this often.
-const REST: Duration = Duration::from_millis(2500);
+const REST: Duration = Duration::from_secs(1);
 /// A session that sends nothing else says that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 /// Sizes and existence of open volumes are asked for this often.

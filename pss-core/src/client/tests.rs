@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, broadcast};
+use tokio::time::timeout;
 
 use super::*;
 use crate::entry::{Command, Op};
@@ -216,6 +217,9 @@ impl Store {
         } = request;
         if body == RequestBody::Status {
             return Ok(ReplyBody::Status(Box::new(status(server, leader))));
+        }
+        if body == RequestBody::Shutdown {
+            return Ok(ReplyBody::Done);
         }
         if server != leader {
             let leader = Some(ServerId(leader)).filter(|leader| leader.0 != NOBODY);
@@ -471,8 +475,6 @@ impl Runner {
         data
     }
 }
-
-use tokio::time::timeout;
 
 fn write(offset_bytes: u64, data: impl Into<Bytes>) -> DeviceRequest {
     DeviceRequest::Write {
@@ -892,6 +894,70 @@ fn requests_after_the_runtime_is_gone_are_answered() {
     let mut results = Vec::new();
     runner.queue.take(&mut results);
     assert_eq!(results, [(cookie, Err(DeviceError::Unavailable))]);
+}
+
+/// `cargo test --release -p pss-core cpu_of_a_write -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn cpu_of_a_write() {
+    const REQUESTS: u64 = 200_000;
+    let servers = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let client = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let (_fake, config) = servers.block_on(Fake::start(1, None));
+    let cpu = || {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+        let first = text.split(' ').next().unwrap();
+        Duration::from_nanos(first.parse().unwrap())
+    };
+    client.block_on(async {
+        let cell = Cell::connect(config);
+        cell.create_volume("v", 64 << 20, CHUNK_BYTES_DEFAULT)
+            .await
+            .unwrap();
+        let device = cell.open("v").await.unwrap().unwrap();
+        let data = Bytes::from(vec![1; 4096]);
+        for is_write in [true, false] {
+            let mut runner = Runner::new();
+            let (mut started, mut ended) = (0, 0);
+            let (wall, before) = (Instant::now(), cpu());
+            let mut results = Vec::new();
+            while ended < REQUESTS {
+                while started < REQUESTS && started - ended < 32 {
+                    let offset_bytes = started * 7919 % 16384 * 4096;
+                    let request = match is_write {
+                        true => write(offset_bytes, data.clone()),
+                        false => DeviceRequest::Read {
+                            offset_bytes,
+                            length_bytes: 4096,
+                        },
+                    };
+                    runner.submit(&device, request);
+                    started += 1;
+                }
+                runner.queue.take(&mut results);
+                if results.is_empty() {
+                    runner.wake.notified().await;
+                }
+                ended += results
+                    .drain(..)
+                    .filter(|(_, result)| result.is_ok())
+                    .count() as u64;
+            }
+            let used = cpu() - before;
+            println!(
+                "write {is_write}: {:.2} us CPU each, {:.0} a second",
+                used.as_secs_f64() * 1e6 / REQUESTS as f64,
+                REQUESTS as f64 / wall.elapsed().as_secs_f64(),
+            );
+        }
+    });
 }
 
 #[test]

@@ -1,10 +1,16 @@
 //! `pssd format`.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
+use pss_core::disk::files::{FileDisk, LOCK_FILE};
 use pss_core::key::CellId;
+use pss_core::storage::{Identity, IdentityFacts, StorageError};
+use pss_core::types::{Ballot, GroupId, Incarnation};
 
 use crate::config::{CellFiles, ServerConfig, Tuning};
 
@@ -33,7 +39,7 @@ pub struct FormatArgs {
     /// The cell's id [default: derived from the key, or else from ids and hosts of the list]
     #[arg(long, value_name = "UUID")]
     cell: Option<CellId>,
-    /// Remove everything that the directory holds
+    /// Replace what a server has left in the directory; all its data there are lost
     #[arg(long)]
     force: bool,
 }
@@ -42,7 +48,7 @@ pub struct FormatArgs {
 #[derive(Debug, thiserror::Error)]
 pub enum FormatError {
     /// It holds something.
-    #[error("{}: not empty (it holds '{found}'); name another directory, or add --force to remove everything in it", path.display())]
+    #[error("{}: not empty (it holds '{found}'); name another directory, or add --force to remove what a PSS server has left there", path.display())]
     NotEmpty {
         /// The directory.
         path: PathBuf,
@@ -60,6 +66,14 @@ pub enum FormatError {
     InUse {
         /// The directory.
         path: PathBuf,
+    },
+    /// The files of a server cannot be made.
+    #[error("{}: cannot format it: {source}", path.display())]
+    Storage {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: StorageError,
     },
     /// The file system refuses.
     #[error("{}: cannot {action}: {source}", path.display())]
@@ -108,10 +122,11 @@ fn more_flags(args: &FormatArgs) -> String {
     flags
 }
 
-/// Makes the data directory of a server: empty, and marked with cell and server.
+/// Marks the data directory of a server with cell and server, and makes it ready for a first start.
 ///
 /// # Errors
-/// [`FormatError`]; a directory that holds something is left as it is without `force`.
+/// [`FormatError`]; a directory that holds something is left as it is without `force`, and with it
+/// loses only what a server has made.
 pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
     let path = &config.path;
     let failed = |action| {
@@ -124,34 +139,53 @@ pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
     if path.exists() && !path.is_dir() {
         return Err(FormatError::NotADirectory { path: path.clone() });
     }
-    std::fs::create_dir_all(path).map_err(failed("create the directory"))?;
-    let mut entries = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(failed("list the directory"))? {
-        entries.push(entry.map_err(failed("list the directory"))?);
-    }
-    // A file system's own directory, when the data directory is its root.
-    entries.retain(|entry| entry.file_name() != "lost+found");
-    if let Some(first) = entries.first().filter(|_| !force) {
+    std::fs::create_dir_all(path).map_err(failed("make the directory"))?;
+    let found = first_entry(path).map_err(failed("list the directory"))?;
+    if let Some(found) = found.filter(|_| !force) {
         return Err(FormatError::NotEmpty {
             path: path.clone(),
-            found: first.file_name().to_string_lossy().into_owned(),
+            found,
         });
     }
-    for entry in entries {
-        let kind = entry.file_type().map_err(failed("list the directory"))?;
-        let removed = match kind.is_dir() {
-            true => std::fs::remove_dir_all(entry.path()),
-            false => std::fs::remove_file(entry.path()),
-        };
-        removed.map_err(failed("remove what it holds"))?;
-    }
-    create_identity(config).map_err(failed("write the identity"))
+    let disk = FileDisk::open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => FormatError::InUse { path: path.clone() },
+        _ => failed("lock the directory")(error),
+    })?;
+    Identity::create(Arc::new(disk), facts(config), force).map_err(|source| {
+        FormatError::Storage {
+            path: path.clone(),
+            source,
+        }
+    })?;
+    Ok(())
 }
 
-/// Writes the identity of a new server.
-fn create_identity(config: &ServerConfig) -> io::Result<()> {
-    let _ = config;
-    Err(io::Error::from(io::ErrorKind::Unsupported))
+/// The identity of a new server.
+fn facts(config: &ServerConfig) -> IdentityFacts {
+    // A directory that is formatted again is a later life of the server, so its incarnation must be
+    // higher than any before, of which it knows nothing: hence the time.
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+    let incarnation = since_1970.unwrap_or_default().as_millis() as u64;
+    IdentityFacts {
+        group: GroupId(0),
+        cell: config.cell.0,
+        server: config.id,
+        incarnation: Incarnation(incarnation.max(1)),
+        promised: Ballot::default(),
+    }
+}
+
+/// A name in a directory that speaks against formatting it.
+fn first_entry(path: &Path) -> io::Result<Option<String>> {
+    // A lock alone is left by a format that was refused or cut short.
+    let harmless = |name: &OsStr| name == LOCK_FILE || name == "lost+found";
+    for entry in std::fs::read_dir(path)? {
+        let name = entry?.file_name();
+        if !harmless(&name) {
+            return Ok(Some(name.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -180,10 +214,38 @@ mod tests {
         format(&config(path.clone()), false).unwrap();
         let error = format(&config(path.clone()), false);
         assert!(matches!(error, Err(FormatError::NotEmpty { .. })));
-        std::fs::create_dir(path.join("sub")).unwrap();
-        std::fs::write(path.join("sub/file"), "x").unwrap();
+        std::fs::create_dir(path.join("data")).unwrap();
+        std::fs::write(path.join("data/file"), "x").unwrap();
+        std::fs::write(path.join("foreign"), "x").unwrap();
         format(&config(path.clone()), true).unwrap();
-        assert!(!path.join("sub").exists());
+        assert!(!path.join("data/file").exists());
+        assert!(path.join("foreign").exists());
+    }
+
+    #[test]
+    fn the_identity_says_whose_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let read = || {
+            let disk = Arc::new(FileDisk::open(&path).unwrap());
+            Identity::open(disk).unwrap().facts()
+        };
+        format(&config(path.clone()), false).unwrap();
+        let first = read();
+        assert_eq!((first.server, first.cell), (ServerId(0), [1; 16]));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        format(&config(path.clone()), true).unwrap();
+        assert!(read().incarnation > first.incarnation);
+    }
+
+    #[test]
+    fn not_under_a_running_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        format(&config(path.clone()), false).unwrap();
+        let _running = FileDisk::open(&path).unwrap();
+        let error = format(&config(path.clone()), true);
+        assert!(matches!(error, Err(FormatError::InUse { .. })));
     }
 
     #[test]

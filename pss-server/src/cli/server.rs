@@ -6,7 +6,8 @@ use pss_core::types::ServerId;
 use serde_json::{Value, json};
 
 use super::cell::Access;
-use super::health::{Answers, CopyState, Verdict};
+use super::health::{Answers, CopyState, Health, Verdict};
+use super::status::look;
 use super::{CellArgs, CliError, Exit, confirm, print, print_json, say};
 use crate::render::{Table, left, right, span};
 
@@ -131,7 +132,7 @@ fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
         .record(id)
         .map_err(|error| CliError::new(Exit::NotFound, error))?
         .id;
-    let answers = cell.answers()?;
+    let (answers, health) = look(&cell)?;
     if !answers.statuses.contains_key(&id) {
         let reason = answers.failures.get(&id).map(|error| format!(" ({error})"));
         return Err(CliError::new(
@@ -143,7 +144,7 @@ fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
             ),
         ));
     }
-    if let Some(question) = objection(&answers, id).filter(|_| !yes) {
+    if let Some(question) = objection(&health, id).filter(|_| !yes) {
         confirm(&question)?;
     }
     cell.shutdown(id)?;
@@ -155,10 +156,14 @@ fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
 }
 
 /// What speaks against stopping a server: that the cell works now and would not without it.
-fn objection(answers: &Answers, id: ServerId) -> Option<String> {
-    let health = answers.judge(None);
-    let counts = id.is_core() && health.copies.get(&id) == Some(&CopyState::Current);
-    (counts && health.verdict == Verdict::Works { may_fail: 0 }).then(|| {
+fn objection(health: &Health, id: ServerId) -> Option<String> {
+    let core = || health.copies.iter().filter(|(id, _)| id.is_core());
+    let majority = core().count() / 2 + 1;
+    let left = core()
+        .filter(|(other, state)| **other != id && **state == CopyState::Current)
+        .count();
+    let works = matches!(health.verdict, Verdict::Works { .. });
+    (id.is_core() && works && left < majority).then(|| {
         format!(
             "Without server {id} no majority is left: all volumes stand still until a server comes back. Stop it?"
         )
@@ -172,13 +177,16 @@ mod tests {
 
     #[test]
     fn stopping_the_last_that_is_needed_is_asked_about() {
-        let healthy = answers(3, &[(1, true, 5000), (2, true, 5000)]);
-        assert_eq!(objection(&healthy, ServerId(0)), None);
-        let degraded = answers(3, &[(1, true, 5000), (2, true, 10)]);
-        assert!(objection(&degraded, ServerId(1)).is_some());
-        assert_eq!(objection(&degraded, ServerId(2)), None);
-        let broken = answers(3, &[(1, false, 0), (2, false, 0)]);
-        assert_eq!(objection(&broken, ServerId(0)), None);
+        let objects = |followers: &[(u8, bool, u64)], id| {
+            let health = answers(3, followers).judge(None);
+            objection(&health, ServerId(id)).is_some()
+        };
+        assert!(!objects(&[(1, true, 5000), (2, true, 5000)], 0));
+        let degraded = [(1, true, 5000), (2, true, 10)];
+        assert!(objects(&degraded, 0) && objects(&degraded, 1));
+        assert!(!objects(&degraded, 2));
+        let broken = [(1, false, 0), (2, false, 0)];
+        assert!(!objects(&broken, 0));
     }
 
     #[test]

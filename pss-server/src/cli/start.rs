@@ -1,16 +1,22 @@
 //! `pssd start`.
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use clap::Args;
+use pss_core::disk::files::FileDisk;
 use pss_core::key::CellId;
 use pss_core::size::parse_size;
+use pss_core::storage::{Identity, PairError, StorageError};
+use pss_core::types::ServerId;
 use sd_notify::NotifyState;
 
-use crate::config::{CellFiles, Tuning};
+use crate::config::{CellFiles, ServerConfig, Tuning};
 use crate::logging::{self, LogLevel, LogTarget};
-use crate::node::Server;
+use crate::node::{Server, ServerHandle, StartError};
 
 use super::{CliError, Exit, on_stop_signal};
 
@@ -76,32 +82,95 @@ impl TuningArgs {
 pub(super) fn run(args: StartArgs) -> Result<(), CliError> {
     let cell = CellFiles::read(&args.servers, args.key.as_deref())?;
     let config = cell.server(args.id, args.path, args.cell, args.tuning.tuning())?;
-    let failed = |error: &dyn std::fmt::Display| CliError::new(Exit::Failed, error);
-    logging::init(args.log, args.log_level, &format!("pssd_{}", args.id))
-        .map_err(|error| failed(&error))?;
+    logging::init(args.log, args.log_level, &format!("pssd_{}", args.id)).map_err(failed)?;
+    // Whoever looks for the failure looks into syslog; on stderr it would be there twice.
+    let log_failure = |text: &str| {
+        if args.log == LogTarget::Syslog {
+            tracing::error!(server = args.id, "{text}");
+        }
+    };
+    // Before the server starts: a signal while it reads its log stops it as well, when it has.
+    let (started, starting) = channel::<Arc<ServerHandle>>();
+    on_stop_signal(move || {
+        tell_systemd(&[NotifyState::Stopping]);
+        // It fails if there is no server to stop: then this program is ending anyway.
+        if let Ok(handle) = starting.recv() {
+            handle.stop();
+        }
+    })
+    .map_err(failed)?;
     if config.key.is_none() {
         tracing::warn!(
             server = args.id,
             "no cell key: serving this machine only, and every program on it"
         );
     }
-    let handle = Server::start(config).map_err(|error| {
-        // The log may be syslog: whoever started the server sees stderr.
-        tracing::error!(server = args.id, "did not start: {error}");
-        failed(&error)
-    })?;
-    let handle = Arc::new(handle);
-    let stopped = Arc::clone(&handle);
-    on_stop_signal(move || {
-        tell_systemd(&[NotifyState::Stopping]);
-        stopped.stop();
-    })
-    .map_err(|error| failed(&error))?;
+    let handle = match start(config) {
+        Ok(handle) => Arc::new(handle),
+        Err(text) => {
+            log_failure(&text);
+            return Err(failed(text));
+        }
+    };
+    // The receiver is gone only when the process is ending.
+    let _ = started.send(Arc::clone(&handle));
     tell_systemd(&[NotifyState::Ready]);
     handle.wait().map_err(|error| {
-        tracing::error!(server = args.id, "stopped: {error}");
-        failed(&error)
+        log_failure(&error.to_string());
+        failed(error)
     })
+}
+
+fn failed(error: impl Display) -> CliError {
+    CliError::new(Exit::Failed, error)
+}
+
+/// Starts a server; a failure says what to do about it.
+pub(crate) fn start(config: ServerConfig) -> Result<ServerHandle, String> {
+    let (id, path, cell) = (config.id, config.path.clone(), config.cell);
+    Server::start(config).map_err(|error| {
+        let remedy = remedy(&error, id, &path, cell);
+        format!("{error}{}", remedy.unwrap_or_default())
+    })
+}
+
+fn remedy(error: &StartError, id: ServerId, path: &Path, cell: CellId) -> Option<String> {
+    let text = match error {
+        StartError::Directory { source, .. } => match source.kind() {
+            io::ErrorKind::WouldBlock => {
+                "; the directory is in use by another server: stop that one, or name another directory with --path".to_owned()
+            }
+            io::ErrorKind::NotFound => format!(
+                "; if its file system is mounted, prepare it with 'pssd format --id {id}' before the first start"
+            ),
+            _ => return None,
+        },
+        StartError::Storage { source, .. } => match source.as_ref() {
+            StorageError::Pair(PairError::Missing { .. }) => format!(
+                "; if this is its first start, and its file system is mounted, prepare it with 'pssd format --id {id}'"
+            ),
+            StorageError::Pair(PairError::Version { .. }) => {
+                "; start a newer pssd on it".to_owned()
+            }
+            StorageError::OtherServer { found, .. } => {
+                format!("; use --id {found}, or name the directory of server {id} with --path")
+            }
+            StorageError::OtherCell => format!(
+                ", {}; server.conf and the key make it {cell}: use the key of its cell, or another --path; if the cell's hosts or key were changed on purpose, add --cell with its id",
+                cell_of(path)?
+            ),
+            _ => return None,
+        },
+        _ => return None,
+    };
+    Some(text)
+}
+
+/// The cell that a directory belongs to.
+fn cell_of(path: &Path) -> Option<CellId> {
+    let disk = FileDisk::open(path).ok()?;
+    let identity = Identity::open(Arc::new(disk)).ok()?;
+    Some(CellId(identity.facts().cell))
 }
 
 /// Without systemd nobody listens, and that is no failure.

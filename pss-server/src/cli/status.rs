@@ -45,7 +45,7 @@ pub(super) fn run(args: &CellArgs, status: &StatusArgs) -> Result<(), CliError> 
 
 /// Asks all servers; twice if one seems behind, because in a busy cell every answer is from another
 /// moment.
-fn look(cell: &Access) -> Result<(Answers, Health), CliError> {
+pub(super) fn look(cell: &Access) -> Result<(Answers, Health), CliError> {
     let answers = cell.answers()?;
     let health = answers.judge(None);
     let behind = |state: &CopyState| matches!(state, CopyState::Behind(_));

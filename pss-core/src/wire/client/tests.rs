@@ -274,6 +274,136 @@ fn literal_errors() {
     );
 }
 
+/// Made from docs/wire.md apart from this program, as are the replies below.
+#[test]
+fn literal_requests() {
+    let envelope = "030000000000000004000000000000000500000000000000";
+    let requests = [
+        (
+            RequestBody::OpenSession {
+                nonce: 11,
+                name: "é".into(),
+            },
+            1,
+            "0b000000000000000200c3a9",
+        ),
+        (RequestBody::EndSession, 2, ""),
+        (RequestBody::KeepAlive, 3, ""),
+        (
+            RequestBody::Zero {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                length_bytes: 13,
+                allocate: true,
+                whole_blocks_only: false,
+            },
+            6,
+            "070000000c000000000000000d000000000000000100",
+        ),
+        (
+            RequestBody::CompareAndWrite {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                checksum: 14,
+                data: Bytes::from_static(b"ab"),
+            },
+            7,
+            "070000000c000000000000000e00000002000000",
+        ),
+        (
+            RequestBody::Extents {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                length_bytes: 13,
+            },
+            8,
+            "070000000c000000000000000d00000000000000",
+        ),
+        (RequestBody::ListVolumes, 9, ""),
+        (
+            RequestBody::CreateVolume {
+                name: "v".into(),
+                size_bytes: 15,
+                chunk_bytes: 16,
+                uuid: [17; 16],
+            },
+            10,
+            "0100760f000000000000001000000011111111111111111111111111111111",
+        ),
+        (
+            RequestBody::ResizeVolume {
+                volume: VolumeId(7),
+                size_bytes: 15,
+                allow_shrink: true,
+            },
+            11,
+            "070000000f0000000000000001",
+        ),
+        (
+            RequestBody::DeleteVolume {
+                volume: VolumeId(7),
+            },
+            12,
+            "07000000",
+        ),
+        (
+            RequestBody::Attach {
+                volume: VolumeId(7),
+            },
+            13,
+            "07000000",
+        ),
+        (
+            RequestBody::Detach {
+                volume: VolumeId(7),
+            },
+            14,
+            "07000000",
+        ),
+        (RequestBody::Status, 15, ""),
+        (RequestBody::Shutdown, 16, ""),
+    ];
+    for (body, code, fields) in requests {
+        let header = request_frame(&request(body.clone())).header;
+        assert_eq!(header[0], code);
+        assert_eq!(hex(&header[1..9]), "0201000000000000");
+        assert_eq!(hex(&header[9..33]), envelope);
+        assert_eq!(hex(&header[33..]), fields, "{body:?}");
+    }
+}
+
+#[test]
+fn literal_replies() {
+    let extent = Extent {
+        length_bytes: 18,
+        allocated: true,
+    };
+    let replies = [
+        (Ok(ReplyBody::Done), 1, ""),
+        (Ok(ReplyBody::Session(SessionId(9))), 2, "0900000000000000"),
+        (
+            Ok(ReplyBody::Extents(vec![extent])),
+            4,
+            "01000000120000000000000001",
+        ),
+        (Ok(ReplyBody::VolumeCreated(VolumeId(7))), 6, "07000000"),
+        (Err(ReplyError::NoSpace), 66, ""),
+        (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
+        (Err(ReplyError::Invalid), 68, ""),
+        (Err(ReplyError::Io), 69, ""),
+    ];
+    for (body, code, fields) in replies {
+        let header = reply_frame(&Reply { tag: 0x0102, body }).header;
+        assert_eq!(header[0], code);
+        assert_eq!(hex(&header[1..9]), "0201000000000000");
+        assert_eq!(hex(&header[9..]), fields, "code {code}");
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 #[test]
 fn status_is_json_behind_code_and_tag() {
     let reply = Reply {

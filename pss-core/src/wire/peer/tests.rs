@@ -269,6 +269,189 @@ fn literal_accept_header() {
     assert_eq!(frame_of(&message).header[..], expected);
 }
 
+/// Made from docs/wire.md apart from this program: code and fields of every message that has no
+/// test of its own above.
+#[test]
+fn literal_messages() {
+    let progress = Progress {
+        chosen: Slot(21),
+        applied: Slot(22),
+        log_first: Slot(23),
+        free_bytes: 24,
+        installing: true,
+    };
+    let summary = ChunkSummary {
+        chunk: ChunkIndex(28),
+        last_slot: Slot(29),
+        digest: 30,
+    };
+    let volume = VolumeId(3);
+    let bytes = Bytes::from_static(b"bytes");
+    let messages = [
+        (
+            Message::PreCheck {
+                ballot: ballot(5, 1),
+                last: id(6, 7),
+            },
+            "010500000000000000010600000000000000010700000000000000",
+        ),
+        (
+            Message::PreCheckAnswer {
+                ballot: ballot(5, 1),
+                granted: true,
+                promised: ballot(8, 2),
+                last: id(6, 7),
+            },
+            "02050000000000000001010800000000000000020600000000000000010700000000000000",
+        ),
+        (
+            Message::Prepare {
+                ballot: ballot(5, 1),
+                released: Some(ballot(4, 3)),
+            },
+            "0305000000000000000101040000000000000003",
+        ),
+        (
+            Message::Prepare {
+                ballot: ballot(5, 1),
+                released: None,
+            },
+            "0305000000000000000100000000000000000000",
+        ),
+        (
+            Message::Promise {
+                ballot: ballot(5, 1),
+                last: id(6, 7),
+                have: id(8, 9),
+                chosen: Slot(10),
+            },
+            "04050000000000000001060000000000000001070000000000000008000000000000000109000000000000000a00000000000000",
+        ),
+        (
+            Message::Nack {
+                ballot: ballot(5, 1),
+                promised: ballot(8, 2),
+            },
+            "05050000000000000001080000000000000002",
+        ),
+        (
+            Message::Accepted {
+                ballot: ballot(5, 1),
+                durable: Slot(11),
+            },
+            "070500000000000000010b00000000000000",
+        ),
+        (
+            Message::AcceptRejected {
+                ballot: ballot(5, 1),
+                resume_after: Slot(12),
+            },
+            "080500000000000000010c00000000000000",
+        ),
+        (
+            Message::HeartbeatAck {
+                ballot: ballot(5, 1),
+                sent: Instant(13),
+                durable: Slot(14),
+                received: Slot(20),
+                progress,
+            },
+            "0a0500000000000000010d000000000000000e000000000000001400000000000000150000000000000016000000000000001700000000000000180000000000000001",
+        ),
+        (
+            Message::HandOver {
+                ballot: ballot(5, 1),
+            },
+            "0b050000000000000001",
+        ),
+        (
+            Message::FetchTail {
+                ballot: ballot(5, 1),
+                after: Slot(15),
+            },
+            "0c0500000000000000010f00000000000000",
+        ),
+        (
+            Message::Tail {
+                ballot: ballot(5, 1),
+                prev: id(6, 7),
+                entries: vec![],
+                last: id(8, 9),
+            },
+            "0d0500000000000000010600000000000000010700000000000000080000000000000001090000000000000000000000",
+        ),
+        (Message::CatchUp { after: Slot(16) }, "0e1000000000000000"),
+        (
+            Message::Chosen {
+                prev: id(6, 7),
+                entries: vec![],
+                chosen: Slot(17),
+            },
+            "0f0600000000000000010700000000000000110000000000000000000000",
+        ),
+        (
+            Message::LogGone {
+                first: Slot(18),
+                chosen: Slot(19),
+            },
+            "1012000000000000001300000000000000",
+        ),
+        (
+            Message::Progress(progress),
+            "11150000000000000016000000000000001700000000000000180000000000000001",
+        ),
+        (Message::Sync(SyncMessage::RequestBase), "20"),
+        (
+            Message::Sync(SyncMessage::Base {
+                base: id(6, 7),
+                state: bytes.clone(),
+            }),
+            "210600000000000000010700000000000000929c6ed0",
+        ),
+        (
+            Message::Sync(SyncMessage::RequestList {
+                at_least: Slot(25),
+                volume,
+                from: ChunkIndex(26),
+            }),
+            "221900000000000000030000001a000000",
+        ),
+        (
+            Message::Sync(SyncMessage::List {
+                as_of: Slot(25),
+                volume,
+                from: ChunkIndex(26),
+                until: Some(ChunkIndex(27)),
+                chunks: vec![summary],
+            }),
+            "231900000000000000030000001a000000011b000000010000001c0000001d000000000000001e000000",
+        ),
+        (
+            Message::Sync(SyncMessage::RequestChunk {
+                at_least: Slot(25),
+                volume,
+                chunk: ChunkIndex(26),
+            }),
+            "241900000000000000030000001a000000",
+        ),
+        (
+            Message::Sync(SyncMessage::Chunk {
+                as_of: Slot(25),
+                volume,
+                chunk: ChunkIndex(26),
+                image: bytes,
+            }),
+            "251900000000000000030000001a000000929c6ed0",
+        ),
+        (Message::Sync(SyncMessage::Refused), "26"),
+    ];
+    for (message, hex) in messages {
+        let header = frame_of(&message).header;
+        let written: String = header.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(written, hex, "{message:?}");
+    }
+}
+
 #[test]
 fn payload_of_entries_is_not_copied() {
     let entries = vec![entry(1, &[1, 2]), entry(2, &[]), entry(3, &[1])];
