@@ -999,10 +999,10 @@ fn a_feeder_answers_when_it_has_something_new() {
     let mut server = Server::awake(2.1, log([1.0]));
     let ask = |after| Message::CatchUp { after: Slot(after) };
     assert_eq!(server.gets(5, ask(0)), NOTHING);
-    server.gets(1, accept(2.1, EntryId::default(), [1.0, 2.1], 2));
+    server.gets(1, accept(2.1, EntryId::default(), [1.0, 2.1, 2.1], 2));
     let outputs = server.persisted();
     let fed = outputs.iter().filter(|it| it.starts_with("5 <-")).count();
-    assert_eq!((fed, server.slots()), (0, (2, 2, 2)), "{outputs:?}");
+    assert_eq!((fed, server.slots()), (0, (2, 3, 3)), "{outputs:?}");
     let answer = ["5 <- chosen behind 0@0.0 [1@1.0 2@2.1]"];
     assert_eq!(server.gets(5, ask(0)), answer);
 }
