@@ -314,7 +314,8 @@ impl Replica {
         }
     }
 
-    /// A message has come in. Its sender has been authenticated.
+    /// A message has come in. Its sender has been authenticated. `now` must have been read from the clock
+    /// after the message was received: it is when a lease begins that the answer grants.
     pub fn handle_message(&mut self, now: Instant, from: ServerId, message: Message) {
         let Some(peer) = self.peers.get_mut(&from) else {
             return;

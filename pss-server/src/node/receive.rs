@@ -80,9 +80,14 @@ impl ConnectionError {
 }
 
 impl Node {
-    pub(super) fn receive_datagrams(&mut self, now: Instant) {
+    /// Takes the datagrams that have come; returns the time of the last look at the clock.
+    ///
+    /// The clock is read after the datagrams were received: an answer to a heartbeat grants a lease
+    /// from now on. With a moment from before, on a machine that was paused in between (a VM, a signal),
+    /// the lease would have ended here before the leader counts it as begun.
+    pub(super) fn receive_datagrams(&mut self, mut now: Instant) -> Instant {
         if !self.udp_readable {
-            return;
+            return now;
         }
         for _ in 0..DATAGRAM_BATCHES_PER_TURN {
             match self.batch.receive(&self.sockets.udp) {
@@ -92,11 +97,13 @@ impl Node {
                     tracing::debug!("receiving datagrams: {error}");
                 }
             }
+            now = clock::now();
             self.handle_datagrams(now);
             if !self.udp_readable {
-                return;
+                break;
             }
         }
+        now
     }
 
     fn handle_datagrams(&mut self, now: Instant) {

@@ -215,7 +215,7 @@ impl Node {
         for report in reports {
             self.note(now, report);
         }
-        self.receive_datagrams(now);
+        let now = self.receive_datagrams(now);
         let flow = self.handle_events(now)?;
         if flow == Flow::Crash {
             return Ok(flow);
