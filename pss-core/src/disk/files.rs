@@ -7,14 +7,14 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::{DirEntry, Disk, DiskFile, OpenMode};
+use super::{ALIGN_BYTES, DirEntry, Disk, DiskFile, OpenMode};
 
 /// Name of the lock file in the root.
 pub const LOCK_FILE: &str = "lock";
 /// Most parts that the kernel takes in one call (`IOV_MAX`).
 const PARTS_MAX: usize = 1024;
 /// Zeros are written in pieces of this size where the file system cannot make them itself.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A directory of the machine. It is locked for this process as long as the value lives.
 #[derive(Debug)]
@@ -140,7 +140,6 @@ fn open_direct(path: &Path, mut options: OpenOptions) -> io::Result<Arc<dyn Disk
         // Some file systems have no direct IO.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             let file = options.custom_flags(0).open(path)?;
-            // Writes of an earlier process may still be in the page cache only.
             Ok(Arc::new(PlainFile {
                 file,
                 sync_each_write: true,
@@ -164,6 +163,8 @@ impl DiskFile for PlainFile {
                 Ok(0) => break,
                 Ok(bytes) => done += bytes,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Direct IO behind an end that is not aligned.
+                Err(_) if done % ALIGN_BYTES != 0 && buf.len() % ALIGN_BYTES == 0 => break,
                 Err(error) => return Err(error),
             }
         }
