@@ -45,7 +45,7 @@ const ENTRY_PARTS_MAX: usize = 2 * (ENTRY_PAYLOAD_MAX / IN_PLACE_BYTES) + 2;
 /// cheaper to copy.
 const IN_PLACE_BYTES: usize = 64 << 10;
 /// Zeros are written in pieces of this size.
-const FILL_BYTES: usize = 1 << 20;
+const FILL_BYTES: usize = 4 << 20;
 
 /// How a log is kept.
 #[derive(Clone, Debug)]
@@ -358,12 +358,14 @@ impl Log {
 
     /// First slot that the log holds, or would hold if it is empty.
     pub fn first_slot(&self) -> Slot {
-        self.reader().first_slot()
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.base.slot.next()
     }
 
     /// The last entry.
     pub fn last(&self) -> EntryId {
-        self.reader().last()
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.last
     }
 
     /// Bytes of all segments.
@@ -760,15 +762,17 @@ impl Spares {
     }
 
     fn fill(&self, path: &str) -> io::Result<()> {
-        let file = self.disk.open(path, OpenMode::Create)?;
-        let zeros = vec![0; FILL_BYTES.min(self.segment_bytes as usize)];
+        self.disk.open(path, OpenMode::Create)?;
+        // Past the page cache, as the records will be.
+        let file = self.disk.open(path, OpenMode::DirectSync)?;
+        let zeros = AlignedBuf::zeroed(FILL_BYTES.min(self.segment_bytes as usize));
         let mut offset = 0;
         while offset < self.segment_bytes {
             let bytes = (self.segment_bytes - offset).min(zeros.len() as u64) as usize;
-            file.write_at(&[IoSlice::new(&zeros[..bytes])], offset)?;
+            file.write_at(&[IoSlice::new(&zeros.as_slice()[..bytes])], offset)?;
             offset += bytes as u64;
         }
-        file.sync()
+        Ok(())
     }
 }
 

@@ -64,8 +64,13 @@ impl ChunkStore {
             disk.create_dir_all(directory)
                 .map_err(|source| ChunkError::io("create", directory, source))?;
         }
-        disk.sync_dir("")
-            .map_err(|source| ChunkError::io("sync", "", source))?;
+        // What an earlier process wrote and did not sync, names above all, looks the same as what is
+        // durable; nobody would sync it later.
+        disk.sync_all().map_err(|source| ChunkError::Io {
+            path: String::new(),
+            action: "sync",
+            source,
+        })?;
         let trash = disk
             .read_dir(path::TRASH)
             .map_err(|source| ChunkError::io("read", path::TRASH, source))?;
@@ -795,9 +800,9 @@ impl ChunkStore {
 
     fn note_presence(&self, chunk: &Chunk, state: &ChunkState) {
         // A file without blocks exists only while its table is suspect.
-        chunk
-            .volume
-            .set_allocated(chunk.index, state.allocated.max(1));
+        let at_least = u32::from(state.exists);
+        let allocated = state.allocated.max(at_least);
+        chunk.volume.set_allocated(chunk.index, allocated);
     }
 
     /// Looks through a chunk whose table may be out of date: a block that is unwritten by the table

@@ -1,1 +1,404 @@
+//! The chunk store on real files. Crashes and damage are tested on a simulated disk, in
+//! tests/tests/crash.rs.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::disk::Disk;
+use crate::disk::files::FileDisk;
+use crate::entry::block_checksums;
+use crate::state::Volume;
+use crate::types::{BLOCK_BYTES, ChunkIndex, Slot};
+use crate::volume::device::{Extent, ReadPart};
+
+fn volume(id: u32, name: &str) -> Volume {
+    Volume {
+        id: VolumeId(id),
+        name: name.into(),
+        size_bytes: 64 << 30,
+        chunk_bytes: 64 << 10,
+        uuid: [id as u8; 16],
+        created: Slot(1),
+    }
+}
+
+struct Fixture {
+    _directory: tempfile::TempDir,
+    disk: Arc<dyn Disk>,
+    store: Arc<ChunkStore>,
+}
+
+fn fixture() -> Fixture {
+    let directory = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(directory.path()).unwrap());
+    let store = open(&disk, &[]);
+    Fixture {
+        _directory: directory,
+        disk,
+        store,
+    }
+}
+
+fn open(disk: &Arc<dyn Disk>, volumes: &[Volume]) -> Arc<ChunkStore> {
+    let params = ChunkParams {
+        tables_bytes_max: 4000,
+        files_max: 3,
+        ..ChunkParams::default()
+    };
+    Arc::new(ChunkStore::open(Arc::clone(disk), params, volumes).unwrap())
+}
+
+fn write(store: &ChunkStore, volume: &Volume, first_block: u64, data: Vec<u8>, slot: u64) {
+    let checksums = block_checksums(volume.id, first_block, &data);
+    store
+        .write(volume, first_block, &checksums, &data.into(), Slot(slot))
+        .unwrap();
+}
+
+fn data(value: u8, blocks: usize) -> Vec<u8> {
+    vec![value; blocks * BLOCK_BYTES]
+}
+
+fn flush(store: &Arc<ChunkStore>) {
+    store.begin_checkpoint().unwrap().flush().unwrap();
+}
+
+/// Zeros for holes.
+fn read(store: &ChunkStore, volume: &Volume, first_block: u64, blocks: u64) -> Vec<u8> {
+    let mut all = Vec::new();
+    for part in store.read(volume, first_block, blocks, false).unwrap() {
+        match part {
+            ReadPart::Data(data) => all.extend_from_slice(&data),
+            ReadPart::Hole(bytes) => all.resize(all.len() + bytes as usize, 0),
+        }
+    }
+    all
+}
+
+#[test]
+fn neighbours_are_read_at_once() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    write(store, &volume, 14, data(1, 4), 1);
+    let parts = store.read(&volume, 12, 10, false).unwrap();
+    assert_eq!(
+        parts,
+        [
+            ReadPart::Hole(2 * 4096),
+            ReadPart::Data(data(1, 2).into()),
+            ReadPart::Data(data(1, 2).into()),
+            ReadPart::Hole(4 * 4096),
+        ]
+    );
+    assert_eq!(
+        store.read(&volume, 500, 5000, false).unwrap(),
+        [ReadPart::Hole(5000 * 4096)]
+    );
+}
+
+#[test]
+fn reads_that_would_wait_say_so() {
+    let fixture = fixture();
+    let volume = volume(1, "v");
+    fixture.store.create_volume(&volume).unwrap();
+    write(&fixture.store, &volume, 0, data(1, 2), 1);
+    flush(&fixture.store);
+    assert!(fixture.store.read(&volume, 0, 2, true).is_ok());
+    let store = open(&fixture.disk, std::slice::from_ref(&volume));
+    // The table is not in memory.
+    let error = store.read(&volume, 0, 2, true).unwrap_err();
+    assert!(matches!(error, ReadError::WouldBlock), "{error}");
+    store.read(&volume, 0, 2, false).unwrap();
+    assert!(store.read(&volume, 0, 2, true).is_ok());
+    assert!(store.read(&volume, 64, 2, true).is_ok());
+}
+
+#[test]
+fn chunks_without_blocks_do_not_exist() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    for chunk in 0..200 {
+        write(store, &volume, chunk * 16, data(1, 16), 1);
+    }
+    let files = |leaf: &str| {
+        fixture
+            .disk
+            .read_dir(&format!("data/v/{leaf}"))
+            .unwrap()
+            .len()
+    };
+    assert_eq!(files("00/00"), 200);
+    assert_eq!(store.allocated_bytes(volume.id), 200 * (64 << 10));
+    // The first and the last in part; of the others some at once, the rest at the checkpoint.
+    store.zero(&volume, 8, 1 << 40, false, Slot(2)).unwrap();
+    assert_eq!(store.allocated_bytes(volume.id), 8 * 4096);
+    assert!(files("00/00") > 1);
+    flush(store);
+    assert_eq!(files("00/00"), 1);
+    // Block by block it is the same.
+    for block in 0..8 {
+        store.zero(&volume, block, 1, false, Slot(3)).unwrap();
+    }
+    assert_eq!(files("00/00"), 0);
+    let (list, rest) = store.list(&volume, ChunkIndex(0), 10).unwrap();
+    assert_eq!((list.len(), rest), (0, None));
+}
+
+#[test]
+fn allocated_zeros_take_space() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    store.zero(&volume, 10, 20, true, Slot(1)).unwrap();
+    assert_eq!(read(store, &volume, 10, 20), data(0, 20));
+    let extent = |blocks: u64, allocated| Extent {
+        length_bytes: blocks * 4096,
+        allocated,
+    };
+    assert_eq!(
+        store.extents(&volume, 0, 1 << 30, 10).unwrap(),
+        [
+            extent(10, false),
+            extent(20, true),
+            extent((1 << 30) - 30, false)
+        ]
+    );
+    assert_eq!(
+        store.extents(&volume, 0, 1 << 30, 2).unwrap(),
+        [extent(10, false), extent(20, true)]
+    );
+    assert_eq!(store.extents(&volume, 12, 3, 2).unwrap(), [extent(3, true)]);
+    assert_eq!(store.extents(&volume, 12, 3, 0).unwrap(), []);
+}
+
+#[test]
+fn deleted_volumes_leave_nothing_to_the_next_of_their_name() {
+    let fixture = fixture();
+    let store = &fixture.store;
+    let (old, new) = (volume(1, "v"), volume(2, "v"));
+    store.create_volume(&old).unwrap();
+    write(store, &old, 0, data(1, 40), 1);
+    flush(store);
+    write(store, &old, 0, data(2, 4), 2);
+    store.delete_volume(&old).unwrap();
+    store.create_volume(&new).unwrap();
+    assert_eq!(read(store, &new, 0, 40), data(0, 40));
+    write(store, &new, 7, data(3, 1), 3);
+    flush(store);
+    assert_eq!(fixture.disk.read_dir("trash").unwrap().len(), 1);
+    store.empty_trash().unwrap();
+    assert!(fixture.disk.read_dir("trash").unwrap().is_empty());
+    let error = store.read(&old, 0, 1, false).unwrap_err();
+    assert!(matches!(error, ReadError::NoSuchVolume(_)), "{error}");
+    let store = open(&fixture.disk, std::slice::from_ref(&new));
+    assert_eq!(read(&store, &new, 7, 1), data(3, 1));
+}
+
+/// The files of a volume under a name that another one has now.
+#[test]
+fn chunks_of_another_volume_count_as_absent() {
+    let fixture = fixture();
+    let (old, new) = (volume(1, "v"), volume(2, "v"));
+    fixture.store.create_volume(&old).unwrap();
+    write(&fixture.store, &old, 0, data(1, 40), 1);
+    flush(&fixture.store);
+    let store = open(&fixture.disk, std::slice::from_ref(&new));
+    assert_eq!(read(&store, &new, 0, 40), data(0, 40));
+    write(&store, &new, 3, data(5, 1), 2);
+    assert_eq!(read(&store, &new, 0, 3), data(0, 3));
+    assert_eq!(read(&store, &new, 3, 1), data(5, 1));
+    flush(&store);
+    let store = open(&fixture.disk, std::slice::from_ref(&new));
+    assert_eq!(read(&store, &new, 3, 1), data(5, 1));
+    assert_eq!(read(&store, &new, 4, 12), data(0, 12));
+}
+
+#[test]
+fn images_carry_chunks() {
+    let (from, to) = (fixture(), fixture());
+    let volume = volume(1, "v");
+    for store in [&from.store, &to.store] {
+        store.create_volume(&volume).unwrap();
+    }
+    write(&from.store, &volume, 2, data(1, 3), 5);
+    write(&from.store, &volume, 8, data(2, 1), 6);
+    write(&to.store, &volume, 0, data(9, 16), 3);
+    let image = from.store.export(&volume, ChunkIndex(0)).unwrap();
+    to.store.import(&volume, ChunkIndex(0), &image).unwrap();
+    assert_eq!(
+        read(&to.store, &volume, 0, 16),
+        read(&from.store, &volume, 0, 16)
+    );
+    let list = |store: &ChunkStore| store.list(&volume, ChunkIndex(0), 9).unwrap();
+    assert_eq!(list(&to.store), list(&from.store));
+    let store = open(&to.disk, std::slice::from_ref(&volume));
+    // It was durable when import returned.
+    assert_eq!(
+        read(&store, &volume, 0, 16),
+        read(&from.store, &volume, 0, 16)
+    );
+    to.store
+        .import(&volume, ChunkIndex(0), &Bytes::new())
+        .unwrap();
+    assert_eq!(list(&to.store).0, []);
+    assert!(to.store.export(&volume, ChunkIndex(0)).unwrap().is_empty());
+    let mut bad = image.to_vec();
+    bad[5000] ^= 1;
+    let error = to
+        .store
+        .import(&volume, ChunkIndex(0), &bad.into())
+        .unwrap_err();
+    assert!(matches!(error, ChunkError::BadImage(_)), "{error}");
+    let error = to.store.import(&volume, ChunkIndex(1), &image).unwrap_err();
+    assert!(matches!(error, ChunkError::BadImage(_)), "{error}");
+}
+
+#[test]
+fn lists_come_in_parts() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    for chunk in [0, 3, 255, 256, 70_000] {
+        write(store, &volume, chunk * 16, data(1, 1), chunk + 1);
+    }
+    let (mut found, mut next) = (Vec::new(), Some(ChunkIndex(0)));
+    while let Some(from) = next {
+        let (list, rest) = store.list(&volume, from, 2).unwrap();
+        found.extend(
+            list.iter()
+                .map(|summary| (summary.chunk.0, summary.last_slot.0)),
+        );
+        next = rest;
+    }
+    assert_eq!(
+        found,
+        [(0, 1), (3, 4), (255, 256), (256, 257), (70_000, 70_001)]
+    );
+}
+
+/// Ends the other threads also when an assertion fails.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Readers, a writer, checkpoints and exports at once: every block is one of those written, whole.
+#[test]
+fn readers_never_see_half_a_block() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for reader in 0..2 {
+            let (store, volume, done) = (store, &volume, &done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let bytes = match store.read(volume, 5, 60, reader == 0) {
+                        Err(ReadError::WouldBlock) => continue,
+                        parts => parts.unwrap(),
+                    };
+                    for part in bytes {
+                        if let ReadPart::Data(data) = part {
+                            for block in data.chunks(BLOCK_BYTES) {
+                                assert!(block.iter().all(|byte| *byte == block[0]));
+                            }
+                        }
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                flush(store);
+                store.export(&volume, ChunkIndex(1)).unwrap();
+                store.extents(&volume, 0, 1000, 1000).unwrap();
+            }
+        });
+        let _done = Done(&done);
+        for round in 0..4000u64 {
+            let first = round * 7 % 60;
+            match round % 11 {
+                3 => store.zero(&volume, first, 3, false, Slot(round)).unwrap(),
+                5 => store.zero(&volume, 16, 16, false, Slot(round)).unwrap(),
+                _ => write(
+                    store,
+                    &volume,
+                    first,
+                    data((1 + round % 250) as u8, 4),
+                    round,
+                ),
+            }
+        }
+    });
+    assert_eq!(store.bad_blocks(), 0);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u64, usize, u8),
+    Zero(u64, u64, bool),
+    Flush,
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..90u64, 1..9usize, any::<u8>()).prop_map(|(at, n, v)| Step::Write(at, n, v)),
+        3 => (0..90u64, 0..40u64, any::<bool>()).prop_map(|(at, n, a)| Step::Zero(at, n, a)),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Against a plain vector of blocks.
+    #[test]
+    fn store_is_a_vector_of_blocks(steps in proptest::collection::vec(step(), 1..60)) {
+        let fixture = fixture();
+        let volume = volume(1, "v");
+        let mut store = Arc::clone(&fixture.store);
+        store.create_volume(&volume).unwrap();
+        let mut model: Vec<Option<u8>> = vec![None; 160];
+        for (slot, step) in steps.into_iter().enumerate() {
+            let slot = slot as u64 + 1;
+            match step {
+                Step::Write(at, blocks, value) => {
+                    write(&store, &volume, at, data(value, blocks), slot);
+                    model[at as usize..][..blocks].fill(Some(value));
+                }
+                Step::Zero(at, blocks, allocate) => {
+                    store.zero(&volume, at, blocks, allocate, Slot(slot)).unwrap();
+                    model[at as usize..][..blocks as usize].fill(allocate.then_some(0));
+                }
+                Step::Flush => flush(&store),
+                Step::Reopen => {
+                    flush(&store);
+                    store = open(&fixture.disk, std::slice::from_ref(&volume));
+                }
+            }
+            let expected: Vec<u8> = model.iter().flat_map(|v| data(v.unwrap_or(0), 1)).collect();
+            prop_assert!(read(&store, &volume, 0, 160) == expected);
+            let allocated = model.iter().flatten().count() as u64 * 4096;
+            prop_assert_eq!(store.allocated_bytes(volume.id), allocated);
+            let extents = store.extents(&volume, 0, 160, 1000).unwrap();
+            let found: Vec<bool> = extents
+                .iter()
+                .flat_map(|e| vec![e.allocated; (e.length_bytes / 4096) as usize])
+                .collect();
+            let wanted: Vec<bool> = model.iter().map(Option::is_some).collect();
+            prop_assert_eq!(found, wanted);
+        }
+    }
+}

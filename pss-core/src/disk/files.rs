@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::{DirEntry, Disk, DiskFile, OpenMode};
+use super::{ALIGN_BYTES, DirEntry, Disk, DiskFile, OpenMode};
 
 /// Name of the lock file in the root.
 pub const LOCK_FILE: &str = "lock";
@@ -146,7 +146,6 @@ fn open_direct(path: &Path, mut options: OpenOptions) -> io::Result<Arc<dyn Disk
         // Some file systems have no direct IO.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
             let file = options.custom_flags(0).open(path)?;
-            // Writes of an earlier process may still be in the page cache only.
             Ok(Arc::new(PlainFile {
                 file,
                 cached: true,
@@ -173,6 +172,8 @@ impl DiskFile for PlainFile {
                 Ok(0) => break,
                 Ok(bytes) => done += bytes,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Direct IO behind an end that is not aligned.
+                Err(_) if done % ALIGN_BYTES != 0 && buf.len() % ALIGN_BYTES == 0 => break,
                 Err(error) => return Err(error),
             }
         }

@@ -1,1 +1,331 @@
+//! The log on real files. Crashes and damage are tested on a simulated disk, in tests/tests/crash.rs.
 
+use super::*;
+use crate::disk::files::FileDisk;
+use crate::entry::{Command, Op, block_checksums};
+use crate::types::{BLOCK_BYTES, Ballot, ServerId, VolumeId};
+
+const SEGMENT_BYTES: u64 = 256 << 10;
+
+fn params() -> LogParams {
+    LogParams {
+        segment_bytes: SEGMENT_BYTES,
+        retain_bytes: 0,
+        ..LogParams::new([5; 16])
+    }
+}
+
+struct Fixture {
+    directory: tempfile::TempDir,
+    disk: Arc<dyn Disk>,
+}
+
+fn fixture() -> Fixture {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FileDisk::open(directory.path()).unwrap());
+    Fixture { directory, disk }
+}
+
+impl Fixture {
+    fn open(&self, applied: EntryId) -> (Log, Recovered) {
+        Log::open(Arc::clone(&self.disk), params(), applied).unwrap()
+    }
+
+    fn files(&self, prefix: &str) -> usize {
+        let entries = std::fs::read_dir(self.directory.path().join("log")).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with(prefix)).count()
+    }
+}
+
+fn ballot(number: u64) -> Ballot {
+    Ballot {
+        number,
+        server: ServerId(0),
+    }
+}
+
+fn entry(prev: EntryId, number: u64, data: Bytes) -> Entry {
+    let op = Op::Write {
+        volume: VolumeId(1),
+        first_block: prev.slot.0,
+        checksums: block_checksums(VolumeId(1), prev.slot.0, &data),
+        payload: data,
+    };
+    Entry {
+        id: EntryId {
+            ballot: ballot(number),
+            slot: prev.slot.next(),
+        },
+        prev: prev.ballot,
+        commands: vec![Command::internal(op)],
+    }
+}
+
+/// Entries behind `prev`, each with so many blocks.
+fn entries(prev: EntryId, number: u64, blocks: &[usize]) -> Vec<Entry> {
+    let mut prev = prev;
+    blocks
+        .iter()
+        .map(|blocks| {
+            let data = vec![prev.slot.0 as u8; blocks * BLOCK_BYTES];
+            let entry = entry(prev, number, data.into());
+            prev = entry.id;
+            entry
+        })
+        .collect()
+}
+
+fn read(log: &Log, after: u64) -> Vec<Entry> {
+    match log.reader().read(Slot(after), Slot(u64::MAX), usize::MAX) {
+        Ok(LogRead::Entries { prev, entries }) => {
+            assert_eq!(prev.slot, Slot(after));
+            entries
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn appended_entries_are_read_back() {
+    let fixture = fixture();
+    let (mut log, recovered) = fixture.open(EntryId::default());
+    assert_eq!(recovered.last, EntryId::default());
+    let all = entries(EntryId::default(), 1, &[1, 2, 0, 30, 1]);
+    log.append(None, &all[..2], Slot(1)).unwrap();
+    log.append(None, &all[2..], Slot(3)).unwrap();
+    assert_eq!(read(&log, 0), all);
+    assert_eq!(read(&log, 4), all[4..]);
+    assert_eq!(read(&log, 5), []);
+    drop(log);
+    let (log, recovered) = fixture.open(EntryId::default());
+    assert_eq!(recovered.last, all[4].id);
+    assert_eq!(recovered.chosen, Slot(3));
+    assert_eq!(recovered.tail, all[3..]);
+    assert_eq!(recovered.evidence, None);
+    assert_eq!(read(&log, 0), all);
+}
+
+#[test]
+fn a_batch_is_one_write_of_whole_pages() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let all = entries(EntryId::default(), 1, &[1, 1, 1, 1]);
+    let batch = all.chunks(2).map(|entries| (None, entries, Slot(0)));
+    log.append_many(batch).unwrap();
+    // Header area and payload of each.
+    assert_eq!(log.appended_bytes(), 4 * 2 * 4096);
+    assert_eq!(read(&log, 0), all);
+}
+
+#[test]
+fn large_aligned_payloads_are_written_from_where_they_are() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let mut data = AlignedBuf::zeroed(128 << 10);
+    data.as_mut_slice().fill(3);
+    let aligned = data.into_bytes();
+    let shifted = Bytes::from(vec![4; (64 << 10) + 1]).slice(1..);
+    let first = entry(EntryId::default(), 1, aligned.clone());
+    let second = entry(first.id, 1, shifted);
+    let third = entry(second.id, 1, aligned);
+    let all = [first, second, third];
+    log.append(None, &all, Slot(0)).unwrap();
+    assert_eq!(read(&log, 0), all);
+}
+
+#[test]
+fn an_entry_larger_than_a_segment_has_one_for_itself() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let all = entries(EntryId::default(), 1, &[1, 1024, 1, 1024]);
+    log.append(None, &all, Slot(0)).unwrap();
+    assert_eq!(read(&log, 0), all);
+    drop(log);
+    let (mut log, recovered) = fixture.open(EntryId::default());
+    assert_eq!(recovered.last, all[3].id);
+    assert_eq!(read(&log, 0), all);
+    // Such a file does not become a spare.
+    log.trim(Slot(4)).unwrap();
+    assert!(log.bytes() <= 2 * SEGMENT_BYTES);
+}
+
+#[test]
+fn trimmed_segments_are_used_again() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let mut last = EntryId::default();
+    for round in 0..40 {
+        let all = entries(last, 1, &[7; 8]);
+        last = all[7].id;
+        log.append(None, &all, Slot(last.slot.0 - 8)).unwrap();
+        log.trim(last.slot).unwrap();
+        // What was trimmed is gone, the rest is there.
+        let first = log.first_slot();
+        assert_eq!(
+            read(&log, first.0 - 1).len() as u64,
+            last.slot.0 + 1 - first.0
+        );
+        if round > 0 {
+            let gone = log.reader().read(Slot(0), last.slot, 1).unwrap();
+            assert_eq!(gone, LogRead::Gone { first });
+        }
+        assert!(fixture.files("0") <= 2 && fixture.files("spare") <= 2);
+    }
+    drop(log);
+    let (log, recovered) = fixture.open(last);
+    assert_eq!(recovered.last, last);
+    // The entries of the last rounds were not trimmed for they shared a segment; they stay readable.
+    assert_eq!(log.first_slot(), recovered.base.slot.next());
+}
+
+#[test]
+fn truncation_lasts() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let old = entries(EntryId::default(), 1, &[1; 9]);
+    log.append(None, &old, Slot(4)).unwrap();
+    let new = entries(old[5].id, 2, &[2; 5]);
+    log.append(Some(Slot(6)), &new, Slot(4)).unwrap();
+    let newer = entries(new[0].id, 3, &[1]);
+    log.append(Some(Slot(7)), &newer, Slot(4)).unwrap();
+    let expected = [&old[..6], &new[..1], &newer[..]].concat();
+    assert_eq!(read(&log, 0), expected);
+    drop(log);
+    let (log, recovered) = fixture.open(EntryId::default());
+    assert_eq!(read(&log, 0), expected);
+    assert_eq!(recovered.tail, expected[4..]);
+    assert_eq!(log.reader().id_at(Slot(7)), Some(new[0].id));
+    assert_eq!(log.reader().id_at(Slot(6)), Some(old[5].id));
+}
+
+#[test]
+fn restarts_do_not_pile_up_segments() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    log.append(None, &entries(EntryId::default(), 1, &[1]), Slot(0))
+        .unwrap();
+    drop(log);
+    for _ in 0..10 {
+        let (log, recovered) = fixture.open(EntryId::default());
+        assert_eq!(recovered.last.slot, Slot(1));
+        drop(log);
+    }
+    assert_eq!(fixture.files("0"), 2);
+    assert!(fixture.files("spare") <= 2);
+}
+
+#[test]
+fn reset_forgets_everything_before() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    log.append(None, &entries(EntryId::default(), 1, &[1; 9]), Slot(4))
+        .unwrap();
+    let base = EntryId {
+        ballot: ballot(4),
+        slot: Slot(5),
+    };
+    log.reset(base).unwrap();
+    assert_eq!((log.first_slot(), log.last()), (Slot(6), base));
+    let all = entries(base, 4, &[1, 1]);
+    log.append(None, &all, base.slot).unwrap();
+    drop(log);
+    let (log, recovered) = fixture.open(base);
+    assert_eq!((recovered.base, recovered.last), (base, all[1].id));
+    assert_eq!(read(&log, 5), all);
+}
+
+#[test]
+fn markers_are_written_once() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    log.mark_idle(Slot(0)).unwrap();
+    assert_eq!(log.appended_bytes(), 0);
+    let all = entries(EntryId::default(), 1, &[0, 0]);
+    log.append(None, &all[..1], Slot(0)).unwrap();
+    for _ in 0..3 {
+        log.mark_idle(Slot(1)).unwrap();
+    }
+    assert_eq!(log.appended_bytes(), 2 * 4096);
+    log.append(None, &all[1..], Slot(1)).unwrap();
+    assert_eq!(read(&log, 0), all);
+    drop(log);
+    let (_, recovered) = fixture.open(EntryId::default());
+    assert_eq!((recovered.last, recovered.chosen), (all[1].id, Slot(1)));
+}
+
+#[test]
+fn other_versions_are_refused() {
+    let fixture = fixture();
+    drop(fixture.open(EntryId::default()));
+    let path = fixture.directory.path().join("log/0000000000000001");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[12] = 2;
+    let crc = crc32c::crc32c(&bytes[12..128]);
+    bytes[8..12].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let error = Log::open(Arc::clone(&fixture.disk), params(), EntryId::default());
+    let error = error.err().unwrap();
+    assert!(
+        matches!(error, LogError::Version { found: 2, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn readers_go_on_beside_appends_and_trims() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let reader = log.reader();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut after = Slot(0);
+            while !done.load(Ordering::Relaxed) || after < reader.last().slot {
+                match reader.read(after, Slot(u64::MAX), 100_000).unwrap() {
+                    LogRead::Entries { entries, .. } => {
+                        for entry in &entries {
+                            assert_eq!(entry.id.slot, after.next());
+                            after = entry.id.slot;
+                        }
+                    }
+                    LogRead::Gone { first } => {
+                        assert!(first > after.next());
+                        after = Slot(first.0 - 1);
+                    }
+                }
+            }
+        });
+        let mut last = EntryId::default();
+        for _ in 0..150 {
+            let all = entries(last, 1, &[1, 3, 0, 2]);
+            last = all[3].id;
+            log.append(None, &all, last.slot).unwrap();
+            log.trim(last.slot).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn arbitrary_bytes_are_no_record() {
+    let mut seed = 1u64;
+    let mut bytes = vec![0; 8192];
+    for round in 0..2000 {
+        for byte in &mut bytes {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            *byte = (seed >> 56) as u8;
+        }
+        if round % 2 == 0 {
+            bytes[..8].copy_from_slice(b"PSSLREC1");
+        }
+        let place = Place {
+            cell: [5; 16],
+            sequence: 1,
+            offset: 4096,
+        };
+        let header = record::RecordHeader::decode(&bytes, &place);
+        assert!(header.is_none_or(|header| header.verify(&bytes, &place).is_none()));
+        record::SegmentHeader::decode(&bytes);
+    }
+}
