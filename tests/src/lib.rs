@@ -3,6 +3,8 @@
 pub mod binaries;
 pub mod checker;
 pub mod disk;
+pub mod nbd_client;
+pub mod processes;
 pub mod programs;
 pub mod rng;
 pub mod sim;
