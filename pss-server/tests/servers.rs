@@ -503,3 +503,57 @@ fn a_client_that_does_not_read_is_held_up_alone() {
     }
     sender.join().unwrap();
 }
+
+#[test]
+fn a_learner_learns_and_does_not_count() {
+    let mut cell = TestCell::with_ids(&[0, 1, 2, 5], small());
+    for id in [0, 1, 5] {
+        cell.start(id);
+    }
+    let client = cell.client();
+    client.create("v", 16 << 20);
+    let volume = client.open("v");
+    for block in 0..100 {
+        volume.write(block * BLOCK, &pattern(block, 1));
+    }
+    cell.wait_caught_up(5);
+    assert_eq!(cell.status(5).role, "learner");
+    // One core server and the learner are no majority.
+    let other = (0..2).find(|id| *id != cell.leader()).unwrap();
+    cell.kill(other);
+    let write = DeviceRequest::Write {
+        offset_bytes: 0,
+        data: pattern(0, 2).into(),
+        fua: true,
+    };
+    let writing = {
+        let volume = volume.clone();
+        std::thread::spawn(move || volume.request(write))
+    };
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!writing.is_finished());
+    cell.start(2);
+    assert_eq!(writing.join().unwrap(), Ok(DeviceReply::Done));
+    assert_eq!(volume.read(0, 4096), pattern(0, 2));
+    cell.wait_caught_up(5);
+}
+
+#[test]
+fn callers_that_say_nothing_are_sent_away() {
+    let cell = TestCell::started(1, small());
+    let mut silent: Vec<TcpStream> = (0..300)
+        .map(|_| TcpStream::connect(cell.tcp(0)).unwrap())
+        .collect();
+    // The first ones had to go when there were too many; others can call meanwhile.
+    let client = cell.client();
+    client.create("v", 1 << 20);
+    client.open("v").write(0, &pattern(0, 1));
+    let start = Instant::now();
+    for caller in &mut silent {
+        caller.set_read_timeout(Some(support::PATIENCE)).unwrap();
+        assert_eq!(caller.read(&mut [0; 100]).unwrap_or(0), 0);
+    }
+    let waited = start.elapsed();
+    assert!((5..20).contains(&waited.as_secs()), "{waited:?}");
+    assert_eq!(client.open("v").read(0, 4096), pattern(0, 1));
+}

@@ -11,7 +11,10 @@ impl Rng {
     }
 
     /// The next number.
-    #[expect(clippy::should_implement_trait, reason = "not an iterator: it never ends")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "not an iterator: it never ends"
+    )]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -22,11 +25,7 @@ impl Rng {
 
     /// A number below `bound`, or 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 {
-            0
-        } else {
-            self.next() % bound
-        }
+        if bound == 0 { 0 } else { self.next() % bound }
     }
 
     /// A number from `low` up to and including `high`.

@@ -225,6 +225,8 @@ struct Node {
     slow_disk: bool,
     promised: Ballot,
     seen_chosen: Slot,
+    /// What its log holds on the disk.
+    disk_log: BTreeMap<Slot, EntryId>,
 }
 
 /// A cell with its clients and faults.
@@ -285,6 +287,7 @@ impl Sim {
                 slow_disk: rng.chance(150),
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
+                disk_log: BTreeMap::new(),
             })
             .collect();
         let count = nodes.len();
@@ -434,6 +437,7 @@ impl Sim {
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
         );
+        node.disk_log = sim_storage::ids(&storage);
         let parts = sim_storage::Parts::new(storage, node.disk.disk());
         let chunks = Arc::clone(&parts.chunks);
         let mut engine = Engine::new(config, recovered, state, chunks, now);
@@ -523,7 +527,7 @@ impl Sim {
                 break;
             }
             for action in actions {
-                self.act(index, action);
+                self.act(index, action)?;
             }
         }
         self.check_node(index)?;
@@ -552,15 +556,18 @@ impl Sim {
         Ok(())
     }
 
-    fn act(&mut self, index: usize, action: Action) {
+    fn act(&mut self, index: usize, action: Action) -> Checked<()> {
         let life = self.nodes[index].life;
         let id = self.nodes[index].id;
         match action {
-            Action::Send { to, message } => self.send(id, to, message),
+            Action::Send { to, message } => {
+                self.check_sent(index, &message)?;
+                self.send(id, to, message);
+            }
             Action::Persist { write, what } => {
                 self.trace(|| format!("server {id} persists {}", summary(&what)));
                 let Some(running) = &mut self.nodes[index].running else {
-                    return;
+                    return Ok(());
                 };
                 running.log_queue.push_back((write, what));
                 self.start_log(index);
@@ -568,7 +575,7 @@ impl Sim {
             Action::Reply { client, reply } => {
                 let client = client.0 as usize;
                 if client >= self.clients.len() {
-                    return;
+                    return Ok(());
                 }
                 if let Some(delay) = self.client_delay() {
                     self.schedule(
@@ -614,6 +621,7 @@ impl Sim {
             }
             Action::Shutdown => {}
         }
+        Ok(())
     }
 
     fn work(&mut self, index: usize, life: u64, work: Work) {
@@ -686,6 +694,10 @@ impl Sim {
         };
         for _ in 0..copies {
             let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
+            if self.faults && message.is_datagram() && self.rng.chance(10) {
+                // Lost in some queue, and found again.
+                at += self.rng.below(4 * SECOND);
+            }
             if !message.is_datagram() {
                 let last = self.fifo.entry((from.0, to.0)).or_default();
                 at = at.max(*last + 1);
@@ -732,6 +744,10 @@ impl Sim {
             }
             Event::Client { client } => {
                 self.client_step(client);
+                if !self.clients[client].is_done() {
+                    let again = self.now + self.rng.between(5 * MS, 60 * MS);
+                    self.schedule(again, Event::Client { client });
+                }
                 Ok(())
             }
             Event::Answer {
@@ -753,7 +769,9 @@ impl Sim {
     fn handle_at(&mut self, index: usize, event: Event) -> Checked<()> {
         let now = self.clock(index);
         let life_now = self.nodes[index].life;
-        let Some(running) = &mut self.nodes[index].running else {
+        let node = &mut self.nodes[index];
+        let disk_log = &mut node.disk_log;
+        let Some(running) = &mut node.running else {
             return Ok(());
         };
         match event {
@@ -779,7 +797,8 @@ impl Sim {
                 if let Err(error) = running.storage.persist(&batch) {
                     return self.disk_failed(index, &error);
                 }
-                for (write, _) in batch {
+                for (write, what) in batch {
+                    note_durable(disk_log, &what);
                     running.engine.handle_persisted(now, write);
                 }
                 self.after(index)?;
@@ -872,10 +891,6 @@ impl Sim {
         let (rng, history) = (&mut self.rng, &mut self.history);
         let requests = self.clients[client].step(now, servers, rng, &self.ground, history);
         self.send_requests(client, requests);
-        let again = now + self.rng.between(5 * MS, 60 * MS);
-        if !self.clients[client].is_done() {
-            self.schedule(again, Event::Client { client });
-        }
     }
 
     fn send_requests(&mut self, client: usize, requests: Vec<Request>) {
@@ -1040,8 +1055,10 @@ impl Sim {
 
     /// Bit rot in the log, on one server only, so that there is always a good copy.
     fn damage_log(&mut self, index: usize) {
-        if index == 0 && self.config.seed % 4 == 0 && self.rng.chance(200) {
-            let rot = self.nodes[index].disk.flip_random_bit("log/", &mut self.rng);
+        if index == 0 && self.config.seed.is_multiple_of(4) && self.rng.chance(200) {
+            let rot = self.nodes[index]
+                .disk
+                .flip_random_bit("log/", &mut self.rng);
             let id = self.nodes[index].id;
             self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
         }
@@ -1084,6 +1101,48 @@ impl Sim {
 
     // ---- Checkers.
 
+    /// Nothing is said before it is durable.
+    fn check_sent(&self, index: usize, message: &Message) -> Checked<()> {
+        let node = &self.nodes[index];
+        let Some(running) = &node.running else {
+            return Ok(());
+        };
+        let replica = running.engine.replica();
+        let id = node.id;
+        match message {
+            Message::Promise { ballot, .. } if replica.promised_durable() < *ballot => {
+                self.fail(format!("server {id} sends a promise that is not durable"))
+            }
+            Message::Accepted { durable, .. } | Message::HeartbeatAck { durable, .. }
+                if replica.durable() < *durable =>
+            {
+                self.fail(format!("server {id} acknowledges what is not durable"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a leader calls chosen lies on the disks of a majority.
+    fn check_majority(&self, slot: Slot, entry: EntryId) -> Checked<()> {
+        let core = &self.nodes[..self.core];
+        let holds = |node: &&Node| match node.disk_log.get(&slot) {
+            Some(held) => *held == entry,
+            // Its log begins later: the entry is in its chunks.
+            None => node
+                .disk_log
+                .keys()
+                .next()
+                .is_some_and(|first| *first > slot),
+        };
+        let holders = core.iter().filter(holds).count();
+        if holders > self.core / 2 {
+            return Ok(());
+        }
+        self.fail(format!(
+            "slot {slot} is called chosen, but {holders} servers hold {entry}"
+        ))
+    }
+
     fn check_node(&mut self, index: usize) -> Checked<()> {
         let node = &mut self.nodes[index];
         let Some(running) = &node.running else {
@@ -1100,11 +1159,16 @@ impl Sim {
             return self.fail(format!("server {id}: applied beyond what is chosen"));
         }
         let (from, until) = (node.seen_chosen, replica.chosen());
+        let leads = matches!(replica.role(), RoleKind::Leader { .. });
         node.seen_chosen = until;
+        let mut fresh = Vec::new();
         for slot in from.0 + 1..=until.0 {
             let Some(entry) = replica.entry_id(Slot(slot)) else {
                 continue;
             };
+            if leads && !self.chosen.contains_key(&Slot(slot)) {
+                fresh.push((Slot(slot), entry));
+            }
             let first = *self.chosen.entry(Slot(slot)).or_insert(entry);
             if first != entry {
                 let what = format!("server {id}: slot {slot} is {entry} and was {first}");
@@ -1114,6 +1178,9 @@ impl Sim {
                     what,
                 });
             }
+        }
+        for (slot, entry) in fresh {
+            self.check_majority(slot, entry)?;
         }
         Ok(())
     }
@@ -1222,9 +1289,15 @@ impl Sim {
                         for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
                             let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
                             for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
-                                let value = |it: &[u8]| u64::from_le_bytes([it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7]]);
+                                let value = |it: &[u8]| {
+                                    u64::from_le_bytes([
+                                        it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7],
+                                    ])
+                                };
                                 let (a, b) = (value(a), value(b));
-                                self.trace(|| format!("volume {volume} block {block}: {a} and {b}"));
+                                self.trace(|| {
+                                    format!("volume {volume} block {block}: {a} and {b}")
+                                });
                             }
                         }
                         return self.fail(format!("servers {other} and {id} hold other bytes"));
@@ -1265,6 +1338,26 @@ fn new_disk(seed: u64, id: u8) -> SimDisk {
     let disk = SimDisk::new();
     disk.set_would_block(50, seed ^ (u64::from(id) << 56));
     disk
+}
+
+fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
+    match what {
+        Persist::Append {
+            truncate_after,
+            entries,
+            ..
+        } => {
+            if let Some(slot) = truncate_after {
+                log.split_off(&slot.next());
+            }
+            log.extend(entries.iter().map(|entry| (entry.id.slot, entry.id)));
+        }
+        Persist::Reset { base } => {
+            log.clear();
+            log.insert(base.slot, *base);
+        }
+        Persist::Promise(_) => {}
+    }
 }
 
 fn summary(what: &Persist) -> String {

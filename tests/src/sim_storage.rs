@@ -1,5 +1,6 @@
 //! What the threads of a server do with its files, done by the simulator.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pss_core::chunk::{ChunkParams, ChunkStore};
@@ -79,6 +80,29 @@ pub(crate) fn recovered(storage: &Storage) -> Recovered {
         log_first: storage.log.first_slot(),
         installing: storage.installing,
     }
+}
+
+/// Ids of the entries that the log holds, after the one before its first.
+pub(crate) fn ids(storage: &Storage) -> BTreeMap<Slot, EntryId> {
+    let mut ids = BTreeMap::from([(storage.applied.slot, storage.applied)]);
+    let last = storage.log.last();
+    ids.insert(last.slot, last);
+    ids.extend(
+        storage
+            .recovered
+            .tail
+            .iter()
+            .map(|entry| (entry.id.slot, entry.id)),
+    );
+    let mut after = Slot(storage.log.first_slot().0 - 1);
+    let reader = storage.log.reader();
+    while let Ok(LogRead::Entries { prev, entries }) = reader.read(after, last.slot, 1 << 20) {
+        ids.insert(prev.slot, prev);
+        let Some(end) = entries.last() else { break };
+        after = end.id.slot;
+        ids.extend(entries.iter().map(|entry| (entry.id.slot, entry.id)));
+    }
+    ids
 }
 
 /// The files of a running server.

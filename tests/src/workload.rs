@@ -21,7 +21,7 @@ const REPEAT: Time = 400_000_000;
 /// The same, if the server said that it does not lead.
 const REPEAT_SOON: Time = 40_000_000;
 /// Longest pause between two requests.
-const THINK_MAX: Time = 800_000_000;
+const THINK_MAX: Time = 600_000_000;
 
 /// A half block.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -168,7 +168,7 @@ impl Client {
         }
         while self.left > 0 && self.pending.len() < self.depth && now >= self.think_until {
             // Now and then a pause, so that a run lasts long enough for faults.
-            if rng.chance(150) {
+            if rng.chance(100) {
                 self.think_until = now + rng.below(THINK_MAX);
             }
             self.left -= 1;

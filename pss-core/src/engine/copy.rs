@@ -498,8 +498,12 @@ impl Engine {
         let mut missing: BTreeSet<ChunkIndex> = listed.keys().copied().collect();
         let mut at = start.1;
         loop {
-            let Ok((own, next)) = self.chunks.list(&volume, at, LIST_MAX) else {
-                break;
+            let (own, next) = match self.chunks.list(&volume, at, LIST_MAX) {
+                Ok(listed) => listed,
+                Err(error) => {
+                    self.failure = Some(error.into());
+                    return;
+                }
             };
             for summary in own.iter().filter(|summary| inside(summary.chunk)) {
                 match listed.get(&summary.chunk) {

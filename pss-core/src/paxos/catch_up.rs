@@ -198,13 +198,14 @@ impl Replica {
     }
 
     pub(super) fn read_log(&mut self, to: ServerId, after: Slot, tail_for: Option<Ballot>) {
-        let resets = |(_, write): &(_, PendingWrite)| matches!(write, PendingWrite::Reset);
-        if self.writes.iter().any(resets) {
-            // On disk there is still the log from before the base, with entries that were not chosen.
-            self.feeding.remove(&to);
+        // Until the log is started anew on the disk as well, it holds what was never chosen.
+        if self
+            .writes
+            .iter()
+            .any(|(_, write)| *write == PendingWrite::Reset)
+        {
             let first = self.tail.base().slot.next();
-            let chosen = self.chosen;
-            return self.send(to, Message::LogGone { first, chosen });
+            return self.handle_log_gone(to, first, tail_for);
         }
         let last = self.tail.last().slot;
         let chosen = self.chosen.min(self.durable);
@@ -221,6 +222,14 @@ impl Replica {
             bytes_max,
             tail_for,
         });
+    }
+
+    fn handle_log_gone(&mut self, to: ServerId, first: Slot, tail_for: Option<Ballot>) {
+        if tail_for.is_none() {
+            self.feeding.remove(&to);
+        }
+        let chosen = self.chosen;
+        self.send(to, Message::LogGone { first, chosen });
     }
 
     /// Answer to [`Output::ReadLog`].
@@ -258,7 +267,7 @@ impl Replica {
                     },
                 );
             }
-            (LogRead::Gone { first }, _) => self.send(to, Message::LogGone { first, chosen }),
+            (LogRead::Gone { first }, _) => self.handle_log_gone(to, first, tail_for),
             _ => {}
         }
         self.advance(now);

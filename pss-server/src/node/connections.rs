@@ -60,9 +60,23 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// Whether one more caller may be let in.
+    /// Whether one more connection may be taken.
     pub(super) fn has_room(&self) -> bool {
-        self.callers < CALLERS_MAX && self.slots.len() - self.free.len() < SLOTS_MAX
+        self.slots.len() - self.free.len() < SLOTS_MAX
+    }
+
+    /// The caller that has to go before another one is let in, if there are too many: the one that has
+    /// had the most time. So those who say nothing cannot keep out those who do.
+    pub(super) fn surplus_caller(&self) -> Option<usize> {
+        if self.callers < CALLERS_MAX {
+            return None;
+        }
+        let callers = self
+            .iter()
+            .filter(|(_, slot)| matches!(slot.kind, Kind::Caller(_)));
+        callers
+            .min_by_key(|(_, slot)| slot.id.0 >> PLACE_BITS)
+            .map(|(place, _)| place)
     }
 
     /// Connections of clients.

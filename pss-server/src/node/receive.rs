@@ -27,6 +27,8 @@ const CONNECTION_BYTES_PER_TURN: usize = 1 << 20;
 /// Bytes that a turn reads from all connections, about: as many as are handled in a few milliseconds, so
 /// that heartbeats are never late.
 const BYTES_PER_TURN: usize = 4 << 20;
+/// After this time nothing more is read in a turn: what was read before had to wait for the disk.
+const TURN_TIME: Duration = Duration::from_millis(20);
 /// Callers that a turn accepts.
 const ACCEPTS_PER_TURN: usize = 64;
 /// After the kernel ran out of descriptors.
@@ -62,6 +64,8 @@ pub(super) enum ConnectionError {
     Outdated(ServerId),
     #[error("there are {CLIENTS_MAX} clients already")]
     TooManyClients,
+    #[error("others call, and it did not say who it is")]
+    Crowded,
     #[error("it did not say who it is in time")]
     Silent,
     #[error("no answer to the call")]
@@ -132,6 +136,9 @@ impl Node {
             }
             match self.sockets.listener.accept() {
                 Ok((stream, _)) => {
+                    if let Some(place) = self.connections.surplus_caller() {
+                        self.close(now, place, &ConnectionError::Crowded);
+                    }
                     let config = self.handshake_config(None);
                     let Some(nonce) = nonce() else { continue };
                     let caller = Kind::Caller(Handshake::server(config, nonce));
@@ -249,7 +256,7 @@ impl Node {
     pub(super) fn serve_ready(&mut self, now: Instant) {
         let mut bytes = 0;
         for _ in 0..self.ready.len() {
-            if bytes >= BYTES_PER_TURN {
+            if bytes >= BYTES_PER_TURN || clock::now().since(now) >= TURN_TIME {
                 return;
             }
             let Some(place) = self.ready.pop_front() else {

@@ -106,6 +106,8 @@ pub(super) struct Node {
     pub(super) bad_callers: Throttle,
     chores_at: Instant,
     stopping: Option<Stopping>,
+    /// It was logged that the disk is too full to apply what is chosen.
+    stalled: bool,
     free_bytes: u64,
     total_bytes: u64,
 }
@@ -157,6 +159,7 @@ impl Node {
             bad_callers: Throttle::default(),
             chores_at: now + CHORES,
             stopping: None,
+            stalled: false,
             free_bytes: 0,
             total_bytes: 0,
         }
@@ -298,7 +301,22 @@ impl Node {
         if now >= self.chores_at {
             self.chores_at = now + CHORES;
             self.close_slow_callers(now);
+            self.log_stall();
         }
+    }
+
+    fn log_stall(&mut self) {
+        let stalled = self.engine.is_stalled();
+        match (self.stalled, stalled) {
+            (false, true) => tracing::error!(
+                "the disk is full: what was written cannot be put in its place, and this server falls \
+                 behind; free some space on {}",
+                self.config.path.display()
+            ),
+            (true, false) => tracing::info!("there is space on the disk again"),
+            _ => {}
+        }
+        self.stalled = stalled;
     }
 
     fn close_slow_callers(&mut self, now: Instant) {

@@ -2,6 +2,7 @@
 
 pub(crate) mod failing;
 pub(crate) mod raw;
+mod speed;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -68,8 +69,14 @@ fn own_address() -> IpAddr {
 impl TestCell {
     /// Formats servers 0 to `count - 1`, and starts none.
     pub(crate) fn new(count: u8, tuning: Tuning) -> TestCell {
+        let ids: Vec<u8> = (0..count).collect();
+        TestCell::with_ids(&ids, tuning)
+    }
+
+    /// Formats these servers, and starts none.
+    pub(crate) fn with_ids(ids: &[u8], tuning: Tuning) -> TestCell {
         let address = own_address();
-        let servers = Servers::new((0..count).map(|id| (ServerId(id), address)));
+        let servers = Servers::new(ids.iter().map(|id| (ServerId(*id), address)));
         let cell = TestCell {
             dir: tempfile::tempdir().unwrap(),
             servers,
@@ -79,8 +86,8 @@ impl TestCell {
             running: BTreeMap::new(),
             runtime: Arc::new(Runtime::new().unwrap()),
         };
-        for id in 0..count {
-            cell.format(id, &cell.disk(id));
+        for id in ids {
+            cell.format(*id, &cell.disk(*id));
         }
         cell
     }

@@ -1,10 +1,6 @@
 //! How fast a cell in one process is, and which thread takes how much time. Not a benchmark to compare
 //! with others: for finding out where time goes. Run it with
-//! `cargo test --release -p pss-server --test speed -- --ignored --nocapture`.
-
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
-mod support;
+//! `cargo test --release -p pss-server --test servers speed -- --ignored --nocapture`.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::channel;
@@ -13,7 +9,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pss_core::volume::device::{CompletionQueue, DeviceRequest};
 use pss_server::config::Tuning;
-use support::{TestCell, Volume};
+
+use super::{TestCell, Volume};
 
 const VOLUME_BYTES: u64 = 1 << 30;
 
@@ -23,12 +20,24 @@ fn speed() {
     let seconds = std::env::var("SECONDS_EACH").map_or(3, |text| text.parse().unwrap());
     let cell = TestCell::started(3, Tuning::default());
     let client = cell.client();
-    client.create("v", VOLUME_BYTES);
+    let created = client.cell.create_volume("v", VOLUME_BYTES, 4 << 20);
+    cell.runtime.block_on(created).unwrap();
     let volume = client.open("v");
     for piece in 0..VOLUME_BYTES >> 20 {
         volume.write(piece << 20, &vec![1; 1 << 20]);
     }
+    let only = std::env::var("ONLY").unwrap_or_default();
     let time = Duration::from_secs(seconds);
+    let before = cpu_by_thread();
+    std::thread::sleep(time);
+    let idle: f64 = cpu_by_thread()
+        .iter()
+        .map(|(thread, after)| after - before.get(thread).copied().unwrap_or(0.0))
+        .sum();
+    println!(
+        "idle: {:.2} % of a processor",
+        idle / time.as_secs_f64() * 100.0
+    );
     for (name, depth, bytes, write) in [
         ("write 4K QD1", 1, 4096, true),
         ("write 4K QD32", 32, 4096, true),
@@ -37,7 +46,9 @@ fn speed() {
         ("write 1M QD8", 8, 1 << 20, true),
         ("read 1M QD8", 8, 1 << 20, false),
     ] {
-        run(name, &volume, depth, bytes, write, time);
+        if name.contains(&only) {
+            run(name, &volume, depth, bytes, write, time);
+        }
     }
 }
 
