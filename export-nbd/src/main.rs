@@ -1,1 +1,196 @@
-fn main() {}
+//! `pss-nbd`: serves the volumes of a cell to NBD clients.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Parser;
+use export_nbd::export::{Exports, Policy};
+use export_nbd::listen::{Listener, Stream};
+use export_nbd::server::{CONNECTIONS_MAX, Limits, Server};
+use pss_core::client::{Cell, CellConfig};
+use pss_core::key::CellKey;
+use pss_core::servers::ServersFile;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info};
+use tracing_subscriber::EnvFilter;
+
+const DEFAULT_LISTEN: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 10809);
+
+/// Serves the volumes of a cell to NBD clients. A volume is an export of the same name.
+#[derive(Parser)]
+#[command(version, after_help = AFTER_HELP)]
+struct Args {
+    /// The cell: a server.conf
+    #[arg(
+        long,
+        env = "PSS_SERVERS",
+        default_value = "/etc/pss/server.conf",
+        value_name = "FILE"
+    )]
+    servers: PathBuf,
+    /// The cell key [default: cell.key beside the list of servers, if it exists]
+    #[arg(long, env = "PSS_KEY", value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// Listen on this TCP address; may be repeated [default: 127.0.0.1:10809, unless --unix or
+    /// --stdio is given or a service manager passed sockets]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Vec<SocketAddr>,
+    /// Listen on this unix socket; may be repeated
+    #[arg(long, visible_alias = "listen-unix", value_name = "PATH")]
+    unix: Vec<PathBuf>,
+    /// Serve the one client whose socket is standard input, and end with it
+    #[arg(long, conflicts_with_all = ["listen", "unix"])]
+    stdio: bool,
+    /// Volume for clients that name none [default: the only volume, if there is only one]
+    #[arg(long, value_name = "NAME")]
+    default_export: Option<String>,
+    /// Refuse writes to all exports
+    #[arg(long)]
+    read_only: bool,
+    /// Which volumes are exported to whom; read again on SIGHUP [default: all, to everyone]
+    #[arg(long, value_name = "FILE")]
+    export_policy: Option<PathBuf>,
+    /// Most connections at a time
+    #[arg(long, default_value_t = CONNECTIONS_MAX, value_name = "COUNT")]
+    max_connections: usize,
+    /// How long a request waits for a leader, in seconds, before it fails with EIO. Keep it below
+    /// the clients' own timeout
+    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    timeout: u64,
+    /// What to log: error, warn, info, debug, trace, or directives of tracing's EnvFilter
+    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL")]
+    log: String,
+}
+
+const AFTER_HELP: &str = "\
+Lines of --export-policy FILE; the first whose name fits a volume holds:
+  NAME [read-only] [hidden] [connections=N] [allow=ADDRESS/BITS|uid:N|gid:N|unix]...
+NAME may end in *. Without allow= everyone may connect.";
+
+/// Opens the cell that `--servers` describes.
+fn connect(args: &Args) -> anyhow::Result<Arc<Cell>> {
+    let file = ServersFile::read(&args.servers)?;
+    let key = CellKey::find(args.key.as_deref(), &args.servers)?;
+    let servers = file.resolve()?;
+    let addresses = servers
+        .ids()
+        .into_iter()
+        .filter_map(|id| Some((id, servers.tcp(id)?)));
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = format!("pss-nbd@{}", host.trim());
+    Ok(Cell::connect(CellConfig {
+        key,
+        request_timeout: Duration::from_secs(args.timeout),
+        ..CellConfig::new(addresses.collect(), &name)
+    }))
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let filter = EnvFilter::try_new(&args.log).context("--log")?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(serve(args))
+}
+
+async fn serve(args: Args) -> anyhow::Result<()> {
+    let policy = read_policy(&args)?;
+    // Sockets first: a wrong address is told before the cell is asked.
+    let listeners = match args.stdio {
+        true => Vec::new(),
+        false => listeners(&args)?,
+    };
+    let cell = connect(&args)?;
+    let exports = Exports::new(Arc::clone(&cell) as _, policy);
+    let limits = Limits {
+        connections_max: args.max_connections,
+        ..Limits::default()
+    };
+    let server = Server::new(Arc::clone(&exports), limits);
+    let stop = stop_signal()?;
+    if args.stdio {
+        let (stream, peer) = Stream::stdio()?;
+        server.run_one(stream, peer, stop).await;
+        cell.close().await;
+        return Ok(());
+    }
+    tokio::spawn(reload_policy(signal(SignalKind::hangup())?, exports, args));
+    tell_manager(&[NotifyState::Ready]);
+    server.run(listeners, stop).await;
+    // The cell need not wait for this gateway's session to run out.
+    cell.close().await;
+    Ok(())
+}
+
+fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Listener::inherited().context("sockets passed by LISTEN_FDS")?;
+    for path in &args.unix {
+        let listener = Listener::unix(path);
+        listeners.push(listener.with_context(|| format!("cannot listen on {}", path.display()))?);
+    }
+    let default = listeners.is_empty() && args.listen.is_empty();
+    for address in args.listen.iter().chain(default.then_some(&DEFAULT_LISTEN)) {
+        let listener = Listener::tcp(*address);
+        listeners.push(listener.with_context(|| format!("cannot listen on {address}"))?);
+    }
+    Ok(listeners)
+}
+
+fn read_policy(args: &Args) -> anyhow::Result<Policy> {
+    let policy = Policy {
+        default_export: args.default_export.clone(),
+        read_only: args.read_only,
+        ..Policy::default()
+    };
+    let Some(path) = &args.export_policy else {
+        return Ok(policy);
+    };
+    let text = std::fs::read_to_string(path);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    policy
+        .with_rules(&text)
+        .with_context(|| path.display().to_string())
+}
+
+async fn reload_policy(mut hangups: Signal, exports: Arc<Exports>, args: Args) {
+    while hangups.recv().await.is_some() {
+        match read_policy(&args) {
+            Ok(policy) => {
+                exports.set_policy(policy);
+                info!("export policy read again");
+            }
+            Err(error) => error!("export policy stays as it was: {error:#}"),
+        }
+    }
+}
+
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminated = signal(SignalKind::terminate())?;
+    let mut interrupted = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminated.recv() => {}
+            _ = interrupted.recv() => {}
+        }
+        info!("stopping");
+        tell_manager(&[NotifyState::Stopping]);
+    })
+}
+
+fn tell_manager(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        error!(%error, "cannot notify the service manager");
+    }
+}

@@ -4,6 +4,8 @@
 //! other. The *header* of an entry says everything but the written data; the payload of its `Write`
 //! commands, whole 4 KiB blocks, travels and is stored behind it and is never copied.
 
+use std::sync::Arc;
+
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::types::{
@@ -26,8 +28,8 @@ pub struct Entry {
     pub id: EntryId,
     /// Ballot of the entry in the slot before; the default ballot for slot 1.
     pub prev: Ballot,
-    /// Applied in this order.
-    pub commands: Vec<Command>,
+    /// Applied in this order; shared, so that an entry is cheap to clone.
+    pub commands: Arc<[Command]>,
 }
 
 /// A request of a client, as it is ordered.
@@ -218,7 +220,7 @@ impl Entry {
         put_ballot(out, self.id.ballot);
         put_ballot(out, self.prev);
         out.put_u32_le(self.commands.len() as u32);
-        for command in &self.commands {
+        for command in self.commands.iter() {
             out.put_u8(command.op.code());
             out.put_u64_le(command.session.0);
             out.put_u64_le(command.number.0);
@@ -270,7 +272,7 @@ impl Entry {
         Ok(Entry {
             id: EntryId { ballot, slot },
             prev,
-            commands,
+            commands: commands.into(),
         })
     }
 
@@ -279,7 +281,7 @@ impl Entry {
     /// # Errors
     /// [`EntryError::Checksum`] names the first block that differs.
     pub fn verify(&self) -> Result<(), EntryError> {
-        for command in &self.commands {
+        for command in self.commands.iter() {
             let Op::Write {
                 volume,
                 first_block,
@@ -556,7 +558,8 @@ mod tests {
                 Command::internal(Op::EndSessions {
                     sessions: vec![SessionId(1), SessionId(2)],
                 }),
-            ],
+            ]
+            .into(),
         }
     }
 

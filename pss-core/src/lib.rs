@@ -2,13 +2,18 @@
 //!
 //! Pure, without IO, clock, threads or randomness: [`paxos`], [`state`], [`entry`], [`volume::map`] and
 //! [`wire`]. On files, through the one seam [`disk::Disk`]: the log and the chunk store. On sockets, with
-//! tokio: `client` only.
+//! tokio: `client` only. What people write: [`servers`] (server.conf), [`key`] (the cell key), [`size`].
 
 pub mod chunk;
+pub mod client;
 pub mod disk;
+pub mod engine;
 pub mod entry;
+pub mod key;
 pub mod log;
 pub mod paxos;
+pub mod servers;
+pub mod size;
 pub mod state;
 pub mod storage;
 pub mod time;

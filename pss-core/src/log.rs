@@ -417,6 +417,8 @@ impl Log {
                 .id_at(slot)
                 .expect("only entries that the log holds are removed")
         };
+        // What is cut off was not chosen, nor was what damage has taken behind it.
+        self.evidence = None;
         self.begin_segment(base, false)?;
         {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);

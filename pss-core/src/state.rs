@@ -93,7 +93,8 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    fn from_code(code: u8) -> Option<Refusal> {
+    /// The refusal of a code, if this version knows it.
+    pub fn from_code(code: u8) -> Option<Refusal> {
         use Refusal::*;
         [
             StaleSession,

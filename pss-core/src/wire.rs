@@ -1,3 +1,12 @@
-//! Bytes on the network.
+//! Bytes on the network: framing, who is at the other end, messages of servers and of clients.
+//!
+//! No IO: TCP bytes go through [`frame::FrameReader`] and [`frame::SendQueue`], datagrams through
+//! [`peer::Datagrams`], whatever sockets the caller has. `docs/wire.md` has every layout.
 
+pub mod auth;
 pub mod client;
+mod codec;
+pub mod frame;
+pub mod peer;
+
+pub use codec::DecodeError;

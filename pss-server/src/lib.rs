@@ -1,1 +1,15 @@
 //! Server and command line of PSS.
+//!
+//! [`node`] is the server, started from a [`config::ServerConfig`]; [`cli`] holds the verbs of `pss` and
+//! `pssd`, whose binaries only call it; [`up`] runs a whole cell in one process.
+
+pub mod cli;
+mod clients;
+mod clock;
+pub mod config;
+pub mod logging;
+pub mod node;
+mod peers;
+pub mod render;
+mod storage;
+pub mod up;

@@ -18,43 +18,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
 
+pub use crate::rng::Rng;
+
 const PAGE: usize = 4096;
 const SECTOR: usize = 512;
-
-/// A small random number generator (splitmix64).
-#[derive(Clone, Debug)]
-pub struct Rng(u64);
-
-impl Rng {
-    /// The same seed gives the same numbers.
-    pub fn new(seed: u64) -> Rng {
-        Rng(seed)
-    }
-
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, which is not 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    /// True in `per_mille` of 1000 cases.
-    pub fn chance(&mut self, per_mille: u64) -> bool {
-        self.below(1000) < per_mille
-    }
-
-    /// One of the items.
-    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
-        &items[self.below(items.len() as u64) as usize]
-    }
-}
 
 /// Counts of what was done to a disk.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

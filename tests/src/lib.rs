@@ -1,3 +1,12 @@
 //! Test harness of PSS.
 
+pub mod binaries;
+pub mod checker;
 pub mod disk;
+pub mod nbd_client;
+pub mod processes;
+pub mod programs;
+pub mod rng;
+pub mod sim;
+mod sim_storage;
+pub mod workload;

@@ -13,6 +13,10 @@ use super::{ALIGN_BYTES, DirEntry, Disk, DiskFile, OpenMode};
 pub const LOCK_FILE: &str = "lock";
 /// Most parts that the kernel takes in one call (`IOV_MAX`).
 const PARTS_MAX: usize = 1024;
+/// Writes through the page cache are cut into pieces of this size. The kernel keeps what was written
+/// at once in one folio, and a later write of 4 KiB into a folio of 2 MiB costs ext4 a walk over all 512
+/// buffers of it: 15 us instead of one.
+const CACHED_WRITE_BYTES: usize = 16 << 10;
 /// Zeros are written in pieces of this size where the file system cannot make them itself.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -77,6 +81,7 @@ impl Disk for FileDisk {
         let file = options.open(path)?;
         Ok(Arc::new(PlainFile {
             file,
+            cached: true,
             sync_each_write: false,
         }))
     }
@@ -135,6 +140,7 @@ fn open_direct(path: &Path, mut options: OpenOptions) -> io::Result<Arc<dyn Disk
     match direct {
         Ok(file) => Ok(Arc::new(PlainFile {
             file,
+            cached: false,
             sync_each_write: false,
         })),
         // Some file systems have no direct IO.
@@ -142,6 +148,7 @@ fn open_direct(path: &Path, mut options: OpenOptions) -> io::Result<Arc<dyn Disk
             let file = options.custom_flags(0).open(path)?;
             Ok(Arc::new(PlainFile {
                 file,
+                cached: true,
                 sync_each_write: true,
             }))
         }
@@ -151,6 +158,8 @@ fn open_direct(path: &Path, mut options: OpenOptions) -> io::Result<Arc<dyn Disk
 
 struct PlainFile {
     file: File,
+    /// Goes through the page cache.
+    cached: bool,
     /// Stands in for `O_DSYNC`.
     sync_each_write: bool,
 }
@@ -194,6 +203,14 @@ impl DiskFile for PlainFile {
 
     fn write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> io::Result<()> {
         match parts {
+            [part] if self.cached => {
+                for (piece, at) in part
+                    .chunks(CACHED_WRITE_BYTES)
+                    .zip((offset..).step_by(CACHED_WRITE_BYTES))
+                {
+                    self.file.write_all_at(piece, at)?;
+                }
+            }
             [part] => self.file.write_all_at(part, offset)?,
             parts => {
                 let mut at = offset;

@@ -6,6 +6,7 @@ use super::index::{Index, Segment, Span};
 use super::record::{Place, RecordHeader, decode_entry};
 use crate::disk::AlignedBuf;
 use crate::entry::Entry;
+pub use crate::paxos::LogRead;
 use crate::types::{EntryId, Slot};
 
 /// Reads a log that another thread appends to and trims. Cheap to clone.
@@ -13,23 +14,6 @@ use crate::types::{EntryId, Slot};
 pub struct LogReader {
     pub(super) index: Arc<RwLock<Index>>,
     pub(super) cell: [u8; 16],
-}
-
-/// What a [`LogReader`] found.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum LogRead {
-    /// The entries after the asked slot.
-    Entries {
-        /// The entry before the first of them.
-        prev: EntryId,
-        /// Consecutive entries; empty if the log ends there.
-        entries: Vec<Entry>,
-    },
-    /// The log does not reach back so far.
-    Gone {
-        /// First slot that it holds.
-        first: Slot,
-    },
 }
 
 /// Why entries could not be read.

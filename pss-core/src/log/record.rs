@@ -321,7 +321,7 @@ mod tests {
                 number: 1,
                 server: ServerId(0),
             },
-            commands: vec![Command::internal(Op::Noop)],
+            commands: vec![Command::internal(Op::Noop)].into(),
         }
     }
 

@@ -98,6 +98,8 @@ pub enum Message {
         sent: Instant,
         /// As in `Accepted`.
         durable: Slot,
+        /// Like `durable`, but maybe not synced yet: tells the leader what got lost on the way.
+        received: Slot,
         /// Where this server stands.
         progress: Progress,
     },

@@ -10,7 +10,7 @@ pub struct WriteId(pub u64);
 
 /// What a replica wants done. Outputs are carried out in order; `Persist` may be carried out by
 /// another thread, in order among themselves, and is reported by `handle_persisted` when durable.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Output {
     /// Send a message. It may get lost.
     Send {
@@ -42,6 +42,8 @@ pub enum Output {
         until: Slot,
         /// Stop after about so many bytes.
         bytes_max: usize,
+        /// The ballot of the candidate that asked for a tail; none for a server that catches up.
+        tail_for: Option<Ballot>,
     },
     /// The log of `donor` does not reach back to our applied slot: copy chunks.
     CopyChunks {
@@ -53,7 +55,7 @@ pub enum Output {
 }
 
 /// Something to make durable.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum Persist {
     /// Append entries to the log, after cutting it behind `truncate_after` if that is given.
     Append {
@@ -75,7 +77,7 @@ pub enum Persist {
 }
 
 /// What a server has become.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum RoleChange {
     /// Leads: the barrier of its ballot is applied, requests are served.
     Leader(Ballot),

@@ -4,8 +4,13 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::state::{Refusal, Volume};
-use crate::types::{Ballot, RequestNumber, ServerId, SessionId, VolumeId};
+use crate::types::{
+    BLOCK_BYTES, Ballot, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId, VolumeId,
+};
 use crate::volume::device::{Extent, ReadPart};
+use crate::wire::DecodeError;
+use crate::wire::codec::{Input, Output, shortened};
+use crate::wire::frame::{Frame, FrameKind, SendQueue};
 
 /// Most bytes that one request may read or write. Clients split longer ones.
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
@@ -262,3 +267,645 @@ pub struct PeerStatus {
     /// Milliseconds since it was last heard of; none if never.
     pub silent_ms: Option<u64>,
 }
+
+/// A frame that is no request, or no reply. With a tag, the request may be answered with
+/// [`ReplyError::Invalid`] and the connection goes on; without, it must be closed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("{error}")]
+pub struct ClientDecodeError {
+    /// Tag of the message, if that much could be read.
+    pub tag: Option<u64>,
+    /// What is wrong.
+    #[source]
+    pub error: DecodeError,
+}
+
+/// Most bytes of a client's or volume's name in a request.
+const NAME_BYTES_MAX: usize = 256;
+const EXTENT_BYTES: usize = 9;
+const PART_BYTES: usize = 9;
+
+/// Header, little-endian: code u8, tag u64, session u64, number u64, settled_below u64, then the
+/// fields of the body in the order of their declaration. The data of a write or a compare-and-write
+/// is the payload.
+impl Request {
+    /// Appends the request as a frame; its data is not copied.
+    pub fn encode(&self, out: &mut SendQueue) {
+        let envelope = RequestEnvelope {
+            tag: self.tag,
+            session: self.session,
+            number: self.number,
+            settled_below: self.settled_below,
+        };
+        envelope.encode(&self.body, out);
+    }
+
+    /// Reads a [`FrameKind::Request`] frame; data are a slice of its payload. Lengths are checked
+    /// against each other and against the limits, checksums are not: see [`RequestBody::verify`].
+    ///
+    /// # Errors
+    /// [`ClientDecodeError`].
+    pub fn decode(frame: Frame) -> Result<Request, ClientDecodeError> {
+        let input = &mut Input(&frame.header);
+        let no_tag = |error| ClientDecodeError { tag: None, error };
+        let code = input.u8().map_err(no_tag)?;
+        let tag = input.u64().map_err(no_tag)?;
+        let decode = || {
+            Ok(Request {
+                tag,
+                session: SessionId(input.u64()?),
+                number: RequestNumber(input.u64()?),
+                settled_below: RequestNumber(input.u64()?),
+                body: RequestBody::decode(code, input, frame.payload)?,
+            })
+        };
+        decode().map_err(|error| ClientDecodeError {
+            tag: Some(tag),
+            error,
+        })
+    }
+}
+
+/// A request without its body, so that a body can be sent again under another tag.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RequestEnvelope {
+    pub(crate) tag: u64,
+    pub(crate) session: SessionId,
+    pub(crate) number: RequestNumber,
+    pub(crate) settled_below: RequestNumber,
+}
+
+impl RequestEnvelope {
+    pub(crate) fn encode(&self, body: &RequestBody, out: &mut SendQueue) {
+        let write = |header: &mut Vec<u8>| {
+            let mut put = Output(header);
+            put.u8(body.code());
+            put.u64(self.tag);
+            put.u64(self.session.0);
+            put.u64(self.number.0);
+            put.u64(self.settled_below.0);
+            body.encode(&mut put);
+        };
+        let data = body.data().into_iter();
+        out.frame(FrameKind::Request, GroupId(0), write, data);
+    }
+}
+
+impl RequestBody {
+    /// Whether the request changes something and so carries a number.
+    pub fn is_numbered(&self) -> bool {
+        matches!(
+            self,
+            RequestBody::Write { .. }
+                | RequestBody::Zero { .. }
+                | RequestBody::CompareAndWrite { .. }
+                | RequestBody::CreateVolume { .. }
+                | RequestBody::ResizeVolume { .. }
+                | RequestBody::DeleteVolume { .. }
+                | RequestBody::Attach { .. }
+                | RequestBody::Detach { .. }
+        )
+    }
+
+    /// Whether the data match their checksums. Of requests without data always.
+    pub fn verify(&self) -> bool {
+        match self {
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data,
+            } => match aligned_first_block(*offset_bytes, data.len()) {
+                Some(first) => data
+                    .chunks_exact(BLOCK_BYTES)
+                    .zip(checksums)
+                    .zip(first..)
+                    .all(|((data, checksum), block)| {
+                        crate::entry::block_checksum(*volume, block, data) == *checksum
+                    }),
+                None => checksums[..] == [crc32c::crc32c(data)],
+            },
+            RequestBody::CompareAndWrite { checksum, data, .. } => {
+                crc32c::crc32c(data) == *checksum
+            }
+            _ => true,
+        }
+    }
+
+    /// The checksums that a write of `data` carries.
+    pub fn write_checksums(volume: VolumeId, offset_bytes: u64, data: &[u8]) -> Vec<u32> {
+        match aligned_first_block(offset_bytes, data.len()) {
+            Some(first) => crate::entry::block_checksums(volume, first, data),
+            None => vec![crc32c::crc32c(data)],
+        }
+    }
+
+    fn data(&self) -> Option<&Bytes> {
+        match self {
+            RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
+                Some(data)
+            }
+            _ => None,
+        }
+    }
+
+    fn code(&self) -> u8 {
+        match self {
+            RequestBody::OpenSession { .. } => 1,
+            RequestBody::EndSession => 2,
+            RequestBody::KeepAlive => 3,
+            RequestBody::Read { .. } => 4,
+            RequestBody::Write { .. } => 5,
+            RequestBody::Zero { .. } => 6,
+            RequestBody::CompareAndWrite { .. } => 7,
+            RequestBody::Extents { .. } => 8,
+            RequestBody::ListVolumes => 9,
+            RequestBody::CreateVolume { .. } => 10,
+            RequestBody::ResizeVolume { .. } => 11,
+            RequestBody::DeleteVolume { .. } => 12,
+            RequestBody::Attach { .. } => 13,
+            RequestBody::Detach { .. } => 14,
+            RequestBody::Status => 15,
+            RequestBody::Shutdown => 16,
+        }
+    }
+
+    fn encode(&self, put: &mut Output<'_>) {
+        match self {
+            RequestBody::OpenSession { nonce, name } => {
+                put.u64(*nonce);
+                put.string(shortened(name, NAME_BYTES_MAX));
+            }
+            RequestBody::EndSession
+            | RequestBody::KeepAlive
+            | RequestBody::ListVolumes
+            | RequestBody::Status
+            | RequestBody::Shutdown => {}
+            RequestBody::Read {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u32(*length_bytes);
+            }
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data,
+            } => {
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u32(data.len() as u32);
+                put.u32(checksums.len() as u32);
+                for checksum in checksums {
+                    put.u32(*checksum);
+                }
+            }
+            RequestBody::Zero {
+                volume,
+                offset_bytes,
+                length_bytes,
+                allocate,
+                whole_blocks_only,
+            } => {
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u64(*length_bytes);
+                put.flag(*allocate);
+                put.flag(*whole_blocks_only);
+            }
+            RequestBody::CompareAndWrite {
+                volume,
+                offset_bytes,
+                checksum,
+                data,
+            } => {
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u32(*checksum);
+                put.u32(data.len() as u32);
+            }
+            RequestBody::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u64(*length_bytes);
+            }
+            RequestBody::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            } => {
+                put.string(shortened(name, NAME_BYTES_MAX));
+                put.u64(*size_bytes);
+                put.u32(*chunk_bytes);
+                put.bytes(uuid);
+            }
+            RequestBody::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            } => {
+                put.u32(volume.0);
+                put.u64(*size_bytes);
+                put.flag(*allow_shrink);
+            }
+            RequestBody::DeleteVolume { volume }
+            | RequestBody::Attach { volume }
+            | RequestBody::Detach { volume } => put.u32(volume.0),
+        }
+    }
+
+    fn decode(code: u8, input: &mut Input<'_>, data: Bytes) -> Result<RequestBody, DecodeError> {
+        if !matches!(code, 5 | 7) {
+            payload_length(&data, 0)?;
+        }
+        let body = match code {
+            1 => RequestBody::OpenSession {
+                nonce: input.u64()?,
+                name: name(input)?,
+            },
+            2 => RequestBody::EndSession,
+            3 => RequestBody::KeepAlive,
+            4 => RequestBody::Read {
+                volume: VolumeId(input.u32()?),
+                offset_bytes: input.u64()?,
+                length_bytes: at_most("read", input.u32()?, REQUEST_BYTES_MAX)?,
+            },
+            5 => return RequestBody::decode_write(input, data),
+            6 => RequestBody::decode_zero(input)?,
+            7 => RequestBody::decode_compare_and_write(input, data)?,
+            8 => RequestBody::Extents {
+                volume: VolumeId(input.u32()?),
+                offset_bytes: input.u64()?,
+                length_bytes: input.u64()?,
+            },
+            9 => RequestBody::ListVolumes,
+            10 => RequestBody::CreateVolume {
+                name: name(input)?,
+                size_bytes: input.u64()?,
+                chunk_bytes: input.u32()?,
+                uuid: input.array()?,
+            },
+            11 => RequestBody::ResizeVolume {
+                volume: VolumeId(input.u32()?),
+                size_bytes: input.u64()?,
+                allow_shrink: input.flag()?,
+            },
+            12 => RequestBody::DeleteVolume {
+                volume: VolumeId(input.u32()?),
+            },
+            13 => RequestBody::Attach {
+                volume: VolumeId(input.u32()?),
+            },
+            14 => RequestBody::Detach {
+                volume: VolumeId(input.u32()?),
+            },
+            15 => RequestBody::Status,
+            16 => RequestBody::Shutdown,
+            code => {
+                return Err(DecodeError::UnknownCode {
+                    what: "request",
+                    code,
+                });
+            }
+        };
+        input.end()?;
+        Ok(body)
+    }
+
+    fn decode_write(input: &mut Input<'_>, data: Bytes) -> Result<RequestBody, DecodeError> {
+        let volume = VolumeId(input.u32()?);
+        let offset_bytes = input.u64()?;
+        let length = at_most("write", input.u32()?, REQUEST_BYTES_MAX)?;
+        payload_length(&data, length)?;
+        let count = input.count(4)?;
+        let wanted = match aligned_first_block(offset_bytes, data.len()) {
+            Some(_) => data.len() / BLOCK_BYTES,
+            None => 1,
+        };
+        if count != wanted {
+            return Err(DecodeError::Meaningless("number of checksums"));
+        }
+        let mut checksums = Vec::with_capacity(count);
+        for _ in 0..count {
+            checksums.push(input.u32()?);
+        }
+        input.end()?;
+        Ok(RequestBody::Write {
+            volume,
+            offset_bytes,
+            checksums,
+            data,
+        })
+    }
+
+    fn decode_zero(input: &mut Input<'_>) -> Result<RequestBody, DecodeError> {
+        let volume = VolumeId(input.u32()?);
+        let offset_bytes = input.u64()?;
+        let length_bytes = input.u64()?;
+        let allocate = input.flag()?;
+        if allocate && length_bytes > REQUEST_BYTES_MAX as u64 {
+            return Err(DecodeError::TooLong {
+                what: "allocating zero request",
+                have: length_bytes,
+                most: REQUEST_BYTES_MAX as u64,
+            });
+        }
+        Ok(RequestBody::Zero {
+            volume,
+            offset_bytes,
+            length_bytes,
+            allocate,
+            whole_blocks_only: input.flag()?,
+        })
+    }
+
+    fn decode_compare_and_write(
+        input: &mut Input<'_>,
+        data: Bytes,
+    ) -> Result<RequestBody, DecodeError> {
+        let volume = VolumeId(input.u32()?);
+        let offset_bytes = input.u64()?;
+        let checksum = input.u32()?;
+        let length = at_most("compare-and-write", input.u32()?, 2 * REQUEST_BYTES_MAX)?;
+        payload_length(&data, length)?;
+        if !data.len().is_multiple_of(2) {
+            return Err(DecodeError::Meaningless("an odd compare-and-write"));
+        }
+        Ok(RequestBody::CompareAndWrite {
+            volume,
+            offset_bytes,
+            checksum,
+            data,
+        })
+    }
+}
+
+/// The first block of a range of whole blocks.
+fn aligned_first_block(offset_bytes: u64, length: usize) -> Option<u64> {
+    let block = BLOCK_BYTES as u64;
+    let is_whole = offset_bytes.is_multiple_of(block) && length.is_multiple_of(BLOCK_BYTES);
+    is_whole.then_some(offset_bytes / block)
+}
+
+fn name(input: &mut Input<'_>) -> Result<String, DecodeError> {
+    let name = input.string()?;
+    at_most("name", name.len() as u32, NAME_BYTES_MAX)?;
+    Ok(name)
+}
+
+fn at_most(what: &'static str, have: u32, most: usize) -> Result<u32, DecodeError> {
+    if have as usize <= most {
+        return Ok(have);
+    }
+    Err(DecodeError::TooLong {
+        what,
+        have: u64::from(have),
+        most: most as u64,
+    })
+}
+
+fn payload_length(payload: &Bytes, want: u32) -> Result<(), DecodeError> {
+    if payload.len() == want as usize {
+        return Ok(());
+    }
+    Err(DecodeError::PayloadLength {
+        have: payload.len() as u64,
+        want: u64::from(want),
+    })
+}
+
+/// Header, little-endian: code u8 (from 64 on an error), tag u64, then the fields. Data that were
+/// read are the payload, with a CRC32C of each part in the header. Volumes and status are JSON.
+impl Reply {
+    /// Appends the reply as a frame; data that were read are not copied.
+    pub fn encode(&self, out: &mut SendQueue) {
+        let write = |header: &mut Vec<u8>| self.encode_header(&mut Output(header));
+        let parts = match &self.body {
+            Ok(ReplyBody::Data(parts)) => &parts[..],
+            _ => &[],
+        };
+        let data = parts.iter().filter_map(|part| match part {
+            ReadPart::Data(data) => Some(data),
+            ReadPart::Hole(_) => None,
+        });
+        out.frame(FrameKind::Reply, GroupId(0), write, data);
+    }
+
+    fn encode_header(&self, put: &mut Output<'_>) {
+        let (code, error) = match &self.body {
+            Ok(body) => (body.code(), None),
+            Err(error) => (error.code(), Some(error)),
+        };
+        put.u8(code);
+        put.u64(self.tag);
+        match (&self.body, error) {
+            (Ok(body), _) => body.encode(put),
+            (_, Some(ReplyError::NotLeader { leader })) => {
+                put.u8(leader.map_or(NO_SERVER, |leader| leader.0));
+            }
+            (_, Some(ReplyError::Refused(refusal))) => put.u8(*refusal as u8),
+            (_, Some(ReplyError::Miscompare(at))) => put.u64(*at),
+            (_, Some(ReplyError::NoSpace | ReplyError::Invalid | ReplyError::Io) | None) => {}
+        }
+    }
+
+    /// Reads a [`FrameKind::Reply`] frame and checks the data in it; they are slices of its payload.
+    ///
+    /// # Errors
+    /// [`ClientDecodeError`]; the connection must be closed, whether there is a tag or not.
+    pub fn decode(frame: Frame) -> Result<Reply, ClientDecodeError> {
+        let input = &mut Input(&frame.header);
+        let no_tag = |error| ClientDecodeError { tag: None, error };
+        let code = input.u8().map_err(no_tag)?;
+        let tag = input.u64().map_err(no_tag)?;
+        let with_tag = |error| ClientDecodeError {
+            tag: Some(tag),
+            error,
+        };
+        let body = match code {
+            64.. => Err(ReplyError::decode(code, input).map_err(with_tag)?),
+            _ => Ok(ReplyBody::decode(code, input, frame.payload).map_err(with_tag)?),
+        };
+        input.end().map_err(with_tag)?;
+        Ok(Reply { tag, body })
+    }
+}
+
+const NO_SERVER: u8 = 255;
+
+impl ReplyBody {
+    fn code(&self) -> u8 {
+        match self {
+            ReplyBody::Done => 1,
+            ReplyBody::Session(_) => 2,
+            ReplyBody::Data(_) => 3,
+            ReplyBody::Extents(_) => 4,
+            ReplyBody::Volumes(_) => 5,
+            ReplyBody::VolumeCreated(_) => 6,
+            ReplyBody::Status(_) => 7,
+        }
+    }
+
+    fn encode(&self, put: &mut Output<'_>) {
+        match self {
+            ReplyBody::Done => {}
+            ReplyBody::Session(session) => put.u64(session.0),
+            ReplyBody::Data(parts) => {
+                put.u32(parts.len() as u32);
+                for part in parts {
+                    let (kind, length, checksum) = match part {
+                        ReadPart::Data(data) => (0, data.len() as u32, crc32c::crc32c(data)),
+                        ReadPart::Hole(length) => (1, *length, 0),
+                    };
+                    put.u8(kind);
+                    put.u32(length);
+                    put.u32(checksum);
+                }
+            }
+            ReplyBody::Extents(extents) => {
+                put.u32(extents.len() as u32);
+                for extent in extents {
+                    put.u64(extent.length_bytes);
+                    put.flag(extent.allocated);
+                }
+            }
+            ReplyBody::Volumes(volumes) => put_json(put, volumes),
+            ReplyBody::VolumeCreated(volume) => put.u32(volume.0),
+            ReplyBody::Status(status) => put_json(put, status),
+        }
+    }
+
+    fn decode(code: u8, input: &mut Input<'_>, payload: Bytes) -> Result<ReplyBody, DecodeError> {
+        if code == 3 {
+            return Ok(ReplyBody::Data(decode_parts(input, payload)?));
+        }
+        payload_length(&payload, 0)?;
+        Ok(match code {
+            1 => ReplyBody::Done,
+            2 => ReplyBody::Session(SessionId(input.u64()?)),
+            4 => {
+                let count = input.count(EXTENT_BYTES)?;
+                at_most("list of extents", count as u32, EXTENTS_MAX)?;
+                let mut extents = Vec::with_capacity(count);
+                for _ in 0..count {
+                    extents.push(Extent {
+                        length_bytes: input.u64()?,
+                        allocated: input.flag()?,
+                    });
+                }
+                ReplyBody::Extents(extents)
+            }
+            5 => ReplyBody::Volumes(get_json(input)?),
+            6 => ReplyBody::VolumeCreated(VolumeId(input.u32()?)),
+            7 => ReplyBody::Status(get_json(input)?),
+            code => {
+                return Err(DecodeError::UnknownCode {
+                    what: "reply",
+                    code,
+                });
+            }
+        })
+    }
+}
+
+fn decode_parts(input: &mut Input<'_>, mut payload: Bytes) -> Result<Vec<ReadPart>, DecodeError> {
+    let count = input.count(PART_BYTES)?;
+    let mut parts = Vec::with_capacity(count);
+    let mut total = 0_u64;
+    for _ in 0..count {
+        let kind = input.u8()?;
+        let length = input.u32()?;
+        let checksum = input.u32()?;
+        total += u64::from(length);
+        parts.push(match kind {
+            0 if length as usize <= payload.len() => {
+                let data = payload.split_to(length as usize);
+                if crc32c::crc32c(&data) != checksum {
+                    return Err(DecodeError::Checksum);
+                }
+                ReadPart::Data(data)
+            }
+            0 => {
+                return Err(DecodeError::PayloadLength {
+                    have: payload.len() as u64,
+                    want: u64::from(length),
+                });
+            }
+            1 => ReadPart::Hole(length),
+            code => return Err(DecodeError::UnknownCode { what: "part", code }),
+        });
+    }
+    payload_length(&payload, 0)?;
+    if total > REQUEST_BYTES_MAX as u64 {
+        return Err(DecodeError::TooLong {
+            what: "read",
+            have: total,
+            most: REQUEST_BYTES_MAX as u64,
+        });
+    }
+    Ok(parts)
+}
+
+impl ReplyError {
+    fn code(&self) -> u8 {
+        match self {
+            ReplyError::NotLeader { .. } => 64,
+            ReplyError::Refused(_) => 65,
+            ReplyError::NoSpace => 66,
+            ReplyError::Miscompare(_) => 67,
+            ReplyError::Invalid => 68,
+            ReplyError::Io => 69,
+        }
+    }
+
+    fn decode(code: u8, input: &mut Input<'_>) -> Result<ReplyError, DecodeError> {
+        Ok(match code {
+            64 => ReplyError::NotLeader {
+                leader: match input.u8()? {
+                    NO_SERVER => None,
+                    id if usize::from(id) < SERVERS_MAX => Some(ServerId(id)),
+                    _ => return Err(DecodeError::Meaningless("leader")),
+                },
+            },
+            65 => {
+                let code = input.u8()?;
+                let refusal = Refusal::from_code(code);
+                ReplyError::Refused(refusal.ok_or(DecodeError::UnknownCode {
+                    what: "refusal",
+                    code,
+                })?)
+            }
+            66 => ReplyError::NoSpace,
+            67 => ReplyError::Miscompare(input.u64()?),
+            68 => ReplyError::Invalid,
+            69 => ReplyError::Io,
+            code => {
+                return Err(DecodeError::UnknownCode {
+                    what: "reply",
+                    code,
+                });
+            }
+        })
+    }
+}
+
+fn put_json(put: &mut Output<'_>, value: &impl Serialize) {
+    serde_json::to_writer(&mut *put.0, value).expect("plain structures into memory");
+}
+
+fn get_json<T: for<'a> Deserialize<'a>>(input: &mut Input<'_>) -> Result<T, DecodeError> {
+    let rest = std::mem::take(&mut input.0);
+    serde_json::from_slice(rest).map_err(|_| DecodeError::Json)
+}
+
+#[cfg(test)]
+mod tests;

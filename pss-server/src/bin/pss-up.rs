@@ -1,1 +1,5 @@
-fn main() {}
+//! `pss-up`: a whole cell with its NBD server in one process, what `cargo run` starts.
+
+fn main() -> std::process::ExitCode {
+    pss_server::cli::pss_up_main()
+}

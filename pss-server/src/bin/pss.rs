@@ -1,1 +1,5 @@
-fn main() {}
+//! `pss`: looks at a cell and manages its volumes.
+
+fn main() -> std::process::ExitCode {
+    pss_server::cli::pss_main()
+}

@@ -1,1 +1,90 @@
-fn main() {}
+//! Runs simulated cells: `simulate --seeds N [--seed S]`.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use clap::Parser;
+use pss_tests::sim::{self, Report, SimConfig};
+
+/// Simulates whole cells with faults and checks every promise.
+#[derive(Parser)]
+struct Arguments {
+    /// How many cells, with one seed each.
+    #[arg(long, default_value_t = 100)]
+    seeds: u64,
+    /// First seed. With `--seeds 1` this replays one cell.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Requests of all clients of a cell.
+    #[arg(long, default_value_t = 2000)]
+    operations: u32,
+    /// Core servers; by the seed if left out.
+    #[arg(long)]
+    core: Option<u8>,
+    /// Threads.
+    #[arg(long)]
+    jobs: Option<usize>,
+    /// Print what happens.
+    #[arg(long)]
+    trace: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let jobs = arguments.jobs.unwrap_or(cores).max(1);
+    let next = AtomicU64::new(arguments.seed);
+    let end = arguments.seed + arguments.seeds;
+    let total: Mutex<Report> = Mutex::default();
+    let failed = AtomicU64::new(0);
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end {
+                        return;
+                    }
+                    let config = SimConfig {
+                        seed,
+                        core: arguments.core,
+                        operations: arguments.operations,
+                        bug: None,
+                        trace: arguments.trace,
+                    };
+                    match sim::run(config) {
+                        Ok(report) => {
+                            let mut total = total.lock().expect("no thread panics with it");
+                            total.add(&report);
+                        }
+                        Err(failure) => {
+                            failed.fetch_add(1, Ordering::Relaxed);
+                            println!("{failure}");
+                            let operations = arguments.operations;
+                            println!(
+                                "replay: cargo run --release -p pss-tests --bin simulate -- \
+                                 --seeds 1 --seed {seed} --operations {operations} --trace"
+                            );
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let seconds = start.elapsed().as_secs_f64();
+    let failed = failed.into_inner();
+    let total = total.into_inner().expect("no thread panics with it");
+    println!("{} seeds, {failed} failed, {seconds:.1} s", arguments.seeds);
+    println!("{:.1} seeds per minute and thread", {
+        arguments.seeds as f64 * 60.0 / seconds / jobs as f64
+    });
+    println!("{total:?}");
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,555 @@
+//! A volume as a [`BlockDevice`] over the connection to the leader.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+
+use crate::client::driver::{Handle, Item, Target};
+use crate::entry::WRITE_BLOCKS_MAX;
+use crate::state::{Refusal, Volume};
+use crate::types::{BLOCK_BYTES, VolumeId};
+use crate::volume::device::{
+    BlockDevice, Completion, DeviceError, DeviceInfo, DeviceReply, DeviceRequest, DeviceResult,
+    Extent, Fate, ReadPart,
+};
+use crate::wire::client::{REQUEST_BYTES_MAX, ReplyBody, ReplyError, RequestBody};
+
+/// Longest read or write of a front end: what NBD and iSCSI use at most.
+pub const DEVICE_REQUEST_BYTES_MAX: usize = 32 << 20;
+/// Parts under way of a range that is zeroed and kept allocated; the range may be a whole volume.
+const ZERO_PARTS: usize = 16;
+
+const ALIVE: u8 = 0;
+const DELETED: u8 = 1;
+const FENCED: u8 = 2;
+
+/// An open volume. Dropping it detaches the volume.
+pub(super) struct Device {
+    pub(super) state: Arc<DeviceState>,
+    handle: Arc<Handle>,
+}
+
+/// What is known of an open volume.
+pub(super) struct DeviceState {
+    pub(super) volume: VolumeId,
+    name: String,
+    uuid: [u8; 16],
+    size_bytes: AtomicU64,
+    fate: AtomicU8,
+    listeners: Mutex<Vec<Listener>>,
+}
+
+type Listener = Arc<dyn Fn() -> bool + Send + Sync>;
+
+impl Device {
+    pub(super) fn new(volume: &Volume, handle: Arc<Handle>) -> Device {
+        let state = Arc::new(DeviceState::new(volume));
+        handle.push(Item::Opened(Arc::clone(&state)));
+        Device { state, handle }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.handle.push(Item::Closed(Arc::clone(&self.state)));
+    }
+}
+
+impl DeviceState {
+    fn new(volume: &Volume) -> DeviceState {
+        DeviceState {
+            volume: volume.id,
+            name: volume.name.clone(),
+            uuid: volume.uuid,
+            size_bytes: AtomicU64::new(volume.size_bytes),
+            fate: AtomicU8::new(ALIVE),
+            listeners: Mutex::default(),
+        }
+    }
+
+    fn fate(&self) -> Fate {
+        match self.fate.load(Ordering::Acquire) {
+            DELETED => Fate::Deleted,
+            FENCED => Fate::Fenced,
+            _ => Fate::Alive,
+        }
+    }
+
+    /// A deleted volume never comes back.
+    pub(super) fn set_fate(&self, fate: Fate) {
+        let code = match fate {
+            Fate::Alive => ALIVE,
+            Fate::Deleted => DELETED,
+            Fate::Fenced => FENCED,
+        };
+        let change = |old| (old != DELETED && old != code).then_some(code);
+        let changed = self
+            .fate
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, change);
+        if changed.is_ok() {
+            tracing::info!(volume = %self.name, ?fate, "fate of an open volume changed");
+            self.notify();
+        }
+    }
+
+    pub(super) fn set_size(&self, size_bytes: u64) {
+        let old = self.size_bytes.swap(size_bytes, Ordering::AcqRel);
+        if old != size_bytes {
+            tracing::info!(volume = %self.name, bytes = size_bytes, "volume has a new size");
+            self.notify();
+        }
+    }
+
+    /// Calls the listeners without holding the lock, so that they may use the device.
+    fn notify(&self) {
+        let lock = || {
+            self.listeners
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let listeners = lock().clone();
+        let done: Vec<Listener> = listeners.into_iter().filter(|listen| !listen()).collect();
+        lock().retain(|listener| !done.iter().any(|done| Arc::ptr_eq(done, listener)));
+    }
+}
+
+impl BlockDevice for Device {
+    fn info(&self) -> DeviceInfo {
+        DeviceInfo {
+            size_bytes: self.state.size_bytes.load(Ordering::Acquire),
+            ..device_info(&self.state.name, self.state.uuid)
+        }
+    }
+
+    fn submit(&self, request: DeviceRequest, done: Completion) {
+        if self.state.fate() == Fate::Deleted {
+            done.complete(Err(DeviceError::Deleted));
+            return;
+        }
+        let size_bytes = self.state.size_bytes.load(Ordering::Acquire);
+        match plan(self.state.volume, size_bytes, request) {
+            Plan::Now(result) => done.complete(result),
+            Plan::One(body) => self.handle.push(Item::Request {
+                body,
+                target: Target::Device(done),
+            }),
+            Plan::Parts(parts) => Join::start(parts, done, &self.handle),
+        }
+    }
+
+    fn watch(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
+        let mut listeners = self
+            .state
+            .listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        listeners.push(Arc::from(listener));
+    }
+
+    fn fate(&self) -> Fate {
+        self.state.fate()
+    }
+}
+
+/// The facts about a volume that never change, with size 0.
+fn device_info(name: &str, uuid: [u8; 16]) -> DeviceInfo {
+    DeviceInfo {
+        name: name.to_owned(),
+        description: String::new(),
+        size_bytes: 0,
+        read_only: false,
+        minimum_block_bytes: 1,
+        preferred_block_bytes: BLOCK_BYTES as u32,
+        uuid,
+    }
+}
+
+/// A volume that is not open, as a device.
+pub(super) fn info_of(volume: &Volume) -> DeviceInfo {
+    DeviceInfo {
+        size_bytes: volume.size_bytes,
+        ..device_info(&volume.name, volume.uuid)
+    }
+}
+
+/// How a request of a front end is carried out.
+#[derive(Debug)]
+enum Plan {
+    /// Without asking a server.
+    Now(DeviceResult),
+    /// By one request.
+    One(RequestBody),
+    /// By several, whose results are joined.
+    Parts(Parts),
+}
+
+fn plan(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Plan {
+    let (offset, length, limit) = match &request {
+        // Whatever was answered is durable on a majority.
+        DeviceRequest::Flush => return Plan::Now(Ok(DeviceReply::Done)),
+        DeviceRequest::Read {
+            offset_bytes,
+            length_bytes,
+        } => (
+            *offset_bytes,
+            u64::from(*length_bytes),
+            DEVICE_REQUEST_BYTES_MAX,
+        ),
+        DeviceRequest::Write {
+            offset_bytes, data, ..
+        } => (*offset_bytes, data.len() as u64, DEVICE_REQUEST_BYTES_MAX),
+        DeviceRequest::CompareAndWrite {
+            offset_bytes,
+            expected,
+            write,
+        } if expected.len() == write.len() => {
+            (*offset_bytes, write.len() as u64, REQUEST_BYTES_MAX)
+        }
+        DeviceRequest::CompareAndWrite { .. } => return Plan::Now(Err(DeviceError::Invalid)),
+        DeviceRequest::WriteZeroes {
+            offset_bytes,
+            length_bytes,
+            ..
+        }
+        | DeviceRequest::Trim {
+            offset_bytes,
+            length_bytes,
+            ..
+        }
+        | DeviceRequest::Extents {
+            offset_bytes,
+            length_bytes,
+        }
+        | DeviceRequest::Prefetch {
+            offset_bytes,
+            length_bytes,
+        } => (*offset_bytes, *length_bytes, usize::MAX),
+    };
+    match offset.checked_add(length) {
+        Some(end) if end <= size_bytes => {}
+        _ => return Plan::Now(Err(DeviceError::OutOfRange)),
+    }
+    if length > limit as u64 {
+        return Plan::Now(Err(DeviceError::Invalid));
+    }
+    if length == 0 {
+        return Plan::Now(Ok(match request {
+            DeviceRequest::Read { .. } => DeviceReply::Data(Vec::new()),
+            DeviceRequest::Extents { .. } => DeviceReply::Extents(Vec::new()),
+            _ => DeviceReply::Done,
+        }));
+    }
+    plan_checked(volume, request)
+}
+
+/// Plans a request whose range is not empty and lies within the volume.
+fn plan_checked(volume: VolumeId, request: DeviceRequest) -> Plan {
+    let parts = |offset: u64, length: u64, kind| {
+        let parts = Parts {
+            volume,
+            next: offset,
+            end: offset + length,
+            kind,
+        };
+        if is_one_request(offset, length) {
+            Plan::One(parts.body(offset, length))
+        } else {
+            Plan::Parts(parts)
+        }
+    };
+    match request {
+        DeviceRequest::Read {
+            offset_bytes,
+            length_bytes,
+        } => parts(offset_bytes, length_bytes.into(), PartKind::Read),
+        DeviceRequest::Write {
+            offset_bytes, data, ..
+        } => parts(
+            offset_bytes,
+            data.len() as u64,
+            PartKind::Write(data, offset_bytes),
+        ),
+        DeviceRequest::WriteZeroes {
+            offset_bytes,
+            length_bytes,
+            allocate: true,
+            ..
+        } => parts(offset_bytes, length_bytes, PartKind::AllocatedZeroes),
+        DeviceRequest::WriteZeroes {
+            offset_bytes,
+            length_bytes,
+            ..
+        } => Plan::One(zero(volume, offset_bytes, length_bytes, false)),
+        DeviceRequest::Trim {
+            offset_bytes,
+            length_bytes,
+            ..
+        } => Plan::One(zero(volume, offset_bytes, length_bytes, true)),
+        DeviceRequest::CompareAndWrite {
+            offset_bytes,
+            expected,
+            write,
+        } => {
+            // It happens in one log entry or not at all, so it cannot be split.
+            if !is_one_request(offset_bytes, write.len() as u64) {
+                return Plan::Now(Err(DeviceError::Invalid));
+            }
+            let data = Bytes::from([&expected[..], &write[..]].concat());
+            Plan::One(RequestBody::CompareAndWrite {
+                volume,
+                offset_bytes,
+                checksum: crc32c::crc32c(&data),
+                data,
+            })
+        }
+        DeviceRequest::Extents {
+            offset_bytes,
+            length_bytes,
+        } => Plan::One(RequestBody::Extents {
+            volume,
+            offset_bytes,
+            length_bytes,
+        }),
+        // The servers read ahead by themselves; data sent here would only be thrown away.
+        DeviceRequest::Prefetch { .. } | DeviceRequest::Flush => Plan::Now(Ok(DeviceReply::Done)),
+    }
+}
+
+fn zero(volume: VolumeId, offset_bytes: u64, length_bytes: u64, trim: bool) -> RequestBody {
+    RequestBody::Zero {
+        volume,
+        offset_bytes,
+        length_bytes,
+        allocate: false,
+        whole_blocks_only: trim,
+    }
+}
+
+/// Whether a range is short enough for one request: of 1 MiB that begins within a block, the server
+/// would have to write one block too many.
+fn is_one_request(offset: u64, length: u64) -> bool {
+    let block = BLOCK_BYTES as u64;
+    (offset + length).div_ceil(block) - offset / block <= WRITE_BLOCKS_MAX as u64
+}
+
+/// A long request that is cut at multiples of 1 MiB; gives the requests that it consists of.
+#[derive(Debug)]
+struct Parts {
+    volume: VolumeId,
+    next: u64,
+    end: u64,
+    kind: PartKind,
+}
+
+#[derive(Debug)]
+enum PartKind {
+    Read,
+    /// The data, and where on the volume they begin.
+    Write(Bytes, u64),
+    AllocatedZeroes,
+}
+
+impl Parts {
+    fn body(&self, offset_bytes: u64, length: u64) -> RequestBody {
+        let volume = self.volume;
+        match &self.kind {
+            PartKind::Read => RequestBody::Read {
+                volume,
+                offset_bytes,
+                length_bytes: length as u32,
+            },
+            PartKind::Write(data, start) => {
+                let at = (offset_bytes - start) as usize;
+                let data = data.slice(at..at + length as usize);
+                RequestBody::Write {
+                    volume,
+                    offset_bytes,
+                    checksums: RequestBody::write_checksums(volume, offset_bytes, &data),
+                    data,
+                }
+            }
+            PartKind::AllocatedZeroes => RequestBody::Zero {
+                volume,
+                offset_bytes,
+                length_bytes: length,
+                allocate: true,
+                whole_blocks_only: false,
+            },
+        }
+    }
+}
+
+impl Iterator for Parts {
+    type Item = RequestBody;
+
+    fn next(&mut self) -> Option<RequestBody> {
+        if self.next >= self.end {
+            return None;
+        }
+        let offset = self.next;
+        let boundary = (offset / REQUEST_BYTES_MAX as u64 + 1) * REQUEST_BYTES_MAX as u64;
+        self.next = boundary.min(self.end);
+        Some(self.body(offset, self.next - offset))
+    }
+}
+
+/// Joins the results of the parts of one request.
+pub(super) struct Join(Mutex<JoinState>);
+
+struct JoinState {
+    done: Option<Completion>,
+    /// What has not been started.
+    rest: Parts,
+    /// What was read, by part.
+    read: Vec<Vec<ReadPart>>,
+    started: usize,
+    under_way: usize,
+    error: Option<DeviceError>,
+}
+
+impl Join {
+    fn start(rest: Parts, done: Completion, handle: &Handle) {
+        // Reads and writes are at most 32 MiB long; only zeroes go on and on.
+        let parts_max = match rest.kind {
+            PartKind::AllocatedZeroes => ZERO_PARTS,
+            _ => usize::MAX,
+        };
+        let join = Arc::new(Join(Mutex::new(JoinState {
+            done: Some(done),
+            rest,
+            read: Vec::new(),
+            started: 0,
+            under_way: 0,
+            error: None,
+        })));
+        let items: Vec<Item> = std::iter::from_fn(|| join.next_item())
+            .take(parts_max)
+            .collect();
+        handle.push_all(items);
+    }
+
+    /// The next part as a request whose result comes to [`Join::finish`].
+    fn next_item(self: &Arc<Self>) -> Option<Item> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let body = state.rest.next()?;
+        let part = state.started;
+        state.started += 1;
+        state.under_way += 1;
+        state.read.push(Vec::new());
+        let join = Arc::clone(self);
+        Some(Item::Request {
+            body,
+            target: Target::Part { join, part },
+        })
+    }
+
+    /// Takes the result of a part. Gives the next part, if there is one; after the last, the whole
+    /// request is answered.
+    pub(super) fn finish(self: &Arc<Self>, part: usize, result: DeviceResult) -> Option<Item> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.under_way -= 1;
+        match result {
+            Ok(DeviceReply::Data(data)) => state.read[part] = data,
+            Ok(_) => {}
+            Err(error) => {
+                state.error.get_or_insert(error);
+                state.rest.next = state.rest.end;
+            }
+        }
+        if state.rest.next < state.rest.end {
+            drop(state);
+            return self.next_item();
+        }
+        if state.under_way == 0
+            && let Some(done) = state.done.take()
+        {
+            let result = match (state.error, &state.rest.kind) {
+                (Some(error), _) => Err(error),
+                (None, PartKind::Read) => {
+                    let parts = std::mem::take(&mut state.read);
+                    Ok(DeviceReply::Data(parts.into_iter().flatten().collect()))
+                }
+                (None, _) => Ok(DeviceReply::Done),
+            };
+            drop(state);
+            done.complete(result);
+        }
+        None
+    }
+}
+
+/// What a server's answer to `body` means to the front end.
+pub(super) fn device_result(
+    body: &RequestBody,
+    result: Result<ReplyBody, ReplyError>,
+) -> DeviceResult {
+    match (body, result) {
+        (RequestBody::Read { length_bytes, .. }, Ok(ReplyBody::Data(parts))) => {
+            let length = |part: &ReadPart| match part {
+                ReadPart::Data(data) => data.len() as u64,
+                ReadPart::Hole(length) => u64::from(*length),
+            };
+            if parts.iter().map(length).sum::<u64>() != u64::from(*length_bytes) {
+                return Err(DeviceError::Io);
+            }
+            Ok(DeviceReply::Data(parts))
+        }
+        (RequestBody::Extents { length_bytes, .. }, Ok(ReplyBody::Extents(extents))) => {
+            let extents = clipped(extents, *length_bytes);
+            if extents.is_empty() {
+                return Err(DeviceError::Io);
+            }
+            Ok(DeviceReply::Extents(extents))
+        }
+        (RequestBody::Read { .. } | RequestBody::Extents { .. }, Ok(_)) => Err(DeviceError::Io),
+        (_, Ok(ReplyBody::Done)) => Ok(DeviceReply::Done),
+        (_, Ok(_)) => Err(DeviceError::Io),
+        (_, Err(error)) => Err(device_error(&error)),
+    }
+}
+
+/// Extents as a front end may pass them on: none empty, none past the range, neighbours differ.
+fn clipped(extents: Vec<Extent>, mut length: u64) -> Vec<Extent> {
+    let mut result: Vec<Extent> = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let length_bytes = extent.length_bytes.min(length);
+        length -= length_bytes;
+        match result.last_mut() {
+            _ if length_bytes == 0 => {}
+            Some(last) if last.allocated == extent.allocated => last.length_bytes += length_bytes,
+            _ => result.push(Extent {
+                length_bytes,
+                ..extent
+            }),
+        }
+    }
+    result
+}
+
+fn device_error(error: &ReplyError) -> DeviceError {
+    match error {
+        ReplyError::NotLeader { .. } => DeviceError::Unavailable,
+        ReplyError::NoSpace => DeviceError::NoSpace,
+        ReplyError::Miscompare(at) => DeviceError::Miscompare(*at),
+        // We made the request, so it was valid: it was damaged on its way.
+        ReplyError::Invalid | ReplyError::Io => DeviceError::Io,
+        ReplyError::Refused(refusal) => match refusal {
+            Refusal::StaleSession => DeviceError::Fenced,
+            Refusal::NoSuchVolume => DeviceError::Deleted,
+            Refusal::OutOfRange => DeviceError::OutOfRange,
+            Refusal::TooMany => DeviceError::Unavailable,
+            Refusal::VolumeExists
+            | Refusal::VolumeAttached
+            | Refusal::BadName
+            | Refusal::BadSize
+            | Refusal::BadChunkSize
+            | Refusal::WouldShrink
+            | Refusal::OutsideWindow
+            | Refusal::Settled => DeviceError::Io,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,627 @@
+//! One server without its sockets, threads and clock: the agreement, the replicated state, the chunks
+//! and the requests of clients, tied together.
+//!
+//! Like the [`Replica`] in it, an [`Engine`] takes inputs with a time and gives [`Action`]s. It applies
+//! chosen entries to the [`ChunkStore`] itself, and reads from it as long as that needs no wait for the
+//! device; everything else that takes time is an action for another thread. `pssd` and the simulator run
+//! the same engine.
+
+mod conflicts;
+mod copy;
+mod requests;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::chunk::{self, ChunkStore, ReadError};
+use crate::engine::conflicts::{BlockRange, Counts};
+use crate::engine::copy::Copying;
+use crate::entry::{Command, Entry, Op};
+use crate::paxos::message::{Message, SyncMessage};
+use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
+use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
+use crate::state::{Answer, State};
+use crate::storage::{self, ApplyError, Stalled};
+use crate::time::Instant;
+use crate::types::{
+    Ballot, ChunkIndex, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+};
+use crate::volume::device::ReadPart;
+use crate::wire::client::{Reply, ReplyBody, ReplyError, Request};
+
+/// A session that the leader has not heard from for this long is fenced.
+pub const SESSION_LEASE: Duration = Duration::from_secs(60);
+/// How often sessions and the need for a checkpoint are looked at.
+const HOUSEKEEPING: Duration = Duration::from_millis(500);
+
+/// A client's connection.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct ClientId(pub u64);
+
+/// Bounds of the engine.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The agreement.
+    pub replica: Config,
+    /// A checkpoint is made after so many bytes of entries ...
+    pub checkpoint_bytes: u64,
+    /// ... or this time, if anything was applied ...
+    pub checkpoint_interval: Duration,
+    /// ... or when so many chunks have tables that are not on disk.
+    pub checkpoint_chunks: usize,
+    /// Writes are refused when a majority has less than this free, bytes.
+    pub reserve_bytes: u64,
+    /// See [`SESSION_LEASE`].
+    pub session_lease: Duration,
+}
+
+/// What the engine wants done.
+pub enum Action {
+    /// Send to a server; may get lost.
+    Send {
+        /// Receiver.
+        to: ServerId,
+        /// What.
+        message: Message,
+    },
+    /// Make durable, in order, and report with [`Engine::handle_persisted`].
+    Persist {
+        /// Name.
+        write: WriteId,
+        /// What.
+        what: Persist,
+    },
+    /// Read the log; report with [`Engine::handle_log_read`].
+    ReadLog {
+        /// For whom.
+        to: ServerId,
+        /// Entries after this slot.
+        after: Slot,
+        /// Up to this one.
+        until: Slot,
+        /// About so many bytes.
+        bytes_max: usize,
+        /// See [`Output::ReadLog`].
+        tail_for: Option<Ballot>,
+    },
+    /// Answer a client.
+    Reply {
+        /// Connection.
+        client: ClientId,
+        /// What.
+        reply: Reply,
+    },
+    /// Read blocks, waiting for the device; report with [`Engine::handle_read`].
+    Read(BlockRead),
+    /// Read a chunk for another server, waiting for the device, and send the message that
+    /// [`ChunkExport::run`] gives.
+    Export(ChunkExport),
+    /// Store the checkpoint (`installing` set) durably, then call [`Engine::handle_base_stored`].
+    StoreBase {
+        /// Last entry that the state holds.
+        base: EntryId,
+        /// The state, encoded.
+        state: Bytes,
+    },
+    /// Flush the chunks, store the checkpoint, then call [`Engine::handle_checkpoint_done`].
+    Checkpoint(Checkpoint),
+    /// The role changed.
+    Role(RoleChange),
+    /// A client has asked this server to stop.
+    Shutdown,
+}
+
+/// A read that has to wait for the device.
+#[derive(Clone, Debug)]
+pub struct BlockRead {
+    /// Name.
+    pub ticket: u64,
+    /// Of which volume.
+    pub volume: Arc<crate::state::Volume>,
+    /// First block.
+    pub first_block: u64,
+    /// How many.
+    pub blocks: u64,
+}
+
+impl BlockRead {
+    /// Reads, waiting for the device.
+    ///
+    /// # Errors
+    /// As [`ChunkStore::read`].
+    pub fn run(&self, chunks: &ChunkStore) -> Result<Vec<ReadPart>, ReadError> {
+        chunks.read(&self.volume, self.first_block, self.blocks, false)
+    }
+}
+
+/// A chunk that another server asked for.
+#[derive(Clone, Debug)]
+pub struct ChunkExport {
+    /// Who.
+    pub to: ServerId,
+    /// Of which volume.
+    pub volume: Arc<crate::state::Volume>,
+    /// Which.
+    pub chunk: ChunkIndex,
+    /// Our applied slot when it was asked for; the chunk is read later, so it is at least as new.
+    pub as_of: Slot,
+}
+
+impl ChunkExport {
+    /// Reads the chunk, waiting for the device.
+    pub fn run(&self, chunks: &ChunkStore) -> Message {
+        match chunks.export(&self.volume, self.chunk) {
+            Ok(image) => Message::Sync(SyncMessage::Chunk {
+                as_of: self.as_of,
+                volume: self.volume.id,
+                chunk: self.chunk,
+                image,
+            }),
+            Err(_) => Message::Sync(SyncMessage::Refused),
+        }
+    }
+}
+
+/// A checkpoint that is to be made.
+pub struct Checkpoint {
+    /// Last entry that the state holds.
+    pub applied: EntryId,
+    /// The state, encoded.
+    pub state: Vec<u8>,
+    /// Whether chunks are still being copied to this server.
+    pub installing: bool,
+    /// The chunks to flush.
+    pub chunks: chunk::Checkpoint,
+}
+
+/// Where the answer of a command goes.
+struct Waiting {
+    client: ClientId,
+    tag: u64,
+    /// Blocks that the command writes.
+    range: Option<BlockRange>,
+}
+
+type CommandKey = (SessionId, RequestNumber);
+
+/// A server's inside. See the module's text.
+pub struct Engine {
+    config: EngineConfig,
+    replica: Replica,
+    state: State,
+    chunks: Arc<ChunkStore>,
+    actions: VecDeque<Action>,
+    copying: Option<Copying>,
+
+    // Requests of clients, while we lead.
+    waiting: HashMap<CommandKey, Waiting>,
+    /// Writes that are proposed.
+    in_flight: Counts,
+    /// Requests that read before they write, and wait or read.
+    held: Counts,
+    deferred: VecDeque<requests::Deferred>,
+    merging: HashMap<u64, requests::Merge>,
+    slow_reads: HashMap<u64, requests::PendingRead>,
+    next_ticket: u64,
+    /// Reads that wait for the lease.
+    reads_waiting: VecDeque<(ClientId, Request)>,
+    /// Answers that hold only if we still have the lease now that the data were read.
+    reads_done: Vec<(ClientId, Reply)>,
+    heard: HashMap<SessionId, Instant>,
+    /// Volumes as the applied state has them, shared with reads on other threads.
+    volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
+
+    // Housekeeping.
+    housekeeping_at: Instant,
+    checkpoint_running: bool,
+    checkpoint_slot: Slot,
+    checkpoint_at: Instant,
+    bytes_applied: u64,
+    /// Everything that was in the log at the start is applied again or replaced: until then blocks may
+    /// be newer than their checksums.
+    recovered_last: Slot,
+    failure: Option<ApplyError>,
+    /// The disk was full in the middle of an entry; the entries behind it wait.
+    stalled: Option<Box<Stalled>>,
+    /// Chosen entries that wait: for space, or for chunks that are on their way here.
+    backlog: VecDeque<Entry>,
+    backlog_bytes: usize,
+    forgetful: bool,
+}
+
+impl Engine {
+    /// A server that starts at `now` with what [`storage::Storage::open`] found.
+    pub fn new(
+        config: EngineConfig,
+        recovered: Recovered,
+        state: State,
+        chunks: Arc<ChunkStore>,
+        now: Instant,
+    ) -> Engine {
+        let installing = recovered.installing;
+        let applied = state.applied();
+        let recovered_last = recovered.tail.last().map_or(applied, |entry| entry.id.slot);
+        let replica = Replica::new(config.replica.clone(), recovered, now);
+        let mut engine = Engine {
+            config,
+            replica,
+            state,
+            chunks,
+            actions: VecDeque::new(),
+            copying: installing.then(|| Copying::resume(now)),
+            waiting: HashMap::new(),
+            in_flight: Counts::new(),
+            held: Counts::new(),
+            deferred: VecDeque::new(),
+            merging: HashMap::new(),
+            slow_reads: HashMap::new(),
+            next_ticket: 1,
+            reads_waiting: VecDeque::new(),
+            reads_done: Vec::new(),
+            heard: HashMap::new(),
+            volumes: HashMap::new(),
+            housekeeping_at: now + HOUSEKEEPING,
+            checkpoint_running: false,
+            checkpoint_slot: applied,
+            checkpoint_at: now,
+            bytes_applied: 0,
+            recovered_last,
+            failure: None,
+            stalled: None,
+            backlog: VecDeque::new(),
+            backlog_bytes: 0,
+            forgetful: false,
+        };
+        engine.share_volumes();
+        engine.drain(now);
+        engine
+    }
+
+    /// The agreement.
+    pub fn replica(&self) -> &Replica {
+        &self.replica
+    }
+
+    /// The agreement, to be made to misbehave.
+    #[doc(hidden)]
+    pub fn replica_mut(&mut self) -> &mut Replica {
+        &mut self.replica
+    }
+
+    /// Makes the engine apply repeated requests again: a deliberate bug, for the tests of the tests.
+    #[doc(hidden)]
+    pub fn inject_forgetfulness(&mut self) {
+        self.forgetful = true;
+    }
+
+    /// The replicated state as applied here.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// How far the copying of chunks to this server is: (done, total known).
+    pub fn copying(&self) -> Option<(u64, u64)> {
+        self.copying.as_ref().map(Copying::progress)
+    }
+
+    /// A failure after which the server must stop: it could not apply what is chosen.
+    pub fn failure(&self) -> Option<&ApplyError> {
+        self.failure.as_ref()
+    }
+
+    /// A message of another server.
+    pub fn handle_message(&mut self, now: Instant, from: ServerId, message: Message) {
+        match message {
+            Message::Sync(sync) => self.on_sync(now, from, sync),
+            message => self.replica.handle_message(now, from, message),
+        }
+        self.drain(now);
+    }
+
+    /// See [`Replica::handle_persisted`].
+    pub fn handle_persisted(&mut self, now: Instant, write: WriteId) {
+        self.replica.handle_persisted(now, write);
+        self.drain(now);
+    }
+
+    /// See [`Replica::handle_log_read`].
+    pub fn handle_log_read(
+        &mut self,
+        now: Instant,
+        to: ServerId,
+        tail_for: Option<Ballot>,
+        read: LogRead,
+    ) {
+        self.replica.handle_log_read(now, to, tail_for, read);
+        self.drain(now);
+    }
+
+    /// Time has passed: [`Engine::poll_timeout`].
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if now >= self.replica.poll_timeout() {
+            self.replica.handle_timeout(now);
+        }
+        if now >= self.housekeeping_at {
+            self.housekeeping_at = now + HOUSEKEEPING;
+            self.resume_applying(now);
+            self.expire_sessions(now);
+            self.checkpoint_if_due(now);
+        }
+        self.copy_timeout(now);
+        self.retry_waiting_reads(now);
+        self.drain(now);
+    }
+
+    /// When to call [`Engine::handle_timeout`].
+    pub fn poll_timeout(&self) -> Instant {
+        let copy = self.copying.as_ref().map(Copying::next_at);
+        let next = self.replica.poll_timeout().min(self.housekeeping_at);
+        copy.map_or(next, |copy| next.min(copy))
+    }
+
+    /// The next thing to do, if there is one.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// Free space of the disk, and where the log begins.
+    pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot) {
+        let free = free_bytes.saturating_sub(self.config.reserve_bytes);
+        self.replica.note_storage(free, log_first);
+    }
+
+    /// Hands the leadership over; see [`Replica::hand_over`].
+    pub fn hand_over(&mut self, now: Instant) -> bool {
+        let leads = self.replica.hand_over(now);
+        self.drain(now);
+        leads
+    }
+
+    /// The checkpoint that was asked for is durable up to `slot`.
+    pub fn handle_checkpoint_done(&mut self, slot: Slot) {
+        self.checkpoint_running = false;
+        self.checkpoint_slot = self.checkpoint_slot.max(slot);
+    }
+
+    /// Slot of the newest durable checkpoint: the log may be trimmed up to it.
+    pub fn checkpoint_slot(&self) -> Slot {
+        self.checkpoint_slot
+    }
+
+    /// Makes a checkpoint now, if anything was applied since the last one and none is under way.
+    pub fn checkpoint_now(&mut self, now: Instant) {
+        if self.state.applied() > self.checkpoint_slot {
+            self.start_checkpoint(now);
+        }
+    }
+
+    /// Carries out what the replica wants.
+    fn drain(&mut self, now: Instant) {
+        loop {
+            while let Some(output) = self.replica.poll_output() {
+                self.carry_out(now, output);
+            }
+            if !self.pump_deferred(now) {
+                return;
+            }
+        }
+    }
+
+    fn carry_out(&mut self, now: Instant, output: Output) {
+        match output {
+            Output::Send { to, message } => self.actions.push_back(Action::Send { to, message }),
+            Output::Persist { write, what } => {
+                self.actions.push_back(Action::Persist { write, what });
+            }
+            Output::Apply { entries } => self.apply(now, entries),
+            Output::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let read = Action::ReadLog {
+                    to,
+                    after,
+                    until,
+                    bytes_max,
+                    tail_for,
+                };
+                self.actions.push_back(read);
+            }
+            Output::CopyChunks { donor } => self.start_copying(now, donor),
+            Output::Role(change) => self.role_changed(now, change),
+        }
+    }
+
+    fn apply(&mut self, now: Instant, entries: Vec<Entry>) {
+        self.backlog_bytes += entries.iter().map(Entry::weight_bytes).sum::<usize>();
+        self.backlog.extend(entries);
+        self.apply_backlog(now);
+    }
+
+    /// Applies what waits, unless the disk is full or chunks are on their way here.
+    fn apply_backlog(&mut self, now: Instant) {
+        if self.failure.is_some() || self.stalled.is_some() || self.holds_back() {
+            return;
+        }
+        while let Some(entry) = self.backlog.pop_front() {
+            self.backlog_bytes -= entry.weight_bytes();
+            let copying = self.copying.as_ref().filter(|it| it.is_installing());
+            let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
+            let filter: Option<storage::ChunkFilter<'_>> = match copying {
+                Some(_) => Some(&copied),
+                None => None,
+            };
+            let applied = if self.forgetful {
+                let forgotten = without_sessions(&entry);
+                storage::apply_entry(&mut self.state, &self.chunks, &forgotten, filter)
+            } else {
+                storage::apply_entry(&mut self.state, &self.chunks, &entry, filter)
+            };
+            match applied {
+                Ok(answers) => self.entry_applied(&entry, answers),
+                Err(ApplyError::NoSpace(stalled)) => {
+                    self.stalled = Some(stalled);
+                    break;
+                }
+                Err(failure) => {
+                    self.failure = Some(failure);
+                    return;
+                }
+            }
+        }
+        self.replica.handle_applied(now, self.state.applied());
+        if self.bytes_applied >= self.config.checkpoint_bytes {
+            self.checkpoint_if_due(now);
+        }
+    }
+
+    fn entry_applied(&mut self, entry: &Entry, answers: Vec<Answer>) {
+        self.bytes_applied += entry.weight_bytes() as u64;
+        if entry
+            .commands
+            .iter()
+            .any(|command| changes_volumes(&command.op))
+        {
+            self.share_volumes();
+        }
+        if !self.waiting.is_empty() {
+            for (command, answer) in entry.commands.iter().zip(answers) {
+                self.answer_command((command.session, command.number), answer);
+            }
+        }
+    }
+
+    /// Tries again to apply the entry for which there was no space.
+    fn resume_applying(&mut self, now: Instant) {
+        let Some(stalled) = self.stalled.take() else {
+            return;
+        };
+        let copying = self.copying.as_ref().filter(|it| it.is_installing());
+        let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
+        let resumed = stalled.resume(&mut self.state, &self.chunks, Some(&copied));
+        match resumed {
+            Ok((entry, answers)) => {
+                self.entry_applied(&entry, answers);
+                self.replica.handle_applied(now, self.state.applied());
+                self.apply_backlog(now);
+            }
+            Err(ApplyError::NoSpace(stalled)) => self.stalled = Some(stalled),
+            Err(failure) => self.failure = Some(failure),
+        }
+    }
+
+    /// Whether the disk was too full to apply what is chosen; tried again now and then.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.is_some()
+    }
+
+    fn answer_command(&mut self, key: CommandKey, answer: Answer) {
+        let Some(waiting) = self.waiting.remove(&key) else {
+            return;
+        };
+        if let Some(range) = waiting.range {
+            self.in_flight.remove(range);
+        }
+        let opens_session = key.0 == SessionId(0);
+        let body = match answer {
+            Answer::Done => Ok(ReplyBody::Done),
+            Answer::Created(id) if opens_session => Ok(ReplyBody::Session(SessionId(id))),
+            Answer::Created(id) => Ok(ReplyBody::VolumeCreated(VolumeId(id as u32))),
+            Answer::Refused(refusal) => Err(ReplyError::Refused(refusal)),
+        };
+        self.reply(waiting.client, waiting.tag, body);
+    }
+
+    fn reply(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
+        self.actions.push_back(Action::Reply {
+            client,
+            reply: Reply { tag, body },
+        });
+    }
+
+    fn share_volumes(&mut self) {
+        let volumes = self.state.volumes();
+        self.volumes = volumes
+            .map(|volume| (volume.id, Arc::new(volume.clone())))
+            .collect();
+    }
+
+    fn role_changed(&mut self, now: Instant, change: RoleChange) {
+        match change {
+            RoleChange::Leader(_) => {
+                self.heard = self
+                    .state
+                    .sessions()
+                    .map(|session| (session.id, now))
+                    .collect();
+            }
+            RoleChange::Follower => self.send_everyone_away(),
+        }
+        self.actions.push_back(Action::Role(change));
+    }
+
+    fn serves(&self) -> bool {
+        self.replica.role() == RoleKind::Leader { serving: true }
+    }
+
+    fn checkpoint_if_due(&mut self, now: Instant) {
+        let some = self.state.applied() > self.checkpoint_slot;
+        let due = self.bytes_applied >= self.config.checkpoint_bytes
+            || now.since(self.checkpoint_at) >= self.config.checkpoint_interval
+            || self.chunks.dirty_count() >= self.config.checkpoint_chunks;
+        if some && due {
+            self.start_checkpoint(now);
+        }
+    }
+
+    fn start_checkpoint(&mut self, now: Instant) {
+        let Some(applied) = self.replica.entry_id(self.state.applied()) else {
+            return;
+        };
+        let storing_base = self.copying.as_ref().is_some_and(Copying::is_storing);
+        let unfit = self.failure.is_some() || self.stalled.is_some();
+        if self.checkpoint_running || storing_base || unfit {
+            return;
+        }
+        let Some(chunks) = self.chunks.begin_checkpoint() else {
+            return;
+        };
+        self.checkpoint_running = true;
+        self.checkpoint_at = now;
+        self.bytes_applied = 0;
+        self.actions.push_back(Action::Checkpoint(Checkpoint {
+            applied,
+            state: self.state.encode(),
+            installing: self.is_installing(),
+            chunks,
+        }));
+    }
+}
+
+/// The entry with commands that no session remembers.
+fn without_sessions(entry: &Entry) -> Entry {
+    let forget = |command: &Command| match command.op {
+        Op::Write { .. } | Op::Zero { .. } => Command {
+            session: SessionId(0),
+            ..command.clone()
+        },
+        _ => command.clone(),
+    };
+    Entry {
+        commands: entry.commands.iter().map(forget).collect(),
+        ..entry.clone()
+    }
+}
+
+fn changes_volumes(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::CreateVolume { .. } | Op::ResizeVolume { .. } | Op::DeleteVolume { .. }
+    )
+}

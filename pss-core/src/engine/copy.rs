@@ -1,0 +1,604 @@
+//! Copying the chunks of another server to one that is too far behind for the log.
+//!
+//! The receiver takes over the donor's replicated state at one slot, the *base*, starts its log behind it
+//! and goes on appending, acknowledging and applying entries; but an entry takes effect only on chunks
+//! that have been copied. A chunk is copied as of a slot that is at least as new as what is applied here
+//! at that moment, so that no entry can be missed between; entries that it holds already are applied once
+//! more, which changes nothing because they write whole blocks in order. So that a chunk is not outdated
+//! when it comes, nothing is applied here while the answer to a question is on its way. Volumes and chunks
+//! are copied in ascending order: what lies below the cursor is done.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::chunk::ChunkError;
+use crate::engine::{Action, ChunkExport, Engine};
+use crate::paxos::message::{ChunkSummary, Message, SyncMessage};
+use crate::state::{State, Volume};
+use crate::time::Instant;
+use crate::types::{ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+
+/// A question that is not answered in this time is asked of someone else.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// After a refusal.
+const RETRY: Duration = Duration::from_millis(100);
+/// Chunks asked for at once; entries wait until they are all here.
+const CHUNKS_AT_ONCE: usize = 4;
+/// Entries that wait at most, bytes; then they are applied, and what comes too late is asked for again.
+const BACKLOG_BYTES_MAX: usize = 256 << 20;
+/// Chunks in one list.
+const LIST_MAX: usize = 1024;
+
+type ChunkName = (VolumeId, ChunkIndex);
+
+/// The receiving side.
+pub(super) struct Copying {
+    stage: Stage,
+    donor: Option<ServerId>,
+    /// Turns to the next donor when one does not answer.
+    turn: usize,
+    /// Every chunk below is copied.
+    cursor: ChunkName,
+    asked: BTreeMap<ChunkName, Instant>,
+    /// A list was asked for, and its answer is on its way.
+    list_asked: bool,
+    retry_at: Instant,
+    chunks_done: u64,
+    chunks_known: u64,
+}
+
+enum Stage {
+    /// Asked for the state to start from.
+    Base,
+    /// The base is being stored.
+    Storing { base: EntryId, state: Box<State> },
+    /// Asked for the list of chunks from the cursor on.
+    List,
+    /// Fetching the chunks of a list; `until`: where the next list begins, in this volume.
+    Chunks {
+        missing: BTreeSet<ChunkIndex>,
+        until: Option<ChunkIndex>,
+    },
+}
+
+impl Copying {
+    fn new(donor: Option<ServerId>, stage: Stage, now: Instant) -> Copying {
+        Copying {
+            stage,
+            donor,
+            turn: 0,
+            cursor: (VolumeId(0), ChunkIndex(0)),
+            asked: BTreeMap::new(),
+            list_asked: false,
+            retry_at: now,
+            chunks_done: 0,
+            chunks_known: 0,
+        }
+    }
+
+    /// Goes on after a restart: what was copied before is found equal and not copied again.
+    pub(super) fn resume(now: Instant) -> Copying {
+        Copying::new(None, Stage::List, now)
+    }
+
+    /// Whether entries take effect on a chunk.
+    pub(super) fn is_copied(&self, volume: VolumeId, chunk: ChunkIndex) -> bool {
+        if (volume, chunk) < self.cursor {
+            return true;
+        }
+        // Within the list that is being fetched, what is not missing is equal, copied or absent.
+        match &self.stage {
+            Stage::Chunks { missing, until } if volume == self.cursor.0 => {
+                until.is_none_or(|until| chunk < until) && !missing.contains(&chunk)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether our chunks are incomplete. Before the base is stored they are only old.
+    pub(super) fn is_installing(&self) -> bool {
+        matches!(self.stage, Stage::List | Stage::Chunks { .. })
+    }
+
+    /// Whether a checkpoint made now could undo the stored base.
+    pub(super) fn is_storing(&self) -> bool {
+        matches!(self.stage, Stage::Storing { .. })
+    }
+
+    /// Whether a list or chunks are on their way here.
+    fn is_waiting(&self) -> bool {
+        self.is_installing() && (self.list_asked || !self.asked.is_empty())
+    }
+
+    /// The question was not answered in time, or not as hoped; asks another server next.
+    fn give_up_question(&mut self, retry_at: Instant) {
+        self.donor = None;
+        self.turn += 1;
+        self.asked.clear();
+        self.list_asked = false;
+        self.retry_at = retry_at;
+    }
+
+    pub(super) fn next_at(&self) -> Instant {
+        self.retry_at
+    }
+
+    pub(super) fn progress(&self) -> (u64, u64) {
+        (self.chunks_done, self.chunks_known)
+    }
+}
+
+impl Engine {
+    pub(super) fn start_copying(&mut self, now: Instant, donor: ServerId) {
+        if self.copying.is_none() {
+            self.copying = Some(Copying::new(Some(donor), Stage::Base, now));
+            self.copy_timeout(now);
+        }
+    }
+
+    pub(super) fn copy_timeout(&mut self, now: Instant) {
+        let donors: Vec<ServerId> = self
+            .replica
+            .peers()
+            .filter(|(_, peer)| {
+                let lately = peer
+                    .heard
+                    .is_some_and(|at| now.since(at) < ANSWER_TIMEOUT * 2);
+                lately && !peer.progress.installing
+            })
+            .map(|(server, _)| server)
+            .collect();
+        let leader = self.replica.leader();
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        if now < copying.retry_at {
+            return;
+        }
+        if copying.donor.is_none() {
+            // Followers rather than the leader, which has enough to do.
+            let followers = donors.iter().filter(|server| Some(**server) != leader);
+            let mut order: Vec<ServerId> = followers.copied().collect();
+            order.extend(donors.iter().filter(|server| Some(**server) == leader));
+            copying.donor = order.get(copying.turn % order.len().max(1)).copied();
+            copying.asked.clear();
+            copying.list_asked = false;
+        }
+        copying.retry_at = now + RETRY;
+        if copying.donor.is_some() {
+            self.ask_donor(now);
+        }
+        self.apply_backlog(now);
+    }
+
+    /// Whether chosen entries wait for chunks that are on their way here.
+    pub(super) fn holds_back(&self) -> bool {
+        let waits = self.copying.as_ref().is_some_and(Copying::is_waiting);
+        waits && self.backlog_bytes < BACKLOG_BYTES_MAX
+    }
+
+    /// Asks for what is needed next.
+    fn ask_donor(&mut self, now: Instant) {
+        // The answer must be as new as what is applied here, so the less remains to be applied the better.
+        self.apply_backlog(now);
+        let applied = self.state.applied();
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Some(donor) = copying.donor else { return };
+        let sync = match &copying.stage {
+            Stage::Base => SyncMessage::RequestBase,
+            Stage::Storing { .. } => return,
+            Stage::List => {
+                // The next volume that still exists, from the cursor on.
+                let next = self.state.volumes().find(|it| it.id >= copying.cursor.0);
+                let Some(volume) = next else {
+                    return self.finish_copying(now);
+                };
+                if volume.id > copying.cursor.0 {
+                    copying.cursor = (volume.id, ChunkIndex(0));
+                }
+                let (volume, from) = copying.cursor;
+                SyncMessage::RequestList {
+                    at_least: applied,
+                    volume,
+                    from,
+                }
+            }
+            Stage::Chunks { .. } => return self.ask_chunks(now, donor),
+        };
+        copying.list_asked = matches!(copying.stage, Stage::List);
+        copying.retry_at = now + ANSWER_TIMEOUT;
+        // If this is not answered, the next one is asked.
+        copying.donor = None;
+        copying.turn += 1;
+        self.actions.push_back(Action::Send {
+            to: donor,
+            message: Message::Sync(sync),
+        });
+    }
+
+    fn ask_chunks(&mut self, now: Instant, donor: ServerId) {
+        let at_least = self.state.applied();
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Stage::Chunks { missing, .. } = &copying.stage else {
+            return;
+        };
+        let volume = copying.cursor.0;
+        let late = copying
+            .asked
+            .values()
+            .any(|at| now.since(*at) >= ANSWER_TIMEOUT);
+        if late {
+            return copying.give_up_question(now);
+        }
+        if !copying.asked.is_empty() {
+            return;
+        }
+        for chunk in missing {
+            if copying.asked.len() >= CHUNKS_AT_ONCE {
+                break;
+            }
+            let chunk = *chunk;
+            if copying.asked.contains_key(&(volume, chunk)) {
+                continue;
+            }
+            copying.asked.insert((volume, chunk), now);
+            let request = SyncMessage::RequestChunk {
+                at_least,
+                volume,
+                chunk,
+            };
+            self.actions.push_back(Action::Send {
+                to: donor,
+                message: Message::Sync(request),
+            });
+        }
+    }
+
+    pub(super) fn on_sync(&mut self, now: Instant, from: ServerId, message: SyncMessage) {
+        match message {
+            SyncMessage::RequestBase => self.give_base(from),
+            SyncMessage::RequestList {
+                at_least,
+                volume,
+                from: first,
+            } => {
+                self.give_list(from, at_least, volume, first);
+            }
+            SyncMessage::RequestChunk {
+                at_least,
+                volume,
+                chunk,
+            } => {
+                self.give_chunk(from, at_least, volume, chunk);
+            }
+            SyncMessage::Base { base, state } => self.take_base(now, from, base, state),
+            SyncMessage::List {
+                as_of,
+                volume,
+                from: first,
+                until,
+                chunks,
+            } => {
+                self.take_list(now, from, as_of, (volume, first), until, &chunks);
+            }
+            SyncMessage::Chunk {
+                as_of,
+                volume,
+                chunk,
+                image,
+            } => {
+                self.take_chunk(now, from, as_of, (volume, chunk), &image);
+            }
+            SyncMessage::Refused => {
+                if let Some(copying) = &mut self.copying {
+                    copying.give_up_question(now + RETRY);
+                }
+            }
+        }
+    }
+
+    pub(super) fn is_installing(&self) -> bool {
+        self.copying.as_ref().is_some_and(Copying::is_installing)
+    }
+
+    /// Whether our chunks are what the entries up to our applied slot made.
+    fn is_complete(&self) -> bool {
+        let settled = self.state.applied() >= self.recovered_last.min(self.replica.last().slot);
+        !self.is_installing() && settled && self.failure.is_none()
+    }
+
+    fn refuse(&mut self, to: ServerId) {
+        let message = Message::Sync(SyncMessage::Refused);
+        self.actions.push_back(Action::Send { to, message });
+    }
+
+    fn give_base(&mut self, to: ServerId) {
+        let base = self.replica.entry_id(self.state.applied());
+        match base {
+            Some(base) if self.is_complete() => {
+                let state = Bytes::from(self.state.encode());
+                let message = Message::Sync(SyncMessage::Base { base, state });
+                self.actions.push_back(Action::Send { to, message });
+            }
+            _ => self.refuse(to),
+        }
+    }
+
+    /// Our volume of that id, if we may give its chunks.
+    fn volume_to_give(&self, at_least: Slot, volume: VolumeId) -> Option<Arc<Volume>> {
+        let fit = self.is_complete() && self.state.applied() >= at_least;
+        fit.then(|| self.volumes.get(&volume).cloned()).flatten()
+    }
+
+    fn give_list(&mut self, to: ServerId, at_least: Slot, volume: VolumeId, from: ChunkIndex) {
+        let Some(volume) = self.volume_to_give(at_least, volume) else {
+            return self.refuse(to);
+        };
+        let Ok((chunks, until)) = self.chunks.list(&volume, from, LIST_MAX) else {
+            return self.refuse(to);
+        };
+        let as_of = self.state.applied();
+        let list = SyncMessage::List {
+            as_of,
+            volume: volume.id,
+            from,
+            until,
+            chunks,
+        };
+        self.actions.push_back(Action::Send {
+            to,
+            message: Message::Sync(list),
+        });
+    }
+
+    fn give_chunk(&mut self, to: ServerId, at_least: Slot, volume: VolumeId, chunk: ChunkIndex) {
+        let Some(volume) = self.volume_to_give(at_least, volume) else {
+            return self.refuse(to);
+        };
+        let as_of = self.state.applied();
+        self.actions.push_back(Action::Export(ChunkExport {
+            to,
+            volume,
+            chunk,
+            as_of,
+        }));
+    }
+
+    fn take_base(&mut self, now: Instant, from: ServerId, base: EntryId, state: Bytes) {
+        let last = self.replica.last().slot;
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        if !matches!(copying.stage, Stage::Base) {
+            return;
+        }
+        let decoded = State::decode(&state);
+        let Ok(decoded) = decoded else {
+            return self.refuse_answer(now);
+        };
+        if decoded.applied() != base.slot {
+            return self.refuse_answer(now);
+        }
+        if base.slot <= last {
+            // Meanwhile the log has reached us.
+            self.copying = None;
+            return;
+        }
+        if self.checkpoint_running {
+            // It would be stored over the base.
+            return self.refuse_answer(now);
+        }
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        copying.donor = Some(from);
+        copying.stage = Stage::Storing {
+            base,
+            state: Box::new(decoded),
+        };
+        self.actions.push_back(Action::StoreBase { base, state });
+    }
+
+    fn refuse_answer(&mut self, now: Instant) {
+        if let Some(copying) = &mut self.copying {
+            copying.give_up_question(now + RETRY);
+        }
+    }
+
+    /// The base that [`Action::StoreBase`] named is durable.
+    pub fn handle_base_stored(&mut self, now: Instant) {
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Stage::Storing { base, state } = std::mem::replace(&mut copying.stage, Stage::List)
+        else {
+            return;
+        };
+        copying.retry_at = now;
+        if base.slot <= self.replica.last().slot {
+            // The log grew beyond the base while that was being stored. It is kept; the base stands on
+            // disk as a checkpoint that the next one replaces.
+            self.copying = None;
+            self.checkpoint_now(now);
+            return;
+        }
+        if let Err(failure) = self.exchange_volumes(&state) {
+            self.failure = Some(failure);
+            return;
+        }
+        self.state = *state;
+        // What waited for space is in the base.
+        self.stalled = None;
+        self.backlog.clear();
+        self.backlog_bytes = 0;
+        self.share_volumes();
+        self.checkpoint_slot = base.slot;
+        self.recovered_last = base.slot;
+        self.replica.handle_base(now, base);
+        self.drain(now);
+        self.copy_timeout(now);
+    }
+
+    /// Removes the directories of volumes that the new state does not have, makes those it adds.
+    fn exchange_volumes(&mut self, new: &State) -> Result<(), crate::storage::ApplyError> {
+        for old in self.state.volumes() {
+            if new.volume(old.id).is_none() {
+                self.chunks.delete_volume(old)?;
+            }
+        }
+        for volume in new.volumes() {
+            if self.state.volume(volume.id).is_none() {
+                self.chunks.create_volume(volume)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_list(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        as_of: Slot,
+        start: ChunkName,
+        until: Option<ChunkIndex>,
+        chunks: &[ChunkSummary],
+    ) {
+        let applied = self.state.applied();
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        if !matches!(copying.stage, Stage::List) || start != copying.cursor {
+            return;
+        }
+        let Some(volume) = self.volumes.get(&start.0).cloned() else {
+            return;
+        };
+        // An older list could miss what entries that we skipped have made.
+        let ordered = chunks.windows(2).all(|pair| pair[0].chunk < pair[1].chunk);
+        if as_of < applied || !ordered || until.is_some_and(|until| until <= start.1) {
+            return self.refuse_answer(now);
+        }
+        copying.donor = Some(from);
+        copying.list_asked = false;
+        copying.chunks_known += chunks.len() as u64;
+        let inside = |chunk: ChunkIndex| until.is_none_or(|until| chunk < until);
+        let listed: BTreeMap<ChunkIndex, &ChunkSummary> = chunks
+            .iter()
+            .filter(|it| inside(it.chunk))
+            .map(|it| (it.chunk, it))
+            .collect();
+        // What we have and the donor has not is gone; what is equal need not be copied.
+        let mut missing: BTreeSet<ChunkIndex> = listed.keys().copied().collect();
+        let mut at = start.1;
+        loop {
+            let (own, next) = match self.chunks.list(&volume, at, LIST_MAX) {
+                Ok(listed) => listed,
+                Err(error) => {
+                    self.failure = Some(error.into());
+                    return;
+                }
+            };
+            for summary in own.iter().filter(|summary| inside(summary.chunk)) {
+                match listed.get(&summary.chunk) {
+                    Some(theirs) if *theirs == summary => {
+                        missing.remove(&summary.chunk);
+                        copying.chunks_done += 1;
+                    }
+                    Some(_) => {}
+                    None => {
+                        if let Err(failure) =
+                            self.chunks.import(&volume, summary.chunk, &Bytes::new())
+                        {
+                            self.failure = Some(failure.into());
+                            return;
+                        }
+                    }
+                }
+            }
+            match next {
+                Some(next) if inside(next) => at = next,
+                _ => break,
+            }
+        }
+        copying.stage = Stage::Chunks { missing, until };
+        copying.retry_at = now;
+        self.after_chunk(now);
+    }
+
+    fn take_chunk(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        as_of: Slot,
+        name: ChunkName,
+        image: &Bytes,
+    ) {
+        let applied = self.state.applied();
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let Stage::Chunks { missing, .. } = &mut copying.stage else {
+            return;
+        };
+        if name.0 != copying.cursor.0 || !missing.contains(&name.1) {
+            return;
+        }
+        copying.asked.remove(&name);
+        let Some(volume) = self.volumes.get(&name.0).cloned() else {
+            return;
+        };
+        if as_of < applied {
+            copying.retry_at = now;
+            return self.copy_timeout(now);
+        }
+        match self.chunks.import(&volume, name.1, image) {
+            Ok(()) => {}
+            Err(ChunkError::BadImage(_)) => {
+                // Damaged on the way or at the donor: ask another one.
+                return copying.give_up_question(now + RETRY);
+            }
+            Err(error) => {
+                self.failure = Some(error.into());
+                return;
+            }
+        }
+        copying.donor = Some(from);
+        missing.remove(&name.1);
+        copying.chunks_done += 1;
+        copying.retry_at = now;
+        self.after_chunk(now);
+    }
+
+    /// Goes on with the next chunks, the next list, or the end.
+    fn after_chunk(&mut self, now: Instant) {
+        let Some(copying) = &mut self.copying else {
+            return;
+        };
+        let gone = !self.volumes.contains_key(&copying.cursor.0);
+        if let Stage::Chunks { missing, until } = &copying.stage
+            && (missing.is_empty() || gone)
+        {
+            copying.cursor = match until {
+                Some(until) if !gone => (copying.cursor.0, *until),
+                _ => (VolumeId(copying.cursor.0.0 + 1), ChunkIndex(0)),
+            };
+            copying.asked.clear();
+            copying.stage = Stage::List;
+        }
+        self.copy_timeout(now);
+    }
+
+    fn finish_copying(&mut self, now: Instant) {
+        self.copying = None;
+        self.replica.handle_installed();
+        // The note that copying is under way ends with the next checkpoint.
+        self.start_checkpoint(now);
+    }
+}

@@ -1,0 +1,905 @@
+//! Requests of clients, at the leader.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::chunk::ReadError;
+use crate::engine::conflicts::BlockRange;
+use crate::engine::{Action, BlockRead, ClientId, CommandKey, Engine, Waiting};
+use crate::entry::{Command, Op, block_checksums};
+use crate::paxos::RoleKind;
+use crate::state::{Refusal, Volume};
+use crate::time::Instant;
+use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
+use crate::volume::device::ReadPart;
+use crate::wire::client::{
+    EXTENTS_MAX, PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request, RequestBody,
+    ServerStatus, VolumeStatus,
+};
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
+/// Reads that wait for the lease at most; more are sent to whoever leads next.
+const READS_WAITING_MAX: usize = 65_536;
+
+/// A request that waits until it may touch its blocks.
+pub(super) struct Deferred {
+    client: ClientId,
+    request: Request,
+    range: BlockRange,
+    /// Reads before it writes, and is counted in `held`.
+    merges: bool,
+}
+
+/// A request that has read, or is reading, what it changes in part.
+pub(super) struct Merge {
+    client: ClientId,
+    request: Request,
+    range: BlockRange,
+}
+
+/// A read that another thread does.
+pub(super) struct PendingRead {
+    client: ClientId,
+    tag: u64,
+    offset_bytes: u64,
+    length_bytes: u32,
+}
+
+/// What a write-like request does, in bytes.
+struct Span {
+    volume: VolumeId,
+    offset_bytes: u64,
+    length_bytes: u64,
+}
+
+impl Span {
+    fn blocks(&self) -> BlockRange {
+        let first = self.offset_bytes / BLOCK;
+        let end = (self.offset_bytes + self.length_bytes).div_ceil(BLOCK);
+        BlockRange {
+            volume: self.volume,
+            first,
+            blocks: end - first,
+        }
+    }
+
+    fn is_aligned(&self) -> bool {
+        self.offset_bytes.is_multiple_of(BLOCK) && self.length_bytes.is_multiple_of(BLOCK)
+    }
+}
+
+impl Engine {
+    /// A request of a client. Call [`Engine::finish_batch`] after a batch of them.
+    pub fn handle_request(&mut self, now: Instant, client: ClientId, request: Request) {
+        match &request.body {
+            RequestBody::Status => {
+                let status = ReplyBody::Status(Box::new(self.status(now)));
+                return self.reply(client, request.tag, Ok(status));
+            }
+            RequestBody::Shutdown => {
+                self.reply(client, request.tag, Ok(ReplyBody::Done));
+                return self.actions.push_back(Action::Shutdown);
+            }
+            _ => {}
+        }
+        if !self.serves() {
+            let leader = self.replica.leader().filter(|it| *it != self.replica.id());
+            return self.reply(client, request.tag, Err(ReplyError::NotLeader { leader }));
+        }
+        if request.session != SessionId(0) {
+            if !self.state.has_session(request.session) {
+                let stale = ReplyError::Refused(Refusal::StaleSession);
+                return self.reply(client, request.tag, Err(stale));
+            }
+            self.heard.insert(request.session, now);
+        }
+        match &request.body {
+            RequestBody::KeepAlive => self.reply(client, request.tag, Ok(ReplyBody::Done)),
+            RequestBody::Read { .. } | RequestBody::Extents { .. } | RequestBody::ListVolumes => {
+                self.read_request(now, client, request)
+            }
+            _ => self.change_request(client, request),
+        }
+    }
+
+    /// Proposes what a batch of requests made.
+    pub fn finish_batch(&mut self, now: Instant) {
+        self.replica.flush(now);
+        self.drain(now);
+    }
+
+    /// Whether [`Engine::finish_reads`] has something to do.
+    pub fn has_finished_reads(&self) -> bool {
+        !self.reads_done.is_empty()
+    }
+
+    /// Answers the reads that are done, if the lease still holds at `now`, which must have been taken
+    /// after the last input was handled.
+    pub fn finish_reads(&mut self, now: Instant) {
+        if self.reads_done.is_empty() {
+            return;
+        }
+        let holds = self.replica.may_read(now);
+        for (client, reply) in std::mem::take(&mut self.reads_done) {
+            let body = if holds {
+                reply.body
+            } else {
+                Err(ReplyError::NotLeader { leader: None })
+            };
+            self.reply(client, reply.tag, body);
+        }
+    }
+
+    /// A connection has ended: nobody waits for its answers.
+    pub fn handle_client_gone(&mut self, client: ClientId) {
+        self.reads_waiting.retain(|(waiting, _)| *waiting != client);
+        self.reads_done.retain(|(waiting, _)| *waiting != client);
+    }
+
+    /// Another thread has read blocks.
+    pub fn handle_read(
+        &mut self,
+        now: Instant,
+        ticket: u64,
+        result: Result<Vec<ReadPart>, ReadError>,
+    ) {
+        if let Some(read) = self.slow_reads.remove(&ticket) {
+            let body = match result {
+                Ok(parts) => {
+                    let skip = (read.offset_bytes % BLOCK) as usize;
+                    Ok(ReplyBody::Data(cut_parts(
+                        parts,
+                        skip,
+                        read.length_bytes as usize,
+                    )))
+                }
+                Err(_) => Err(ReplyError::Io),
+            };
+            self.read_done(read.client, read.tag, body);
+        } else if let Some(merge) = self.merging.remove(&ticket) {
+            self.finish_merge(merge, result);
+            self.finish_batch(now);
+        }
+    }
+
+    fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
+        self.reads_done
+            .push((client, crate::wire::client::Reply { tag, body }));
+    }
+
+    fn read_request(&mut self, now: Instant, client: ClientId, request: Request) {
+        if !self.replica.may_read(now) {
+            if self.reads_waiting.len() >= READS_WAITING_MAX {
+                let leader = None;
+                return self.reply(client, request.tag, Err(ReplyError::NotLeader { leader }));
+            }
+            return self.reads_waiting.push_back((client, request));
+        }
+        match request.body {
+            RequestBody::Read {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                self.read(client, request.tag, volume, offset_bytes, length_bytes);
+            }
+            RequestBody::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                let body = self.extents(volume, offset_bytes, length_bytes);
+                self.read_done(client, request.tag, body);
+            }
+            RequestBody::ListVolumes => {
+                let body = Ok(ReplyBody::Volumes(self.volume_list()));
+                self.read_done(client, request.tag, body);
+            }
+            _ => self.reply(client, request.tag, Err(ReplyError::Invalid)),
+        }
+    }
+
+    pub(super) fn retry_waiting_reads(&mut self, now: Instant) {
+        if !self.reads_waiting.is_empty() && self.replica.may_read(now) {
+            for (client, request) in std::mem::take(&mut self.reads_waiting) {
+                self.read_request(now, client, request);
+            }
+        }
+    }
+
+    fn read(
+        &mut self,
+        client: ClientId,
+        tag: u64,
+        volume: VolumeId,
+        offset_bytes: u64,
+        length_bytes: u32,
+    ) {
+        let span = Span {
+            volume,
+            offset_bytes,
+            length_bytes: u64::from(length_bytes),
+        };
+        let volume = match self.check_span(&span) {
+            Ok(volume) => volume,
+            Err(error) => return self.read_done(client, tag, Err(error)),
+        };
+        let range = span.blocks();
+        let body = match self.chunks.read(&volume, range.first, range.blocks, true) {
+            Ok(parts) if span.is_aligned() => Ok(ReplyBody::Data(parts)),
+            Ok(parts) => {
+                let skip = (offset_bytes % BLOCK) as usize;
+                Ok(ReplyBody::Data(cut_parts(
+                    parts,
+                    skip,
+                    length_bytes as usize,
+                )))
+            }
+            Err(ReadError::WouldBlock) => {
+                let ticket = self.next_ticket();
+                let read = PendingRead {
+                    client,
+                    tag,
+                    offset_bytes,
+                    length_bytes,
+                };
+                self.slow_reads.insert(ticket, read);
+                return self.start_read(ticket, volume, range);
+            }
+            Err(_) => Err(ReplyError::Io),
+        };
+        self.read_done(client, tag, body);
+    }
+
+    fn next_ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket
+    }
+
+    fn start_read(&mut self, ticket: u64, volume: Arc<Volume>, range: BlockRange) {
+        let read = BlockRead {
+            ticket,
+            volume,
+            first_block: range.first,
+            blocks: range.blocks,
+        };
+        self.actions.push_back(Action::Read(read));
+    }
+
+    /// The volume, if the range lies within it and is not too long.
+    fn check_span(&self, span: &Span) -> Result<Arc<Volume>, ReplyError> {
+        let refuse = |refusal| Err(ReplyError::Refused(refusal));
+        let Some(volume) = self.volumes.get(&span.volume) else {
+            return refuse(Refusal::NoSuchVolume);
+        };
+        match span.offset_bytes.checked_add(span.length_bytes) {
+            Some(end) if end <= volume.size_bytes => {}
+            _ => return refuse(Refusal::OutOfRange),
+        }
+        if span.length_bytes > REQUEST_BYTES_MAX as u64 || span.length_bytes == 0 {
+            return Err(ReplyError::Invalid);
+        }
+        Ok(Arc::clone(volume))
+    }
+
+    fn extents(
+        &self,
+        volume: VolumeId,
+        offset_bytes: u64,
+        length_bytes: u64,
+    ) -> Result<ReplyBody, ReplyError> {
+        let span = Span {
+            volume,
+            offset_bytes,
+            length_bytes: length_bytes.min(1),
+        };
+        let volume = self.check_span(&span)?;
+        if offset_bytes
+            .checked_add(length_bytes)
+            .is_none_or(|end| end > volume.size_bytes)
+        {
+            return Err(ReplyError::Refused(Refusal::OutOfRange));
+        }
+        let range = Span {
+            length_bytes,
+            ..span
+        }
+        .blocks();
+        let extents = self
+            .chunks
+            .extents(&volume, range.first, range.blocks, EXTENTS_MAX);
+        let mut extents = extents.map_err(|_| ReplyError::Io)?;
+        // From whole blocks to the bytes that were asked about.
+        if let Some(first) = extents.first_mut() {
+            first.length_bytes -= offset_bytes % BLOCK;
+        }
+        let total: u64 = extents.iter().map(|extent| extent.length_bytes).sum();
+        if let Some(last) = extents.last_mut() {
+            last.length_bytes -= total.saturating_sub(length_bytes);
+        }
+        Ok(ReplyBody::Extents(extents))
+    }
+
+    fn volume_list(&self) -> Vec<VolumeStatus> {
+        let sessions: Vec<_> = self.state.sessions().collect();
+        let status = |volume: &Volume| VolumeStatus {
+            volume: volume.clone(),
+            allocated_bytes: self.chunks.allocated_bytes(volume.id),
+            attached_by: sessions
+                .iter()
+                .filter(|session| session.volumes.contains(&volume.id))
+                .map(|session| session.name.clone())
+                .collect(),
+        };
+        self.state.volumes().map(status).collect()
+    }
+
+    /// Everything that goes through the log.
+    fn change_request(&mut self, client: ClientId, request: Request) {
+        let key = match &request.body {
+            RequestBody::OpenSession { nonce, .. } => (SessionId(0), RequestNumber(*nonce)),
+            // Ends as a command of the servers, under a number that no nonce is likely to have.
+            RequestBody::EndSession => (SessionId(0), RequestNumber(request.session.0 | 1 << 63)),
+            _ => (request.session, request.number),
+        };
+        // Repeated by a client that lost its connection: the answer goes to the new one.
+        if let Some(waiting) = self.waiting.get_mut(&key) {
+            waiting.client = client;
+            waiting.tag = request.tag;
+            return;
+        }
+        if self.readdress(client, &request) {
+            return;
+        }
+        if let Some(answer) = self.state.remembered(key.0, key.1) {
+            let waiting = Waiting {
+                client,
+                tag: request.tag,
+                range: None,
+            };
+            self.waiting.insert(key, waiting);
+            return self.answer_command(key, answer);
+        }
+        match self.check_change(&request) {
+            Err(error) => self.reply(client, request.tag, Err(error)),
+            Ok(None) => self.propose_control(client, key, request),
+            Ok(Some((span, merges))) => {
+                let range = span.blocks();
+                if merges || self.held.touches(range) {
+                    if merges {
+                        self.held.add(range);
+                    }
+                    self.deferred.push_back(Deferred {
+                        client,
+                        request,
+                        range,
+                        merges,
+                    });
+                } else {
+                    self.propose_write(client, request, range, None);
+                }
+            }
+        }
+    }
+
+    /// If the request waits for its blocks already, its answer goes to where it was repeated from. Twice in
+    /// line, a compare-and-write would find its own work and say that it differs.
+    fn readdress(&mut self, client: ClientId, request: &Request) -> bool {
+        let same = |it: &Request| it.session == request.session && it.number == request.number;
+        let deferred = self
+            .deferred
+            .iter_mut()
+            .map(|it| (&mut it.client, &mut it.request));
+        let merging = self
+            .merging
+            .values_mut()
+            .map(|it| (&mut it.client, &mut it.request));
+        match deferred.chain(merging).find(|(_, waiting)| same(waiting)) {
+            Some((to, waiting)) => {
+                *to = client;
+                waiting.tag = request.tag;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Checks what can be checked before the log; says which blocks are touched, and whether they have to
+    /// be read first.
+    fn check_change(&self, request: &Request) -> Result<Option<(Span, bool)>, ReplyError> {
+        let named = request.session != SessionId(0) && request.number != RequestNumber(0);
+        let (span, merges) = match &request.body {
+            RequestBody::OpenSession { .. } => return Ok(None),
+            RequestBody::EndSession if request.session != SessionId(0) => return Ok(None),
+            _ if !named => return Err(ReplyError::Invalid),
+            RequestBody::Write {
+                volume,
+                offset_bytes,
+                checksums,
+                data,
+            } => {
+                let length_bytes = data.len() as u64;
+                let span = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes,
+                };
+                self.check_span(&span)?;
+                let intact = if span.is_aligned() {
+                    *checksums == block_checksums(*volume, offset_bytes / BLOCK, data)
+                } else {
+                    *checksums == [crc32c::crc32c(data)]
+                };
+                if !intact {
+                    return Err(ReplyError::Invalid);
+                }
+                let merges = !span.is_aligned();
+                (span, merges)
+            }
+            RequestBody::CompareAndWrite {
+                volume,
+                offset_bytes,
+                checksum,
+                data,
+            } => {
+                let length_bytes = data.len() as u64 / 2;
+                let span = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes,
+                };
+                self.check_span(&span)?;
+                if data.len() % 2 != 0 || *checksum != crc32c::crc32c(data) {
+                    return Err(ReplyError::Invalid);
+                }
+                (span, true)
+            }
+            RequestBody::Zero {
+                volume,
+                offset_bytes,
+                length_bytes,
+                allocate,
+                ..
+            } => {
+                let known = Span {
+                    volume: *volume,
+                    offset_bytes: *offset_bytes,
+                    length_bytes: 1,
+                };
+                let size = self.check_span(&known)?.size_bytes;
+                let span = Span {
+                    length_bytes: *length_bytes,
+                    ..known
+                };
+                if offset_bytes
+                    .checked_add(*length_bytes)
+                    .is_none_or(|end| end > size)
+                {
+                    return Err(ReplyError::Refused(Refusal::OutOfRange));
+                }
+                if *allocate && *length_bytes > REQUEST_BYTES_MAX as u64 || *length_bytes == 0 {
+                    return Err(ReplyError::Invalid);
+                }
+                (span, false)
+            }
+            _ => return Ok(None),
+        };
+        let needs_space = !matches!(
+            request.body,
+            RequestBody::Zero {
+                allocate: false,
+                ..
+            }
+        );
+        if needs_space && self.replica.free_bytes_of_majority() == 0 {
+            return Err(ReplyError::NoSpace);
+        }
+        Ok(Some((span, merges)))
+    }
+
+    /// Proposes a request that touches no blocks by itself.
+    fn propose_control(&mut self, client: ClientId, key: CommandKey, request: Request) {
+        let op = match request.body {
+            RequestBody::OpenSession { nonce, name } => Op::OpenSession { nonce, name },
+            RequestBody::EndSession => Op::EndSessions {
+                sessions: vec![request.session],
+            },
+            RequestBody::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            } => Op::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid,
+            },
+            RequestBody::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            } => Op::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            },
+            RequestBody::DeleteVolume { volume } => Op::DeleteVolume { volume },
+            RequestBody::Attach { volume } => Op::Attach { volume },
+            RequestBody::Detach { volume } => Op::Detach { volume },
+            _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
+        };
+        let command = Command {
+            session: key.0,
+            number: key.1,
+            settled_below: request.settled_below,
+            op,
+        };
+        self.propose(client, request.tag, key, command, None);
+    }
+
+    /// Proposes a write of whole blocks; `merged` is what was made of a part of blocks.
+    fn propose_write(
+        &mut self,
+        client: ClientId,
+        request: Request,
+        range: BlockRange,
+        merged: Option<Bytes>,
+    ) {
+        let op = match (request.body, merged) {
+            (_, Some(payload)) => Op::Write {
+                volume: range.volume,
+                first_block: range.first,
+                checksums: block_checksums(range.volume, range.first, &payload),
+                payload,
+            },
+            (
+                RequestBody::Write {
+                    checksums, data, ..
+                },
+                None,
+            ) => Op::Write {
+                volume: range.volume,
+                first_block: range.first,
+                checksums,
+                payload: data,
+            },
+            (
+                RequestBody::Zero {
+                    volume,
+                    offset_bytes,
+                    length_bytes,
+                    allocate,
+                    ..
+                },
+                None,
+            ) => {
+                // Whole blocks only: clients write the rest as zeros.
+                let first = offset_bytes.div_ceil(BLOCK);
+                let end = self.zero_end(volume, offset_bytes + length_bytes);
+                if end <= first {
+                    return self.reply(client, request.tag, Ok(ReplyBody::Done));
+                }
+                Op::Zero {
+                    volume,
+                    first_block: first,
+                    blocks: end - first,
+                    allocate,
+                }
+            }
+            _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
+        };
+        let command = Command {
+            session: request.session,
+            number: request.number,
+            settled_below: request.settled_below,
+            op,
+        };
+        let key = (command.session, command.number);
+        self.propose(client, request.tag, key, command, Some(range));
+    }
+
+    /// Block behind the last one that a zeroed range covers wholly; the volume's last block may be short.
+    fn zero_end(&self, volume: VolumeId, end_bytes: u64) -> u64 {
+        match self.volumes.get(&volume) {
+            Some(volume) if volume.size_bytes == end_bytes => volume.blocks(),
+            _ => end_bytes / BLOCK,
+        }
+    }
+
+    fn propose(
+        &mut self,
+        client: ClientId,
+        tag: u64,
+        key: CommandKey,
+        command: Command,
+        range: Option<BlockRange>,
+    ) {
+        match self.replica.propose(vec![command]) {
+            Ok(()) => {
+                if let Some(range) = range {
+                    self.in_flight.add(range);
+                }
+                self.waiting.insert(key, Waiting { client, tag, range });
+            }
+            Err(_) => self.reply(client, tag, Err(ReplyError::NotLeader { leader: None })),
+        }
+    }
+
+    /// Starts deferred requests that may run now. Returns whether something was proposed.
+    pub(super) fn pump_deferred(&mut self, now: Instant) -> bool {
+        if self.deferred.is_empty() {
+            return false;
+        }
+        let mut before = super::Counts::new();
+        let mut proposed = false;
+        for deferred in std::mem::take(&mut self.deferred) {
+            let range = deferred.range;
+            let busy = before.touches(range)
+                || self.in_flight.touches(range) && deferred.merges
+                || self
+                    .merging
+                    .values()
+                    .any(|merge| overlap(merge.range, range));
+            if busy {
+                before.add(range);
+                self.deferred.push_back(deferred);
+            } else if deferred.merges {
+                proposed |= self.start_merge(deferred);
+                before.add(range);
+            } else {
+                self.propose_write(deferred.client, deferred.request, range, None);
+                proposed = true;
+            }
+        }
+        if proposed {
+            self.replica.flush(now);
+        }
+        proposed
+    }
+
+    fn start_merge(&mut self, deferred: Deferred) -> bool {
+        let Deferred {
+            client,
+            request,
+            range,
+            ..
+        } = deferred;
+        let merge = Merge {
+            client,
+            request,
+            range,
+        };
+        let Some(volume) = self.volumes.get(&range.volume).map(Arc::clone) else {
+            self.held.remove(range);
+            let gone = ReplyError::Refused(Refusal::NoSuchVolume);
+            self.reply(merge.client, merge.request.tag, Err(gone));
+            return false;
+        };
+        match self.chunks.read(&volume, range.first, range.blocks, true) {
+            Err(ReadError::WouldBlock) => {
+                let ticket = self.next_ticket();
+                self.merging.insert(ticket, merge);
+                self.start_read(ticket, volume, range);
+                false
+            }
+            result => {
+                self.finish_merge(merge, result);
+                true
+            }
+        }
+    }
+
+    /// The blocks that a request changes in part have been read; no other write of them is under way.
+    fn finish_merge(&mut self, merge: Merge, result: Result<Vec<ReadPart>, ReadError>) {
+        let Merge {
+            client,
+            request,
+            range,
+        } = merge;
+        self.held.remove(range);
+        let Ok(parts) = result else {
+            return self.reply(client, request.tag, Err(ReplyError::Io));
+        };
+        let mut blocks = join_parts(&parts, (range.blocks * BLOCK) as usize);
+        let (offset_bytes, expected, data) = match &request.body {
+            RequestBody::Write {
+                offset_bytes, data, ..
+            } => (*offset_bytes, None, data.clone()),
+            RequestBody::CompareAndWrite {
+                offset_bytes, data, ..
+            } => {
+                let mut expected = data.clone();
+                let write = expected.split_off(data.len() / 2);
+                (*offset_bytes, Some(expected), write)
+            }
+            _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
+        };
+        let skip = (offset_bytes % BLOCK) as usize;
+        let target = &mut blocks[skip..skip + data.len()];
+        if let Some(expected) = expected
+            && let Some(at) = target
+                .iter()
+                .zip(&expected)
+                .position(|(have, want)| have != want)
+        {
+            let differs = Err(ReplyError::Miscompare(at as u64));
+            return self.read_done(client, request.tag, differs);
+        }
+        target.copy_from_slice(&data);
+        self.propose_write(client, request, range, Some(blocks.freeze()));
+    }
+
+    /// We do not lead any more: everyone who waits must ask the next leader.
+    pub(super) fn send_everyone_away(&mut self) {
+        let mut away: Vec<(ClientId, u64)> = Vec::new();
+        away.extend(
+            self.waiting
+                .drain()
+                .map(|(_, waiting)| (waiting.client, waiting.tag)),
+        );
+        away.extend(
+            self.deferred
+                .drain(..)
+                .map(|it| (it.client, it.request.tag)),
+        );
+        away.extend(
+            self.merging
+                .drain()
+                .map(|(_, it)| (it.client, it.request.tag)),
+        );
+        away.extend(self.slow_reads.drain().map(|(_, it)| (it.client, it.tag)));
+        away.extend(
+            self.reads_waiting
+                .drain(..)
+                .map(|(client, it)| (client, it.tag)),
+        );
+        away.extend(
+            self.reads_done
+                .drain(..)
+                .map(|(client, it)| (client, it.tag)),
+        );
+        // In a fixed order, so that simulations repeat.
+        away.sort_unstable();
+        self.in_flight.clear();
+        self.held.clear();
+        let leader = self.replica.leader().filter(|it| *it != self.replica.id());
+        for (client, tag) in away {
+            self.reply(client, tag, Err(ReplyError::NotLeader { leader }));
+        }
+    }
+
+    /// Fences the sessions that were not heard of for too long.
+    pub(super) fn expire_sessions(&mut self, now: Instant) {
+        if !self.serves() {
+            return;
+        }
+        let mut sessions: Vec<SessionId> = Vec::new();
+        for session in self.state.sessions() {
+            let heard = *self.heard.entry(session.id).or_insert(now);
+            if now.since(heard) > self.config.session_lease {
+                sessions.push(session.id);
+            }
+        }
+        let state = &self.state;
+        self.heard.retain(|session, _| state.has_session(*session));
+        if sessions.is_empty() {
+            return;
+        }
+        for session in &sessions {
+            // Not again before this has had its time.
+            self.heard.insert(*session, now);
+        }
+        let end = Command::internal(Op::EndSessions { sessions });
+        if self.replica.propose(vec![end]).is_ok() {
+            self.replica.flush(now);
+        }
+    }
+
+    /// Where this server stands, without what only the shell knows (cell, uptime, clients).
+    pub fn status(&self, now: Instant) -> ServerStatus {
+        let replica = &self.replica;
+        let role = match replica.role() {
+            RoleKind::Leader { serving: true } => "leader",
+            RoleKind::Leader { serving: false } | RoleKind::Candidate => "candidate",
+            RoleKind::Follower => "follower",
+            RoleKind::Learner => "learner",
+        };
+        let peer = |(server, view): (ServerId, crate::paxos::PeerView)| PeerStatus {
+            server,
+            alive: view
+                .heard
+                .is_some_and(|at| now.since(at).as_millis() < 3000),
+            applied: view.progress.applied.0,
+            durable: replica.durable_at(server).unwrap_or_default().0,
+            copying: view.progress.installing,
+            silent_ms: view.heard.map(|at| now.since(at).as_millis() as u64),
+        };
+        ServerStatus {
+            cell: String::new(),
+            server: replica.id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: 0,
+            uptime_s: 0,
+            role: role.to_owned(),
+            leader: replica.leader(),
+            ballot: replica.promised(),
+            chosen: replica.chosen().0,
+            applied: self.state.applied().0,
+            last: replica.last().slot.0,
+            log_first: replica.log_first().0,
+            copying: self.copying(),
+            free_bytes: 0,
+            total_bytes: 0,
+            bad_blocks: self.chunks.bad_blocks(),
+            clients: 0,
+            peers: replica.peers().map(peer).collect(),
+        }
+    }
+}
+
+fn overlap(a: BlockRange, b: BlockRange) -> bool {
+    a.volume == b.volume && a.first < b.first + b.blocks && b.first < a.first + a.blocks
+}
+
+/// Takes `length` bytes from `skip` of consecutive parts.
+fn cut_parts(parts: Vec<ReadPart>, mut skip: usize, mut length: usize) -> Vec<ReadPart> {
+    let mut out = Vec::with_capacity(parts.len());
+    for part in parts {
+        let have = match &part {
+            ReadPart::Data(data) => data.len(),
+            ReadPart::Hole(length) => *length as usize,
+        };
+        let from = skip.min(have);
+        let take = (have - from).min(length);
+        skip -= from;
+        length -= take;
+        if take > 0 {
+            out.push(match part {
+                ReadPart::Data(data) => ReadPart::Data(data.slice(from..from + take)),
+                ReadPart::Hole(_) => ReadPart::Hole(take as u32),
+            });
+        }
+    }
+    out
+}
+
+fn join_parts(parts: &[ReadPart], bytes: usize) -> BytesMut {
+    let mut out = BytesMut::with_capacity(bytes);
+    for part in parts {
+        match part {
+            ReadPart::Data(data) => out.extend_from_slice(data),
+            ReadPart::Hole(length) => out.resize(out.len() + *length as usize, 0),
+        }
+    }
+    out.resize(bytes, 0);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_cut_to_the_bytes() {
+        let parts = vec![
+            ReadPart::Hole(4096),
+            ReadPart::Data(Bytes::from(vec![7; 4096])),
+        ];
+        let cut = cut_parts(parts, 4000, 200);
+        assert_eq!(
+            cut,
+            [
+                ReadPart::Hole(96),
+                ReadPart::Data(Bytes::from(vec![7; 104]))
+            ]
+        );
+    }
+
+    #[test]
+    fn joined_parts_fill_the_range() {
+        let parts = [ReadPart::Hole(2), ReadPart::Data(Bytes::from_static(b"ab"))];
+        assert_eq!(&join_parts(&parts, 4)[..], b"\0\0ab");
+    }
+}

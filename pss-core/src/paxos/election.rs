@@ -1,0 +1,369 @@
+//! Becoming leader: asking whether it could work, phase 1, taking over the tail.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::entry::Entry;
+use crate::paxos::message::Message;
+use crate::paxos::{Bug, Replica, Role};
+use crate::time::Instant;
+use crate::types::{Ballot, EntryId, ServerId, Slot};
+
+/// How often a candidate whose log is behind lets others go first.
+const POLITE_ROUNDS: u32 = 3;
+
+/// A server that tries to become leader.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub(super) struct Candidate {
+    /// The ballot it uses, or would use.
+    pub(super) ballot: Ballot,
+    /// A former leader's ballot that was given up for this candidate.
+    released: Option<Ballot>,
+    /// Rounds in which it let a server with a longer log go first.
+    polite_rounds: u32,
+    stage: Stage,
+}
+
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+enum Stage {
+    /// Asks whether it could win. No ballot is used up yet.
+    PreCheck { granted: BTreeSet<ServerId> },
+    /// Waits for its own promise to become durable, then for those of a majority.
+    Prepare {
+        promises: BTreeMap<ServerId, Promised>,
+    },
+    /// Has a majority and fetches the tail of the best log among it.
+    Adopt {
+        from: ServerId,
+        target: EntryId,
+        promises: BTreeMap<ServerId, Promised>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub(super) struct Promised {
+    pub(super) last: EntryId,
+    pub(super) have: EntryId,
+    pub(super) chosen: Slot,
+}
+
+impl Replica {
+    /// Whether this server could lead at all: a core server with complete data and an undamaged log.
+    pub(super) fn may_lead(&self) -> bool {
+        self.is_core() && !self.installing && self.claimed <= self.tail.last()
+    }
+
+    pub(super) fn election_timeout(&mut self, now: Instant) {
+        if now < self.election_at {
+            return;
+        }
+        let polite_rounds = match &self.role {
+            Role::Candidate(candidate) => candidate.polite_rounds,
+            _ => 0,
+        };
+        if self.promised_durable != self.promised {
+            // A slow disk: another ballot would only make it wait longer.
+            self.election_at = now + self.config.tuning.lease + self.jitter();
+            return;
+        }
+        if !self.may_lead() {
+            self.leader = None;
+            self.election_at = now + self.config.tuning.lease + self.jitter();
+            return;
+        }
+        self.start_pre_check(now, polite_rounds);
+    }
+
+    fn start_pre_check(&mut self, now: Instant, polite_rounds: u32) {
+        // Nothing may be promised yet? Then others would refuse as well.
+        if !self.may_promise(now, None) {
+            self.election_at = now + self.config.tuning.heartbeat + self.jitter();
+            return;
+        }
+        self.leader = None;
+        let ballot = self.next_ballot();
+        self.role = Role::Candidate(Candidate {
+            ballot,
+            released: None,
+            polite_rounds,
+            stage: Stage::PreCheck {
+                granted: BTreeSet::new(),
+            },
+        });
+        self.election_at = now + self.retry_delay();
+        let last = self.claimed_last();
+        for server in self.other_core() {
+            self.send(server, Message::PreCheck { ballot, last });
+        }
+        if self.majority() == 1 {
+            self.start_prepare(now, None);
+        }
+    }
+
+    fn next_ballot(&self) -> Ballot {
+        let number = self.highest_number.max(self.promised.number) + 1;
+        Ballot {
+            number,
+            server: self.config.id,
+        }
+    }
+
+    fn retry_delay(&mut self) -> std::time::Duration {
+        self.config.tuning.heartbeat * 2 + self.jitter()
+    }
+
+    pub(super) fn on_pre_check_answer(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        granted: bool,
+        promised: Ballot,
+        last: EntryId,
+    ) {
+        self.highest_number = self.highest_number.max(promised.number);
+        let own_last = self.claimed_last();
+        let majority = self.majority();
+        let core = self.config.members.core.contains(&from);
+        let Role::Candidate(candidate) = &mut self.role else {
+            return;
+        };
+        let Stage::PreCheck { granted: grants } = &mut candidate.stage else {
+            return;
+        };
+        if candidate.ballot != ballot || !granted || !core {
+            return;
+        }
+        grants.insert(from);
+        if last > own_last && candidate.polite_rounds < POLITE_ROUNDS {
+            // Its log is better, so that it would lead sooner: let it go first.
+            candidate.polite_rounds += 1;
+            candidate.stage = Stage::PreCheck {
+                granted: BTreeSet::new(),
+            };
+            candidate.ballot.number = 0;
+            self.election_at = now + self.retry_delay();
+            return;
+        }
+        if grants.len() + 1 >= majority {
+            self.start_prepare(now, None);
+        }
+    }
+
+    /// Phase 1a. The candidate's own promise becomes durable first, so that the ballot is never used
+    /// twice.
+    fn start_prepare(&mut self, now: Instant, released: Option<Ballot>) {
+        let ballot = self.next_ballot();
+        self.role = Role::Candidate(Candidate {
+            ballot,
+            released,
+            polite_rounds: 0,
+            stage: Stage::Prepare {
+                promises: BTreeMap::new(),
+            },
+        });
+        self.promise(ballot);
+        self.election_at = now + self.config.tuning.lease + self.jitter();
+    }
+
+    pub(super) fn own_promise_is_durable(&mut self, now: Instant) {
+        let own = Promised {
+            last: self.claimed_last(),
+            have: self.tail.last(),
+            chosen: self.chosen,
+        };
+        let me = self.config.id;
+        let Role::Candidate(candidate) = &mut self.role else {
+            return;
+        };
+        let Stage::Prepare { promises } = &mut candidate.stage else {
+            return;
+        };
+        if candidate.ballot != self.promised {
+            return;
+        }
+        promises.insert(me, own);
+        let prepare = Message::Prepare {
+            ballot: candidate.ballot,
+            released: candidate.released,
+        };
+        for server in self.other_core() {
+            self.send(server, prepare.clone());
+        }
+        // The others' disks need their time too.
+        self.election_at = now + self.config.tuning.lease + self.jitter();
+        self.count_promises(now);
+    }
+
+    pub(super) fn on_promise(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        last: EntryId,
+        have: EntryId,
+        chosen: Slot,
+    ) {
+        let core = self.config.members.core.contains(&from);
+        let me = self.config.id;
+        let Role::Candidate(candidate) = &mut self.role else {
+            return;
+        };
+        if candidate.ballot != ballot || !core {
+            return;
+        }
+        match &mut candidate.stage {
+            // Our own promise comes first: before it is durable nobody was asked.
+            Stage::Prepare { promises } if promises.contains_key(&me) => {
+                promises.insert(from, Promised { last, have, chosen });
+                self.count_promises(now);
+            }
+            _ => {}
+        }
+    }
+
+    fn count_promises(&mut self, now: Instant) {
+        let majority = self.majority();
+        let Role::Candidate(candidate) = &mut self.role else {
+            return;
+        };
+        let Stage::Prepare { promises } = &mut candidate.stage else {
+            return;
+        };
+        if promises.len() < majority {
+            return;
+        }
+        let best = promises.values().map(|promised| promised.last).max();
+        let best = best.expect("a majority is not empty");
+        if self.tail.last() >= best || self.bug == Some(Bug::SkipTail) {
+            let promises = std::mem::take(promises);
+            return self.become_leader(now, &promises);
+        }
+        // A server that claims more than it can read cannot give the tail: wait for one that can.
+        let source = promises.iter().find(|(_, promised)| promised.have >= best);
+        let Some((&from, _)) = source else { return };
+        let promises = std::mem::take(promises);
+        candidate.stage = Stage::Adopt {
+            from,
+            target: best,
+            promises,
+        };
+        self.fetch_tail();
+    }
+
+    fn fetch_tail(&mut self) {
+        self.fetch_tail_after(self.equal_to_leader());
+    }
+
+    fn fetch_tail_after(&mut self, after: Slot) {
+        let Role::Candidate(candidate) = &self.role else {
+            return;
+        };
+        let Stage::Adopt { from, .. } = candidate.stage else {
+            return;
+        };
+        let ballot = candidate.ballot;
+        self.send(from, Message::FetchTail { ballot, after });
+    }
+
+    /// The log that was to be taken over begins only with `first`.
+    pub(super) fn tail_is_gone(&mut self, now: Instant, from: ServerId, first: Slot) {
+        let before = Slot(first.0.saturating_sub(1));
+        let adopts = |candidate: &Candidate| match candidate.stage {
+            Stage::Adopt { from: source, .. } => source == from,
+            _ => false,
+        };
+        if !matches!(&self.role, Role::Candidate(candidate) if adopts(candidate)) {
+            return;
+        }
+        if before > self.equal_to_leader() && before <= self.tail.last().slot {
+            // If the logs are equal just before `first`, they are equal up to there.
+            return self.fetch_tail_after(before);
+        }
+        // Too far behind to lead.
+        self.step_down(now);
+        self.election_at = now + self.config.tuning.lease * 3;
+    }
+
+    pub(super) fn on_fetch_tail(&mut self, from: ServerId, ballot: Ballot, after: Slot) {
+        if ballot != self.promised || ballot.server != from {
+            return;
+        }
+        let last = self.tail.last();
+        let bytes_max = self.config.tuning.catch_up_bytes;
+        if let Some((prev, entries)) = self.tail.read(after, last.slot, bytes_max) {
+            self.send(
+                from,
+                Message::Tail {
+                    ballot,
+                    prev,
+                    entries,
+                    last,
+                },
+            );
+        } else {
+            self.read_log(from, after, Some(ballot));
+        }
+    }
+
+    pub(super) fn on_tail(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        prev: EntryId,
+        entries: Vec<Entry>,
+        _last: EntryId,
+    ) {
+        let Role::Candidate(candidate) = &self.role else {
+            return;
+        };
+        let Stage::Adopt {
+            from: source,
+            target,
+            ..
+        } = &candidate.stage
+        else {
+            return;
+        };
+        if candidate.ballot != ballot || *source != from {
+            return;
+        }
+        let target = *target;
+        let Some(end) = self.append_behind(prev, entries, Slot(0)) else {
+            return;
+        };
+        // A doubled answer, or a log that became shorter: asking again at once could go on for ever.
+        if end <= self.matched && end < target.slot {
+            return;
+        }
+        // Up to here our log is equal to the one that we take over.
+        self.matched = self.matched.max(end);
+        self.settle_claim();
+        self.election_at = now + self.config.tuning.lease + self.jitter();
+        if self.matched >= target.slot {
+            if self.tail.id(target.slot) != Some(target) {
+                // It learned what a later ballot chose, and that replaced its tail.
+                return self.step_down(now);
+            }
+            let Role::Candidate(candidate) = &mut self.role else {
+                return;
+            };
+            let Stage::Adopt { promises, .. } = &mut candidate.stage else {
+                return;
+            };
+            let promises = std::mem::take(promises);
+            self.become_leader(now, &promises);
+        } else {
+            self.fetch_tail();
+        }
+    }
+
+    /// The leader gives up for us: phase 1 at once.
+    pub(super) fn on_hand_over(&mut self, now: Instant, ballot: Ballot) {
+        let following = matches!(self.role, Role::Follower);
+        if !following || ballot != self.promised || !self.may_lead() || now < self.quiet_until {
+            return;
+        }
+        self.start_prepare(now, Some(ballot));
+    }
+}

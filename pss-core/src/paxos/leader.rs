@@ -1,0 +1,484 @@
+//! Leading: phase 2 in a pipeline of batches, the lease, handing over.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::entry::{Command, Entry, Op};
+use crate::paxos::election::Promised;
+use crate::paxos::message::{Message, Progress};
+use crate::paxos::output::{Output, Persist, RoleChange};
+use crate::paxos::quorum::reached_by_majority;
+use crate::paxos::{Bug, PendingWrite, Replica, Role, quorum};
+use crate::time::Instant;
+use crate::types::{Ballot, EntryId, ServerId, Slot};
+
+/// Commands that wait for a place in the pipeline at most; the server stops reading from its clients
+/// long before.
+const QUEUE_COMMANDS_MAX: usize = 1 << 16;
+
+/// The leader of a ballot.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub(super) struct Leader {
+    pub(super) ballot: Ballot,
+    /// The first entry of the ballot: nothing counts before a majority has it.
+    pub(super) barrier: Slot,
+    followers: BTreeMap<ServerId, Follower>,
+    queue: VecDeque<Command>,
+    queue_bytes: usize,
+    /// On our clock. The lease is ours before this.
+    lease_until: Instant,
+    pub(super) heartbeat_at: Instant,
+    /// When a majority was last known to follow.
+    followed: Instant,
+    /// The server that shall take over, and until when; no new requests are taken meanwhile.
+    handing_over: Option<(ServerId, Instant)>,
+}
+
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
+struct Follower {
+    /// Next slot to send; none: where its log stands is not known, or it must catch up first.
+    next: Option<Slot>,
+    /// Acknowledged under our ballot.
+    durable: Slot,
+    /// When the heartbeat was sent that it answered last: its lease counts from then.
+    granted: Option<Instant>,
+    /// When entries were last sent.
+    sent: Instant,
+    /// Answers in a row that showed less received than sent.
+    short: u32,
+    /// Where sending was last resumed after a rejection, and when.
+    resumed: Option<(Slot, Instant)>,
+}
+
+impl Replica {
+    /// Proposes commands, in order. They are batched and sent by the time outputs are drained.
+    ///
+    /// # Errors
+    /// Gives the commands back if this server does not lead or its queue is full.
+    pub fn propose(&mut self, commands: Vec<Command>) -> Result<(), Vec<Command>> {
+        let Role::Leader(leader) = &mut self.role else {
+            return Err(commands);
+        };
+        let full = leader.queue.len() + commands.len() > QUEUE_COMMANDS_MAX;
+        if full || !self.announced || leader.handing_over.is_some() {
+            return Err(commands);
+        }
+        leader.queue_bytes += commands.iter().map(Command::payload_bytes).sum::<usize>();
+        leader.queue.extend(commands);
+        Ok(())
+    }
+
+    /// Sends what was proposed. To be called after a batch of [`Replica::propose`].
+    pub fn flush(&mut self, now: Instant) {
+        self.advance(now);
+    }
+
+    /// Commands that were proposed and not yet sent.
+    pub fn queued(&self) -> usize {
+        match &self.role {
+            Role::Leader(leader) => leader.queue.len(),
+            _ => 0,
+        }
+    }
+
+    /// Whether a read that is served from the applied state now is linearizable: this server leads, has
+    /// applied its barrier, and holds the lease. To be asked again after the data were read.
+    pub fn may_read(&self, now: Instant) -> bool {
+        let leads = matches!(self.role, Role::Leader(_)) && self.announced;
+        leads && (self.holds_lease(now) || self.bug == Some(Bug::ReadWithoutLease))
+    }
+
+    /// Gives the leadership to a server that is up to date, if there is one. Returns whether this server
+    /// still leads; ask again until it does not, or give up waiting.
+    pub fn hand_over(&mut self, now: Instant) -> bool {
+        let best = self.best_successor(now);
+        let Role::Leader(leader) = &mut self.role else {
+            return false;
+        };
+        let Some(best) = best else { return true };
+        if leader.handing_over.is_none() {
+            leader.handing_over = Some((best, now + self.config.tuning.lease * 2));
+        }
+        self.advance(now);
+        matches!(self.role, Role::Leader(_))
+    }
+
+    fn best_successor(&self, now: Instant) -> Option<ServerId> {
+        let Role::Leader(leader) = &self.role else {
+            return None;
+        };
+        if let Some((chosen, _)) = leader.handing_over {
+            return Some(chosen);
+        }
+        let ready = leader.followers.iter().filter(|(server, follower)| {
+            let complete = self
+                .peers
+                .get(server)
+                .is_some_and(|peer| !peer.progress.installing);
+            let alive = follower
+                .granted
+                .is_some_and(|at| now.since(at) < self.config.tuning.lease);
+            follower.next.is_some() && complete && alive
+        });
+        ready
+            .max_by_key(|(_, follower)| follower.durable)
+            .map(|(server, _)| *server)
+    }
+
+    pub(super) fn holds_lease(&self, now: Instant) -> bool {
+        matches!(&self.role, Role::Leader(leader) if now < leader.lease_until)
+    }
+
+    pub(super) fn become_leader(&mut self, now: Instant, promises: &BTreeMap<ServerId, Promised>) {
+        let ballot = self.promised;
+        let last = self.tail.last();
+        assert!(
+            ballot > last.ballot,
+            "a new leader's ballot is above its log"
+        );
+        let followers = self.other_core().into_iter().map(|server| {
+            let next = promises
+                .get(&server)
+                .map(|promised| promised.chosen.min(last.slot).next());
+            (
+                server,
+                Follower {
+                    next,
+                    ..Follower::default()
+                },
+            )
+        });
+        let leader = Leader {
+            ballot,
+            barrier: last.slot.next(),
+            followers: followers.collect(),
+            queue: VecDeque::new(),
+            queue_bytes: 0,
+            lease_until: Instant(0),
+            heartbeat_at: now,
+            followed: now,
+            handing_over: None,
+        };
+        self.role = Role::Leader(Box::new(leader));
+        self.leader = Some(self.config.id);
+        self.append_own(vec![Command::internal(Op::Noop)]);
+        self.leader_timeout(now);
+    }
+
+    /// Appends an entry of our own ballot.
+    fn append_own(&mut self, commands: Vec<Command>) {
+        let last = self.tail.last();
+        let entry = Entry {
+            id: EntryId {
+                ballot: self.promised,
+                slot: last.slot.next(),
+            },
+            prev: last.ballot,
+            commands: commands.into(),
+        };
+        self.tail.push(entry.clone());
+        self.claimed = self.claimed.max(entry.id);
+        let last = entry.id.slot;
+        let append = Persist::Append {
+            truncate_after: None,
+            entries: vec![entry],
+            chosen: self.chosen,
+        };
+        self.persist(append, PendingWrite::Append(last));
+    }
+
+    pub(super) fn leader_timeout(&mut self, now: Instant) {
+        let lease = self.config.tuning.lease;
+        let heartbeat = self.config.tuning.heartbeat;
+        let chosen = self.chosen;
+        let last = self.tail.last().slot;
+        let alone = self.majority() == 1;
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        if alone {
+            leader.followed = now;
+            leader.lease_until = now + lease;
+        }
+        if now.since(leader.followed) > lease * 2 {
+            // Nobody would miss us, and requests wait at a leader that works.
+            return self.step_down(now);
+        }
+        if now < leader.heartbeat_at {
+            return;
+        }
+        leader.heartbeat_at = now + heartbeat;
+        let ballot = leader.ballot;
+        for server in self.other_servers() {
+            self.send(
+                server,
+                Message::Heartbeat {
+                    ballot,
+                    sent: now,
+                    chosen,
+                    last,
+                },
+            );
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the fields of one message")]
+    pub(super) fn on_heartbeat_ack(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        sent: Instant,
+        durable: Slot,
+        received: Slot,
+        progress: Progress,
+    ) {
+        let last = self.tail.last().slot;
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let Some(follower) = leader.followers.get_mut(&from) else {
+            return;
+        };
+        if ballot != leader.ballot || sent > now || received > last || durable > received {
+            return;
+        }
+        follower.granted = follower.granted.max(Some(sent));
+        follower.durable = follower.durable.max(durable);
+        match follower.next {
+            None => follower.next = Some(received.max(progress.chosen.min(last)).next()),
+            // The answer was sent after the entries arrived or not: two answers in a row that a
+            // heartbeat behind the last entry brought, and less received than sent, mean a loss.
+            Some(next) if received.next() < next && sent > follower.sent => {
+                follower.short += 1;
+                if follower.short >= 2 {
+                    follower.next = Some(received.next());
+                    follower.short = 0;
+                }
+            }
+            Some(_) => follower.short = 0,
+        }
+        self.renew_lease(now);
+    }
+
+    /// The lease counts from when the heartbeats were sent that a majority, this server included,
+    /// answered; shortened by what clocks may differ in rate.
+    fn renew_lease(&mut self, now: Instant) {
+        let lease = self.config.tuning.lease;
+        let usable = lease - lease * self.config.tuning.drift_per_mille / 1000;
+        let listed = self.config.members.core.len();
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let granted = leader
+            .followers
+            .values()
+            .filter_map(|follower| follower.granted);
+        if let Some(from) = reached_by_majority(listed, granted.chain([now])) {
+            leader.lease_until = leader.lease_until.max(from + usable);
+            leader.followed = leader.followed.max(from);
+        }
+    }
+
+    pub(super) fn on_accepted(
+        &mut self,
+        _now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        durable: Slot,
+    ) {
+        let last = self.tail.last().slot;
+        let any_ballot = self.bug == Some(Bug::CountOldBallots);
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let Some(follower) = leader.followers.get_mut(&from) else {
+            return;
+        };
+        if (ballot == leader.ballot || any_ballot) && durable <= last {
+            follower.durable = follower.durable.max(durable);
+        }
+    }
+
+    pub(super) fn on_accept_rejected(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        ballot: Ballot,
+        resume_after: Slot,
+    ) {
+        let last = self.tail.last().slot;
+        let pause = self.config.tuning.heartbeat / 2;
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let Some(follower) = leader.followers.get_mut(&from) else {
+            return;
+        };
+        if ballot == leader.ballot && resume_after <= last {
+            let next = resume_after.next();
+            // Each entry behind a lost one is rejected; one of the rejections is enough.
+            let again = |(at, when): (Slot, Instant)| at == next && now.since(when) < pause;
+            if follower.next.is_none_or(|old| next < old) && !follower.resumed.is_some_and(again) {
+                follower.next = Some(next);
+                follower.resumed = Some((next, now));
+            }
+        }
+    }
+
+    pub(super) fn leader_advance(&mut self, now: Instant) {
+        self.count_acknowledgements(now);
+        self.announce();
+        self.fill_pipeline();
+        self.send_entries(now);
+        self.finish_hand_over(now);
+    }
+
+    fn count_acknowledgements(&mut self, _now: Instant) {
+        let listed = self.config.members.core.len();
+        let majority = self.majority();
+        let own = self.durable;
+        let skip_barrier = self.bug == Some(Bug::SkipBarrier);
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let durable = leader.followers.values().map(|follower| follower.durable);
+        let mut durable: Vec<Slot> = durable.chain([own]).collect();
+        debug_assert_eq!(durable.len(), listed, "every core server is counted");
+        durable.sort_unstable_by(|a, b| b.cmp(a));
+        let reached = durable[majority - 1];
+        if (reached >= leader.barrier || skip_barrier) && reached > self.chosen {
+            self.learn_chosen(reached);
+        }
+    }
+
+    /// Requests are served once the barrier is applied: then everything that was ever answered is.
+    fn announce(&mut self) {
+        let Role::Leader(leader) = &self.role else {
+            return;
+        };
+        if !self.announced && self.applied >= leader.barrier {
+            self.announced = true;
+            let ballot = leader.ballot;
+            self.outputs
+                .push_back(Output::Role(RoleChange::Leader(ballot)));
+        }
+    }
+
+    /// Makes entries of what waits, while the window has room.
+    fn fill_pipeline(&mut self) {
+        loop {
+            let tuning = &self.config.tuning;
+            let last = self.tail.last().slot;
+            let under_way = last.0 - self.chosen.0;
+            let bytes = self.tail.weight_between(self.chosen, last);
+            let room = under_way < tuning.window_slots && bytes < tuning.window_bytes;
+            let Role::Leader(leader) = &mut self.role else {
+                return;
+            };
+            // Few entries under way: send at once, however little. Many: let an entry fill up.
+            let worth_it =
+                under_way < tuning.eager_slots || leader.queue_bytes >= tuning.entry_bytes;
+            if leader.queue.is_empty() || !room || !worth_it {
+                return;
+            }
+            let mut commands = Vec::with_capacity(leader.queue.len().min(tuning.entry_commands));
+            let mut bytes = 0;
+            while let Some(command) = leader.queue.front() {
+                let more = command.payload_bytes();
+                let full =
+                    bytes + more > tuning.entry_bytes || commands.len() >= tuning.entry_commands;
+                if full && !commands.is_empty() {
+                    break;
+                }
+                bytes += more;
+                commands.extend(leader.queue.pop_front());
+            }
+            leader.queue_bytes -= bytes;
+            self.append_own(commands);
+        }
+    }
+
+    fn send_entries(&mut self, now: Instant) {
+        let last = self.tail.last().slot;
+        let base = self.tail.base().slot;
+        let chosen = self.chosen;
+        let tuning = &self.config.tuning;
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let ballot = leader.ballot;
+        for (server, follower) in &mut leader.followers {
+            while let Some(next) = follower.next {
+                let after = Slot(next.0 - 1);
+                if after < base {
+                    // Not in memory any more: it fetches what is chosen from someone, see catch_up.
+                    follower.next = None;
+                    break;
+                }
+                let unacknowledged = self.tail.weight_between(follower.durable.max(base), after);
+                if next > last || unacknowledged >= tuning.peer_window_bytes {
+                    break;
+                }
+                let read = self.tail.read(after, last, tuning.entry_bytes);
+                let (prev, entries) = read.expect("the slot lies in memory");
+                follower.next = entries.last().map(|entry| entry.id.slot.next());
+                follower.sent = now;
+                follower.short = 0;
+                let message = Message::Accept {
+                    ballot,
+                    prev,
+                    entries,
+                    chosen,
+                };
+                self.outputs.push_back(Output::Send {
+                    to: *server,
+                    message,
+                });
+            }
+        }
+    }
+
+    /// Leaves when the successor has everything.
+    fn finish_hand_over(&mut self, now: Instant) {
+        let last = self.tail.last().slot;
+        let Role::Leader(leader) = &mut self.role else {
+            return;
+        };
+        let Some((successor, until)) = leader.handing_over else {
+            return;
+        };
+        if now >= until {
+            // It has stopped or cannot follow: requests are taken again.
+            leader.handing_over = None;
+            return;
+        }
+        let done = leader.queue.is_empty() && self.chosen == last && self.applied == last;
+        if done
+            && leader
+                .followers
+                .get(&successor)
+                .is_some_and(|it| it.durable == last)
+        {
+            let ballot = leader.ballot;
+            self.step_down(now);
+            self.election_at = now + self.config.tuning.lease * 2 + self.jitter();
+            self.send(successor, Message::HandOver { ballot });
+        }
+    }
+
+    /// What the leader knows of the others, for `status`.
+    pub fn durable_at(&self, server: ServerId) -> Option<Slot> {
+        let Role::Leader(leader) = &self.role else {
+            return None;
+        };
+        leader
+            .followers
+            .get(&server)
+            .map(|follower| follower.durable)
+    }
+
+    /// Whether a majority follows this leader now.
+    pub fn is_followed(&self, now: Instant) -> bool {
+        quorum::majority(self.config.members.core.len()) == 1 || self.holds_lease(now)
+    }
+}

@@ -1,0 +1,130 @@
+//! The end of the log that a replica keeps in memory: everything that is not applied, and some more
+//! for servers that lag a little.
+
+use std::collections::VecDeque;
+
+use crate::entry::Entry;
+use crate::types::{EntryId, Slot};
+
+/// Consecutive entries behind `base`.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub(super) struct Tail {
+    base: EntryId,
+    /// Weight of everything up to and including `base`, on an arbitrary scale.
+    base_weight: u64,
+    /// Entries with the weight of everything up to and including them.
+    entries: VecDeque<(Entry, u64)>,
+}
+
+impl Tail {
+    pub(super) fn new(base: EntryId) -> Tail {
+        Tail {
+            base,
+            base_weight: 0,
+            entries: VecDeque::new(),
+        }
+    }
+
+    /// Id of the entry before the first one.
+    pub(super) fn base(&self) -> EntryId {
+        self.base
+    }
+
+    /// Id of the last entry, or `base`.
+    pub(super) fn last(&self) -> EntryId {
+        self.entries.back().map_or(self.base, |(entry, _)| entry.id)
+    }
+
+    /// Id of the entry in `slot`, if it is here or `base`.
+    pub(super) fn id(&self, slot: Slot) -> Option<EntryId> {
+        if slot == self.base.slot {
+            return Some(self.base);
+        }
+        self.get(slot).map(|entry| entry.id)
+    }
+
+    pub(super) fn get(&self, slot: Slot) -> Option<&Entry> {
+        let index = slot.0.checked_sub(self.base.slot.0 + 1)?;
+        self.entries.get(index as usize).map(|(entry, _)| entry)
+    }
+
+    pub(super) fn push(&mut self, entry: Entry) {
+        let last = self.last();
+        assert_eq!(entry.id.slot, last.slot.next(), "the log has no gaps");
+        assert_eq!(
+            entry.prev, last.ballot,
+            "an entry follows the one it was proposed behind"
+        );
+        assert!(
+            entry.id.ballot >= last.ballot,
+            "ballots only rise along the log"
+        );
+        let weight = self.weight_through(last.slot) + entry.weight_bytes() as u64;
+        self.entries.push_back((entry, weight));
+    }
+
+    /// Removes everything behind `slot`.
+    pub(super) fn truncate_after(&mut self, slot: Slot) {
+        assert!(slot >= self.base.slot, "what left memory is chosen");
+        self.entries.truncate((slot.0 - self.base.slot.0) as usize);
+    }
+
+    /// Weight of the entries behind `after` up to `through`, bytes.
+    pub(super) fn weight_between(&self, after: Slot, through: Slot) -> u64 {
+        self.weight_through(through)
+            .saturating_sub(self.weight_through(after))
+    }
+
+    /// Weight of all entries here, bytes.
+    pub(super) fn weight(&self) -> u64 {
+        self.weight_through(self.last().slot) - self.base_weight
+    }
+
+    fn weight_through(&self, slot: Slot) -> u64 {
+        match slot.0.checked_sub(self.base.slot.0 + 1) {
+            None => self.base_weight,
+            Some(index) => match self.entries.get(index as usize) {
+                Some((_, weight)) => *weight,
+                None => self
+                    .entries
+                    .back()
+                    .map_or(self.base_weight, |(_, weight)| *weight),
+            },
+        }
+    }
+
+    /// Entries behind `after` up to `until`, at least one if there is one, then as many as fit into
+    /// `bytes_max`. `None` if `after` lies before what is here.
+    pub(super) fn read(
+        &self,
+        after: Slot,
+        until: Slot,
+        bytes_max: usize,
+    ) -> Option<(EntryId, Vec<Entry>)> {
+        let prev = self.id(after)?;
+        let first = (after.0 - self.base.slot.0) as usize;
+        let mut bytes = 0;
+        let mut entries = Vec::new();
+        for (entry, _) in self.entries.range(first..) {
+            bytes += entry.weight_bytes();
+            if entry.id.slot > until || (bytes > bytes_max && !entries.is_empty()) {
+                break;
+            }
+            entries.push(entry.clone());
+        }
+        Some((prev, entries))
+    }
+
+    /// Forgets the first entry. Only for entries that are applied.
+    pub(super) fn pop_front(&mut self) {
+        if let Some((entry, weight)) = self.entries.pop_front() {
+            self.base = entry.id;
+            self.base_weight = weight;
+        }
+    }
+
+    /// Slot of the first entry, if there is one.
+    pub(super) fn first(&self) -> Option<Slot> {
+        self.entries.front().map(|(entry, _)| entry.id.slot)
+    }
+}

@@ -1,0 +1,1068 @@
+//! Scripts: given this state, when this comes in, then exactly these outputs.
+//!
+//! Server 0 is under test, of the core servers 0, 1 and 2 and learner 5 unless a test says otherwise.
+//! Outputs are compared as text. A log is written as the ballots of its entries: `log([1.0, 1.0, 3.2])`
+//! stands for entries 1 and 2 of ballot (1, server 0) and entry 3 of ballot (3, server 2).
+
+use super::*;
+use crate::entry::{Command, Op};
+use crate::paxos::output::RoleChange;
+use crate::types::{RequestNumber, SessionId, VolumeId};
+
+/// `1.2` is ballot (1, server 2).
+fn ballot(text: f64) -> Ballot {
+    let tenths = (text * 10.0).round() as u64;
+    Ballot {
+        number: tenths / 10,
+        server: ServerId((tenths % 10) as u8),
+    }
+}
+
+fn id(slot: u64, of: f64) -> EntryId {
+    EntryId {
+        ballot: ballot(of),
+        slot: Slot(slot),
+    }
+}
+
+/// Entries behind `prev`, one of each ballot.
+fn behind<const N: usize>(prev: EntryId, ballots: [f64; N]) -> Vec<Entry> {
+    let mut before = prev;
+    let entry = |of: f64| {
+        let id = id(before.slot.0 + 1, of);
+        let prev = std::mem::replace(&mut before, id).ballot;
+        let commands = [Command::internal(Op::Noop)].into();
+        Entry { id, prev, commands }
+    };
+    ballots.map(entry).into()
+}
+
+/// The first entries of a log.
+fn log<const N: usize>(ballots: [f64; N]) -> Vec<Entry> {
+    behind(EntryId::default(), ballots)
+}
+
+fn prepare(of: f64) -> Message {
+    Message::Prepare {
+        ballot: ballot(of),
+        released: None,
+    }
+}
+
+fn promise(of: f64, last: EntryId) -> Message {
+    Message::Promise {
+        ballot: ballot(of),
+        last,
+        have: last,
+        chosen: Slot(0),
+    }
+}
+
+fn accept<const N: usize>(of: f64, prev: EntryId, ballots: [f64; N], chosen: u64) -> Message {
+    Message::Accept {
+        ballot: ballot(of),
+        prev,
+        entries: behind(prev, ballots),
+        chosen: Slot(chosen),
+    }
+}
+
+fn accepted(of: f64, durable: u64) -> Message {
+    Message::Accepted {
+        ballot: ballot(of),
+        durable: Slot(durable),
+    }
+}
+
+fn heartbeat(of: f64, chosen: u64) -> Message {
+    Message::Heartbeat {
+        ballot: ballot(of),
+        sent: Instant(7),
+        chosen: Slot(chosen),
+        last: Slot(0),
+    }
+}
+
+fn granted(of: f64, sent: Instant, received: u64) -> Message {
+    Message::HeartbeatAck {
+        ballot: ballot(of),
+        sent,
+        durable: Slot(received),
+        received: Slot(received),
+        progress: Progress::default(),
+    }
+}
+
+fn chosen<const N: usize>(prev: EntryId, ballots: [f64; N], chosen: u64) -> Message {
+    Message::Chosen {
+        prev,
+        entries: behind(prev, ballots),
+        chosen: Slot(chosen),
+    }
+}
+
+fn tail<const N: usize>(of: f64, prev: EntryId, ballots: [f64; N]) -> Message {
+    let entries = behind(prev, ballots);
+    Message::Tail {
+        ballot: ballot(of),
+        prev,
+        last: entries.last().map_or(prev, |entry| entry.id),
+        entries,
+    }
+}
+
+fn gone(first: u64, chosen: u64) -> Message {
+    Message::LogGone {
+        first: Slot(first),
+        chosen: Slot(chosen),
+    }
+}
+
+fn pre_check(of: f64) -> Message {
+    Message::PreCheck {
+        ballot: ballot(of),
+        last: EntryId::default(),
+    }
+}
+
+fn pre_check_answer(of: f64, last: EntryId) -> Message {
+    Message::PreCheckAnswer {
+        ballot: ballot(of),
+        granted: true,
+        promised: Ballot::default(),
+        last,
+    }
+}
+
+fn ids(entries: &[Entry]) -> String {
+    let ids: Vec<String> = entries.iter().map(|entry| entry.id.to_string()).collect();
+    format!("[{}]", ids.join(" "))
+}
+
+/// One line; nothing for the reports of progress that servers send now and then.
+fn show(output: &Output) -> Option<String> {
+    Some(match output {
+        Output::Send { to, message } => format!("{to} <- {}", show_message(message)?),
+        Output::Persist { what, .. } => match what {
+            Persist::Promise(ballot) => format!("persist promise {ballot}"),
+            Persist::Reset { base } => format!("persist reset {base}"),
+            Persist::Append {
+                truncate_after,
+                entries,
+                ..
+            } => match truncate_after {
+                Some(slot) => format!("persist after {slot} {}", ids(entries)),
+                None => format!("persist {}", ids(entries)),
+            },
+        },
+        Output::Apply { entries } => format!("apply {}", ids(entries)),
+        Output::ReadLog {
+            to, after, until, ..
+        } => format!("read log {after} to {until} for {to}"),
+        Output::CopyChunks { donor } => format!("copy chunks of {donor}"),
+        Output::Role(RoleChange::Leader(ballot)) => format!("leads {ballot}"),
+        Output::Role(RoleChange::Follower) => "leads no more".to_owned(),
+    })
+}
+
+fn show_message(message: &Message) -> Option<String> {
+    use Message::*;
+    Some(match message {
+        PreCheck { ballot, .. } => format!("pre-check {ballot}"),
+        PreCheckAnswer {
+            ballot, granted, ..
+        } => match granted {
+            true => format!("pre-check {ballot} yes"),
+            false => format!("pre-check {ballot} no"),
+        },
+        Prepare { ballot, released } => match released {
+            Some(released) => format!("prepare {ballot} released {released}"),
+            None => format!("prepare {ballot}"),
+        },
+        Promise {
+            ballot,
+            last,
+            have,
+            chosen,
+        } => {
+            let lost = if have == last {
+                String::new()
+            } else {
+                format!(" have {have}")
+            };
+            format!("promise {ballot} last {last}{lost} chosen {chosen}")
+        }
+        Nack { ballot, promised } => format!("nack {ballot} promised {promised}"),
+        Accept {
+            ballot,
+            prev,
+            entries,
+            chosen,
+        } => {
+            let entries = ids(entries);
+            format!("accept {ballot} behind {prev} {entries} chosen {chosen}")
+        }
+        Accepted { ballot, durable } => format!("accepted {ballot} to {durable}"),
+        AcceptRejected {
+            ballot,
+            resume_after,
+        } => format!("rejected {ballot} resume after {resume_after}"),
+        Heartbeat { ballot, chosen, .. } => format!("heartbeat {ballot} chosen {chosen}"),
+        HeartbeatAck {
+            ballot,
+            durable,
+            received,
+            ..
+        } => format!("lease {ballot} durable {durable} received {received}"),
+        HandOver { ballot } => format!("hand-over {ballot}"),
+        FetchTail { ballot, after } => format!("fetch tail {ballot} after {after}"),
+        Tail { prev, entries, .. } => format!("tail behind {prev} {}", ids(entries)),
+        CatchUp { after } => format!("catch-up after {after}"),
+        Chosen { prev, entries, .. } => format!("chosen behind {prev} {}", ids(entries)),
+        LogGone { first, .. } => format!("gone before {first}"),
+        Progress(_) | Sync(_) => return None,
+    })
+}
+
+const NOTHING: [&str; 0] = [];
+
+/// A server, driven like the engine does: it applies at once, and its writes are durable when told.
+struct Server {
+    replica: Replica,
+    now: Instant,
+    writes: VecDeque<WriteId>,
+}
+
+impl Server {
+    fn start_as(server: u8, listed: &[u8], tuning: Tuning, recovered: Recovered) -> Server {
+        let now = Instant(1_000_000_000);
+        let config = Config {
+            id: ServerId(server),
+            members: Membership::new(listed.iter().copied().map(ServerId)),
+            tuning,
+            seed: 1,
+        };
+        Server {
+            replica: Replica::new(config, recovered, now),
+            now,
+            writes: VecDeque::new(),
+        }
+    }
+
+    fn start(recovered: Recovered) -> Server {
+        Server::start_as(0, &[0, 1, 2, 5], tuning(), recovered)
+    }
+
+    /// Started long enough ago for leases of before to have ended.
+    fn awake(promised: f64, tail: Vec<Entry>) -> Server {
+        let mut server = Server::start(Recovered {
+            promised: ballot(promised),
+            tail,
+            log_first: Slot(1),
+            ..Recovered::default()
+        });
+        server.pass(500);
+        server
+    }
+
+    /// Leads ballot 2.0 over `tail`, which servers 1 and 2 hold as well; its barrier is durable here only.
+    fn leader(tail: Vec<Entry>) -> Server {
+        let last = tail.last().map_or(EntryId::default(), |entry| entry.id);
+        let mut server = Server::awake(1.0, tail);
+        server.elect(last);
+        server.all_persisted();
+        server
+    }
+
+    /// Wins an election with the promise of server 1.
+    fn elect(&mut self, last: EntryId) {
+        self.wait(0);
+        self.gets(1, pre_check_answer(2.0, last));
+        self.all_persisted();
+        self.gets(1, promise(2.0, last));
+        assert_eq!(self.replica.role(), RoleKind::Leader { serving: false });
+    }
+
+    fn outputs(&mut self) -> Vec<String> {
+        let mut shown = Vec::new();
+        while let Some(output) = self.replica.poll_output() {
+            match &output {
+                Output::Persist { write, .. } => self.writes.push_back(*write),
+                Output::Apply { entries } => {
+                    let last = entries.last().expect("entries are applied");
+                    self.replica.handle_applied(self.now, last.id.slot);
+                }
+                _ => {}
+            }
+            shown.extend(show(&output));
+        }
+        shown
+    }
+
+    fn gets(&mut self, from: u8, message: Message) -> Vec<String> {
+        self.replica
+            .handle_message(self.now, ServerId(from), message);
+        self.outputs()
+    }
+
+    /// The oldest write is durable.
+    fn persisted(&mut self) -> Vec<String> {
+        let write = self.writes.pop_front().expect("a write is under way");
+        self.replica.handle_persisted(self.now, write);
+        self.outputs()
+    }
+
+    fn all_persisted(&mut self) -> Vec<String> {
+        let mut shown = Vec::new();
+        while !self.writes.is_empty() {
+            shown.extend(self.persisted());
+        }
+        shown
+    }
+
+    /// Time passes, and nobody looks at it.
+    fn pass(&mut self, millis: u64) {
+        self.now += Duration::from_millis(millis);
+    }
+
+    fn wait(&mut self, millis: u64) -> Vec<String> {
+        self.pass(millis);
+        self.replica.handle_timeout(self.now);
+        self.outputs()
+    }
+
+    fn propose(&mut self, commands: Vec<Command>) -> Vec<String> {
+        self.replica.propose(commands).expect("it leads");
+        self.replica.flush(self.now);
+        self.outputs()
+    }
+
+    fn slots(&self) -> (u64, u64, u64) {
+        let replica = &self.replica;
+        (
+            replica.chosen().0,
+            replica.durable().0,
+            replica.last().slot.0,
+        )
+    }
+}
+
+/// Without randomness.
+fn tuning() -> Tuning {
+    Tuning {
+        election_spread: Duration::ZERO,
+        ..Tuning::default()
+    }
+}
+
+fn write(bytes: usize) -> Command {
+    Command {
+        session: SessionId(1),
+        number: RequestNumber(1),
+        settled_below: RequestNumber(0),
+        op: Op::Write {
+            volume: VolumeId(1),
+            first_block: 0,
+            checksums: Vec::new(),
+            payload: vec![0; bytes].into(),
+        },
+    }
+}
+
+// ---- Phase 1, the acceptor.
+
+/// design.md 3: the promise is made durable, then it is sent.
+#[test]
+fn a_promise_is_sent_when_it_is_durable() {
+    let mut server = Server::awake(1.0, log([1.0, 1.0]));
+    assert_eq!(server.gets(1, prepare(2.1)), ["persist promise 2.1"]);
+    assert_eq!(server.gets(1, prepare(2.1)), NOTHING);
+    let promise = "1 <- promise 2.1 last 2@1.0 chosen 0";
+    assert_eq!(server.persisted(), [promise]);
+    // Doubled: the same answer.
+    assert_eq!(server.gets(1, prepare(2.1)), [promise]);
+}
+
+/// Nothing of a lower ballot is promised or accepted (Paxos Made Simple, P1a).
+#[test]
+fn a_lower_ballot_is_refused() {
+    let mut server = Server::awake(3.2, log([]));
+    let nack = ["1 <- nack 2.1 promised 3.2"];
+    assert_eq!(server.gets(1, prepare(2.1)), nack);
+    assert_eq!(server.gets(1, heartbeat(2.1, 0)), nack);
+    let accept = accept(2.1, EntryId::default(), [2.1], 0);
+    assert_eq!(server.gets(1, accept), nack);
+    assert_eq!(server.slots(), (0, 0, 0));
+}
+
+/// A ballot is its server's alone: nobody else can prepare it or accept under it.
+#[test]
+fn a_ballot_of_someone_else_is_ignored() {
+    let mut server = Server::awake(1.0, log([]));
+    assert_eq!(server.gets(2, prepare(2.1)), NOTHING);
+    assert_eq!(server.gets(2, heartbeat(2.1, 0)), NOTHING);
+    assert_eq!(server.replica.promised(), ballot(1.0));
+}
+
+/// Learners never vote (notes, T12).
+#[test]
+fn a_learner_promises_and_acknowledges_nothing() {
+    let mut server = Server::start_as(5, &[0, 1, 2, 5], tuning(), Recovered::default());
+    server.pass(500);
+    assert_eq!(server.gets(1, pre_check(2.1)), ["1 <- pre-check 2.1 no"]);
+    assert_eq!(server.gets(1, prepare(2.1)), NOTHING);
+    server.gets(1, accept(2.1, EntryId::default(), [2.1], 0));
+    assert!(
+        !server
+            .all_persisted()
+            .iter()
+            .any(|it| it.contains("accepted"))
+    );
+}
+
+/// With a slow disk a ballot that is not durable yet is not followed by the next.
+#[test]
+fn one_promise_at_a_time_is_on_its_way_to_the_disk() {
+    let mut server = Server::awake(1.0, log([]));
+    assert_eq!(server.gets(1, prepare(2.1)), ["persist promise 2.1"]);
+    assert_eq!(server.wait(2000), NOTHING);
+    assert_eq!(server.persisted(), ["1 <- promise 2.1 last 0@0.0 chosen 0"]);
+}
+
+// ---- Phase 2, the acceptor.
+
+/// An acknowledgement says that log and promise are durable.
+#[test]
+fn an_entry_is_acknowledged_when_it_is_durable() {
+    let mut server = Server::awake(1.0, log([]));
+    let accept = accept(2.1, EntryId::default(), [2.1, 2.1], 0);
+    let persist = ["persist promise 2.1", "persist [1@2.1 2@2.1]"];
+    assert_eq!(server.gets(1, accept.clone()), persist);
+    assert_eq!(server.gets(1, heartbeat(2.1, 0)), NOTHING, "not durable");
+    assert_eq!(server.persisted(), NOTHING);
+    let lease = ["1 <- lease 2.1 durable 0 received 2"];
+    assert_eq!(server.gets(1, heartbeat(2.1, 0)), lease);
+    assert_eq!(server.persisted(), ["1 <- accepted 2.1 to 2"]);
+    // Doubled: acknowledged again, not written again.
+    assert_eq!(server.gets(1, accept), ["1 <- accepted 2.1 to 2"]);
+}
+
+/// Acknowledged is what is equal to the leader's log: a longer log of an older ballot does not count
+/// (notes, 1.4: never count old-ballot acknowledgements).
+#[test]
+fn only_what_matches_the_leader_is_acknowledged() {
+    let mut server = Server::awake(2.1, log([1.0, 1.0, 1.0]));
+    let lease = ["1 <- lease 2.1 durable 0 received 0"];
+    assert_eq!(server.gets(1, heartbeat(2.1, 3)), lease);
+    let accept = accept(2.1, EntryId::default(), [1.0], 3);
+    let learned = ["1 <- accepted 2.1 to 1", "apply [1@1.0]"];
+    assert_eq!(server.gets(1, accept), learned, "chosen as far as equal");
+}
+
+/// Notes, T10 and 1.4 (ABA): a sync of entries that were replaced meanwhile says nothing about what
+/// stands in their slots now.
+#[test]
+fn a_sync_from_before_a_truncation_does_not_count() {
+    let mut server = Server::awake(1.1, log([]));
+    let first = accept(1.1, EntryId::default(), [1.1, 1.1, 1.1], 0);
+    assert_eq!(server.gets(1, first), ["persist [1@1.1 2@1.1 3@1.1]"]);
+    let second = accept(2.2, id(1, 1.1), [2.2, 2.2], 0);
+    let persist = ["persist promise 2.2", "persist after 1 [2@2.2 3@2.2]"];
+    assert_eq!(server.gets(2, second), persist);
+    assert_eq!(server.persisted(), NOTHING, "the entries of ballot 1.1");
+    assert_eq!(server.slots(), (0, 1, 3));
+    assert_eq!(server.persisted(), ["2 <- accepted 2.2 to 1"]);
+    assert_eq!(server.persisted(), ["2 <- accepted 2.2 to 3"]);
+}
+
+/// The log has no gaps: entries behind an unknown one are rejected, and the leader goes on from what is
+/// surely equal.
+#[test]
+fn entries_behind_a_gap_are_rejected() {
+    let mut server = Server::awake(2.1, log([1.0]));
+    let late = accept(2.1, id(2, 1.0), [2.1], 0);
+    let rejected = ["1 <- rejected 2.1 resume after 0"];
+    assert_eq!(server.gets(1, late), rejected);
+    let other = accept(2.1, id(1, 2.1), [2.1], 0);
+    assert_eq!(server.gets(1, other), rejected, "another entry 1");
+    assert_eq!(server.slots(), (0, 1, 1));
+}
+
+/// Messages that are doubled, late or in another order change nothing that later ones have made.
+#[test]
+fn late_and_doubled_entries_are_harmless() {
+    let mut server = Server::awake(2.1, log([]));
+    let first = accept(2.1, EntryId::default(), [2.1], 0);
+    let second = accept(2.1, id(1, 2.1), [2.1, 2.1], 1);
+    assert_eq!(
+        server.gets(1, second.clone()),
+        ["1 <- rejected 2.1 resume after 0"]
+    );
+    server.gets(1, first.clone());
+    server.gets(1, second.clone());
+    server.all_persisted();
+    assert_eq!(server.slots(), (1, 3, 3));
+    for message in [first, second, heartbeat(2.1, 0)] {
+        let outputs = server.gets(1, message);
+        assert!(
+            !outputs.iter().any(|it| it.contains("persist")),
+            "{outputs:?}"
+        );
+        assert_eq!(server.slots(), (1, 3, 3));
+    }
+}
+
+/// What is chosen is never replaced: who asks for it leads no more. 5 servers: 1 led ballot 2.1 and was
+/// unseated by 4 with 3.4; server 0 has not heard of that, but learns from 3 what 4 has chosen.
+#[test]
+fn a_deposed_leader_cannot_replace_what_is_chosen() {
+    let recovered = Recovered {
+        promised: ballot(2.1),
+        tail: log([2.1, 2.1]),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2, 3, 4], tuning(), recovered);
+    // Chosen by 4, but proposed by someone else before.
+    let learned = server.gets(3, chosen(EntryId::default(), [1.0], 9));
+    assert_eq!(learned[0], "persist after 0 [1@1.0]");
+    assert_eq!(server.replica.promised(), ballot(2.1));
+    server.all_persisted();
+    let rejected = ["1 <- rejected 2.1 resume after 1"];
+    let replaces = accept(2.1, EntryId::default(), [2.1, 2.1], 0);
+    assert_eq!(server.gets(1, replaces), rejected);
+    let follows = accept(2.1, id(1, 2.1), [2.1], 0);
+    assert_eq!(server.gets(1, follows), rejected);
+    assert_eq!(server.slots(), (1, 1, 1));
+    // The first entry of ballot 3.4 tells of it.
+    let outputs = server.gets(3, chosen(id(1, 1.0), [3.4], 9));
+    assert!(
+        outputs.contains(&"persist promise 3.4".to_owned()),
+        "{outputs:?}"
+    );
+    let late = accept(2.1, EntryId::default(), [2.1], 0);
+    assert_eq!(server.gets(1, late), ["1 <- nack 2.1 promised 3.4"]);
+}
+
+// ---- Elections.
+
+/// A pre-check is refused while a leader is heard, and uses up no ballot.
+#[test]
+fn a_pre_check_is_refused_while_a_leader_is_heard() {
+    let mut server = Server::awake(1.0, log([]));
+    assert_eq!(server.gets(2, pre_check(2.2)), ["2 <- pre-check 2.2 yes"]);
+    assert_eq!(server.gets(2, pre_check(1.0)), ["2 <- pre-check 1.0 no"]);
+    server.gets(1, heartbeat(2.1, 0));
+    assert_eq!(server.gets(2, pre_check(3.2)), ["2 <- pre-check 3.2 no"]);
+    server.pass(499);
+    assert_eq!(server.gets(2, pre_check(3.2)), ["2 <- pre-check 3.2 no"]);
+    server.pass(1);
+    assert_eq!(server.gets(2, pre_check(3.2)), ["2 <- pre-check 3.2 yes"]);
+    assert_eq!(server.replica.promised(), ballot(2.1));
+}
+
+/// A restarted server may have granted a lease before: it waits one (notes, 1.4).
+#[test]
+fn a_restarted_server_is_quiet_for_a_lease() {
+    let mut server = Server::start(Recovered::default());
+    server.pass(499);
+    assert_eq!(server.gets(1, pre_check(2.1)), ["1 <- pre-check 2.1 no"]);
+    assert_eq!(server.gets(1, prepare(2.1)), NOTHING);
+    let released = Message::Prepare {
+        ballot: ballot(2.1),
+        released: Some(ballot(1.2)),
+    };
+    assert_eq!(server.gets(1, released), NOTHING, "granted to whom?");
+    server.pass(1);
+    assert_eq!(server.gets(1, prepare(2.1)), ["persist promise 2.1"]);
+}
+
+/// A granted lease forbids promises, unless the leader itself has given it up.
+#[test]
+fn a_granted_lease_holds_until_it_ends_or_is_released() {
+    let release = |of| Message::Prepare {
+        ballot: ballot(of),
+        released: Some(ballot(2.1)),
+    };
+    for (wait, message, promised) in [
+        (499, prepare(3.2), false),
+        (500, prepare(3.2), true),
+        (10, release(3.2), true),
+    ] {
+        let mut server = Server::awake(2.1, log([]));
+        server.gets(1, heartbeat(2.1, 0));
+        server.pass(wait);
+        let outputs = server.gets(2, message);
+        assert_eq!(
+            outputs == ["persist promise 3.2"],
+            promised,
+            "after {wait} ms"
+        );
+    }
+}
+
+/// Pre-check, own promise durable, prepare, promises of a majority, barrier.
+#[test]
+fn an_election_step_by_step() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    assert_eq!(server.wait(0), ["1 <- pre-check 2.0", "2 <- pre-check 2.0"]);
+    let learner = server.gets(5, pre_check_answer(2.0, EntryId::default()));
+    assert_eq!(learner, NOTHING, "learners do not count");
+    assert_eq!(
+        server.gets(1, pre_check_answer(2.0, id(1, 1.0))),
+        ["persist promise 2.0"]
+    );
+    assert_eq!(
+        server.gets(1, promise(2.0, id(1, 1.0))),
+        NOTHING,
+        "asked nobody yet"
+    );
+    assert_eq!(server.persisted(), ["1 <- prepare 2.0", "2 <- prepare 2.0"]);
+    assert_eq!(server.gets(5, promise(2.0, id(1, 1.0))), NOTHING);
+    assert_eq!(server.gets(1, promise(1.0, id(1, 1.0))), NOTHING);
+    let outputs = server.gets(1, promise(2.0, id(1, 1.0)));
+    let expected = [
+        "persist [2@2.0]",
+        "1 <- heartbeat 2.0 chosen 0",
+        "2 <- heartbeat 2.0 chosen 0",
+        "5 <- heartbeat 2.0 chosen 0",
+        "1 <- accept 2.0 behind 0@0.0 [1@1.0 2@2.0] chosen 0",
+    ];
+    assert_eq!(outputs, expected);
+    assert_eq!(server.gets(1, promise(2.0, id(1, 1.0))), NOTHING, "doubled");
+}
+
+/// The value of phase 1 is the log with the greatest last id of a majority: a longer log of an older
+/// ballot loses against it.
+#[test]
+fn a_candidate_takes_over_the_best_log() {
+    let mut server = Server::awake(1.0, log([1.0, 1.0, 1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    let fetch = ["1 <- fetch tail 2.0 after 0"];
+    assert_eq!(server.gets(1, promise(2.0, id(2, 1.1))), fetch);
+    let tail = tail(2.0, EntryId::default(), [1.0, 1.1]);
+    let outputs = server.gets(1, tail.clone());
+    assert_eq!(outputs[0], "persist after 1 [2@1.1]");
+    assert_eq!(outputs[1], "persist [3@2.0]");
+    assert_eq!(server.gets(1, tail), NOTHING, "doubled");
+}
+
+/// An answer that brings nothing new is not followed by the same question.
+#[test]
+fn a_tail_that_became_shorter_ends_the_candidacy() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    server.gets(1, promise(2.0, id(3, 1.1)));
+    let outputs = server.gets(1, tail(2.0, EntryId::default(), [1.0]));
+    assert_eq!(outputs, ["1 <- fetch tail 2.0 after 1"]);
+    for _ in 0..3 {
+        assert_eq!(server.gets(1, tail(2.0, id(1, 1.0), [])), NOTHING);
+    }
+    // It learned what ballot 3 chose: not the log that it promised to have.
+    server.gets(1, tail(2.0, id(1, 1.0), [3.2, 3.2]));
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+}
+
+/// The other's log may begin within ours: equal there, it is equal before.
+#[test]
+fn a_tail_is_fetched_from_where_the_other_log_begins() {
+    let mut server = Server::awake(1.0, log([1.0, 1.0, 1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    server.gets(1, promise(2.0, id(4, 1.0)));
+    let fetch = ["1 <- fetch tail 2.0 after 2"];
+    assert_eq!(server.gets(1, gone(3, 2)), fetch);
+    let outputs = server.gets(1, tail(2.0, id(2, 1.0), [1.0, 1.0]));
+    assert_eq!(outputs[0], "persist [4@1.0]");
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+}
+
+/// Whose chunks are being copied does not lead, even if its log was reset to a base as good as the
+/// others' while it waited for promises.
+#[test]
+fn a_reset_log_ends_a_candidacy() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    server.replica.handle_base(server.now, id(9, 1.1));
+    server.gets(1, promise(2.0, id(9, 1.1)));
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+    assert_eq!(server.slots(), (9, 9, 9));
+}
+
+// ---- Damaged logs.
+
+fn damaged() -> Server {
+    let mut server = Server::start(Recovered {
+        promised: ballot(3.1),
+        tail: log([1.0, 1.0]),
+        evidence: Some(id(4, 3.1)),
+        ..Recovered::default()
+    });
+    server.pass(500);
+    server
+}
+
+/// Notes, T8: what was acknowledged and cannot be read is not denied; who lost it does not lead.
+#[test]
+fn a_damaged_log_keeps_its_claim() {
+    let mut server = damaged();
+    assert_eq!(server.wait(10_000), NOTHING, "no pre-check");
+    server.gets(2, prepare(4.2));
+    let promise = ["2 <- promise 4.2 last 4@3.1 have 2@1.0 chosen 0"];
+    assert_eq!(server.persisted(), promise);
+}
+
+/// A candidate does not win over a claim that nobody of its majority can show.
+#[test]
+fn a_candidate_waits_for_a_server_that_has_what_another_lost() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    let lost = Message::Promise {
+        ballot: ballot(2.0),
+        last: id(2, 1.0),
+        have: id(1, 1.0),
+        chosen: Slot(0),
+    };
+    assert_eq!(server.gets(1, lost), NOTHING);
+    let fetch = ["2 <- fetch tail 2.0 after 0"];
+    assert_eq!(server.gets(2, promise(2.0, id(2, 1.0))), fetch);
+}
+
+/// The claim ends when the entries are back, or when a leader replaces them.
+#[test]
+fn a_claim_ends_when_the_entries_are_back_or_replaced() {
+    let claim = |mut server: Server| {
+        server.all_persisted();
+        server.pass(500);
+        server.gets(2, prepare(9.2));
+        server.persisted()
+    };
+    let mut back = damaged();
+    back.gets(1, accept(3.1, id(2, 1.0), [3.1], 0));
+    let promise = ["2 <- promise 9.2 last 4@3.1 have 3@3.1 chosen 0"];
+    assert_eq!(claim(back), promise, "entry 4 is still missing");
+    let mut back = damaged();
+    back.gets(1, accept(3.1, EntryId::default(), [1.0, 1.0, 3.1, 3.1], 0));
+    assert_eq!(claim(back), ["2 <- promise 9.2 last 4@3.1 chosen 0"]);
+    // Ballot 5 was won without entry 4 of ballot 3. Its log goes on behind 2@2.2.
+    let mut replaced = damaged();
+    replaced.gets(2, accept(5.2, id(0, 0.0), [1.0, 2.2], 0));
+    assert_eq!(claim(replaced), ["2 <- promise 9.2 last 2@2.2 chosen 0"]);
+    // Nothing that we hold is replaced, and 3 and 4 are still to come: the claim stays.
+    let mut shorter = damaged();
+    shorter.gets(2, accept(5.2, id(0, 0.0), [1.0, 1.0], 0));
+    let promise = ["2 <- promise 9.2 last 4@3.1 have 2@1.0 chosen 0"];
+    assert_eq!(claim(shorter), promise);
+}
+
+/// Also without damage: entries that were replaced are claimed no more, or nobody could be elected
+/// once those who replaced them have gone.
+#[test]
+fn replaced_entries_are_not_claimed() {
+    let mut server = Server::awake(3.1, log([1.1, 3.1]));
+    server.gets(2, accept(4.2, id(1, 1.1), [2.2], 0));
+    server.all_persisted();
+    server.pass(500);
+    server.gets(1, prepare(5.1));
+    assert_eq!(server.persisted(), ["1 <- promise 5.1 last 2@2.2 chosen 0"]);
+    assert!(server.replica.may_lead());
+}
+
+// ---- The leader.
+
+/// A new leader counts nothing before a majority has its barrier (Raft, 5.4.2).
+#[test]
+fn nothing_is_chosen_before_the_barrier() {
+    let mut server = Server::leader(log([1.0, 1.1]));
+    assert_eq!(server.slots(), (0, 3, 3));
+    assert_eq!(server.gets(1, accepted(2.0, 2)), NOTHING);
+    assert_eq!(
+        server.gets(1, accepted(1.0, 3)),
+        NOTHING,
+        "of an old ballot"
+    );
+    assert_eq!(server.gets(5, accepted(2.0, 3)), NOTHING, "of a learner");
+    assert_eq!(
+        server.gets(1, accepted(2.0, 4)),
+        NOTHING,
+        "of what is not there"
+    );
+    assert!(server.replica.propose(vec![write(1)]).is_err());
+    let outputs = server.gets(1, accepted(2.0, 3));
+    assert_eq!(outputs, ["apply [1@1.0 2@1.1 3@2.0]", "leads 2.0"]);
+    assert_eq!(server.gets(1, accepted(2.0, 1)), NOTHING, "late");
+    assert_eq!(server.slots(), (3, 3, 3));
+}
+
+/// A majority without the leader's own disk chooses; it applies what is durable here.
+#[test]
+fn the_leader_need_not_be_part_of_the_majority() {
+    let mut server = Server::awake(1.0, log([]));
+    server.elect(EntryId::default());
+    server.gets(1, accepted(2.0, 1));
+    assert_eq!(server.gets(2, accepted(2.0, 1)), NOTHING);
+    assert_eq!(server.slots(), (1, 0, 1));
+    assert_eq!(server.persisted(), ["apply [1@2.0]", "leads 2.0"]);
+}
+
+/// The lease counts from when the heartbeats were sent that a majority answered, and 5 % shorter.
+#[test]
+fn reads_end_with_the_lease() {
+    let mut server = Server::leader(log([]));
+    let sent = server.now;
+    server.gets(1, accepted(2.0, 1));
+    assert!(!server.replica.may_read(sent), "nobody has granted one");
+    server.pass(200);
+    server.gets(5, granted(2.0, sent, 1));
+    server.gets(1, granted(1.0, sent, 1));
+    assert!(
+        !server.replica.may_read(server.now),
+        "learners, old ballots"
+    );
+    server.gets(1, granted(2.0, sent, 1));
+    assert!(server.replica.may_read(sent + Duration::from_millis(474)));
+    assert!(!server.replica.may_read(sent + Duration::from_millis(475)));
+    // A doubled answer makes it no longer.
+    server.pass(200);
+    server.gets(1, granted(2.0, sent, 1));
+    assert!(!server.replica.may_read(sent + Duration::from_millis(475)));
+    // While it holds, this server helps nobody to unseat itself.
+    assert_eq!(server.gets(2, prepare(3.2)), NOTHING);
+    server.pass(100);
+    assert_eq!(
+        server.gets(2, prepare(3.2)),
+        ["leads no more", "persist promise 3.2"]
+    );
+    assert!(!server.replica.may_read(sent));
+}
+
+/// A leader that nobody follows gives up.
+#[test]
+fn a_leader_without_followers_steps_down() {
+    let mut server = Server::leader(log([]));
+    server.gets(1, accepted(2.0, 1));
+    assert!(!server.wait(1000).contains(&"leads no more".to_owned()));
+    assert!(server.wait(1).contains(&"leads no more".to_owned()));
+}
+
+/// At most `window_slots` entries are under way; few are sent at once, many gather.
+#[test]
+fn the_window_bounds_what_is_under_way() {
+    let tuning = Tuning {
+        window_slots: 4,
+        eager_slots: 2,
+        entry_bytes: 8192,
+        ..tuning()
+    };
+    let mut server = Server::start_as(0, &[0], tuning, Recovered::default());
+    assert_eq!(server.wait(0), ["persist promise 1.0"]);
+    server.all_persisted();
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: true });
+    for _ in 0..2 {
+        assert_eq!(server.propose(vec![write(4096)]).len(), 1, "sent at once");
+    }
+    assert_eq!(server.propose(vec![write(4096)]), NOTHING, "half an entry");
+    assert_eq!(server.propose(vec![write(4096)]), ["persist [4@1.0]"]);
+    assert_eq!(server.propose(vec![write(8192); 3]), ["persist [5@1.0]"]);
+    assert_eq!(server.replica.queued(), 2, "the window is full");
+    assert_eq!(server.persisted(), ["persist [6@1.0]", "apply [2@1.0]"]);
+    let rest = server.all_persisted();
+    assert_eq!(rest.last().map(String::as_str), Some("apply [7@1.0]"));
+    assert_eq!(server.replica.queued(), 0);
+}
+
+/// A rejection makes the leader send again from what is surely equal; one of many is enough.
+#[test]
+fn a_rejection_resumes_sending_once() {
+    let mut server = Server::leader(log([1.0]));
+    let reject = Message::AcceptRejected {
+        ballot: ballot(2.0),
+        resume_after: Slot(0),
+    };
+    let again = ["1 <- accept 2.0 behind 0@0.0 [1@1.0 2@2.0] chosen 0"];
+    assert_eq!(server.gets(1, reject.clone()), again);
+    assert_eq!(server.gets(1, reject.clone()), NOTHING);
+    server.pass(50);
+    assert_eq!(server.gets(1, reject), again);
+}
+
+/// Entries that were lost on the way without a rejection are missed by the heartbeats.
+#[test]
+fn lost_entries_are_sent_again() {
+    let mut server = Server::leader(log([]));
+    for round in 0..2 {
+        server.wait(100);
+        let outputs = server.gets(1, granted(2.0, server.now, 0));
+        let again = ["1 <- accept 2.0 behind 0@0.0 [1@2.0] chosen 0"];
+        assert_eq!(outputs == again, round == 1, "{outputs:?}");
+    }
+}
+
+/// Handing over: the leader steps down, then the successor prepares, and the lease that the others have
+/// granted does not stand in its way.
+#[test]
+fn handing_over() {
+    let mut server = Server::leader(log([]));
+    server.gets(1, accepted(2.0, 1));
+    server.gets(1, granted(2.0, server.now, 1));
+    assert!(!server.replica.hand_over(server.now));
+    assert_eq!(server.outputs(), ["leads no more", "1 <- hand-over 2.0"]);
+    assert!(!server.replica.may_read(server.now));
+
+    let mut successor = Server::awake(2.1, log([2.1]));
+    successor.gets(1, heartbeat(2.1, 1));
+    let old = Message::HandOver {
+        ballot: ballot(1.1),
+    };
+    assert_eq!(successor.gets(1, old), NOTHING);
+    let hand_over = Message::HandOver {
+        ballot: ballot(2.1),
+    };
+    assert_eq!(
+        successor.gets(1, hand_over.clone()),
+        ["persist promise 3.0"]
+    );
+    assert_eq!(successor.gets(1, hand_over), NOTHING, "doubled");
+    let prepare = [
+        "1 <- prepare 3.0 released 2.1",
+        "2 <- prepare 3.0 released 2.1",
+    ];
+    assert_eq!(successor.persisted(), prepare);
+}
+
+/// A successor that stops does not stop the leader.
+#[test]
+fn handing_over_is_given_up() {
+    let mut server = Server::leader(log([]));
+    server.gets(1, accepted(2.0, 1));
+    assert!(
+        server.replica.hand_over(server.now),
+        "nobody has answered lately"
+    );
+    server.gets(1, granted(2.0, server.now, 1));
+    server.propose(vec![write(1)]);
+    assert!(server.replica.hand_over(server.now));
+    assert!(server.replica.propose(vec![write(1)]).is_err());
+    // Server 1 is silent; server 2 keeps the leader in office.
+    for _ in 0..10 {
+        server.wait(100);
+        server.gets(2, granted(2.0, server.now, 0));
+    }
+    assert!(server.replica.propose(vec![write(1)]).is_ok());
+}
+
+/// A new leader whose peers have not told their free space does not take their disks for full.
+#[test]
+fn unknown_space_is_not_full() {
+    let server = Server::leader(log([]));
+    assert!(server.replica.free_bytes_of_majority() > 0);
+}
+
+// ---- Catching up.
+
+/// A learner asks one question at a time, and applies what is durable.
+#[test]
+fn a_learner_catches_up() {
+    let mut server = Server::start_as(5, &[0, 1, 2, 5], tuning(), Recovered::default());
+    let (first, second) = {
+        let asked = server.wait(300);
+        assert_eq!(asked.len(), 1);
+        let to = |text: &str| text[..1].parse::<u8>().unwrap();
+        assert_eq!(server.wait(200), NOTHING, "it may still answer");
+        let next = server.wait(300);
+        assert_eq!(next.len(), 1);
+        (to(&asked[0]), to(&next[0]))
+    };
+    assert_ne!(first, second, "turns to another");
+    let answer = chosen(EntryId::default(), [1.0, 1.0], 3);
+    let outputs = server.gets(second, answer.clone());
+    assert_eq!(
+        outputs[..2],
+        ["persist [1@1.0 2@1.0]", "persist promise 1.0"]
+    );
+    assert!(outputs[2].ends_with("catch-up after 2"));
+    assert_eq!(server.gets(first, answer), NOTHING, "no second stream");
+    assert_eq!(server.persisted(), ["apply [1@1.0 2@1.0]"]);
+}
+
+/// Fed are entries that are chosen and durable; who asks too early waits for them.
+#[test]
+fn a_feeder_answers_when_it_has_something_new() {
+    let mut server = Server::awake(2.1, log([1.0]));
+    let ask = |after| Message::CatchUp { after: Slot(after) };
+    assert_eq!(server.gets(5, ask(0)), NOTHING);
+    server.gets(1, accept(2.1, EntryId::default(), [1.0, 2.1, 2.1], 2));
+    let outputs = server.persisted();
+    let fed = outputs.iter().filter(|it| it.starts_with("5 <-")).count();
+    assert_eq!((fed, server.slots()), (0, (2, 3, 3)), "{outputs:?}");
+    let answer = ["5 <- chosen behind 0@0.0 [1@1.0 2@2.1]"];
+    assert_eq!(server.gets(5, ask(0)), answer);
+}
+
+/// Entries that the others have trimmed and that we hold are chosen if the logs are equal where theirs
+/// begin; if not, chunks are copied.
+#[test]
+fn a_log_that_nobody_can_confirm_from_its_start() {
+    let behind_others = || {
+        let mut server = Server::awake(3.1, log([1.0, 1.0, 1.0]));
+        server.gets(1, heartbeat(3.1, 9));
+        assert_eq!(
+            server.gets(2, gone(3, 9)),
+            NOTHING,
+            "our log reaches to theirs"
+        );
+        let asked = server.wait(300);
+        let asked = asked.iter().find(|it| it.contains("catch-up after 0"));
+        let to: u8 = asked.unwrap()[..1].parse().unwrap();
+        let again = format!("{to} <- catch-up after 2");
+        assert_eq!(server.gets(to, gone(3, 9)), [again]);
+        (server, to)
+    };
+    let (mut equal, to) = behind_others();
+    let outputs = equal.gets(to, chosen(id(2, 1.0), [1.0], 9));
+    assert!(
+        outputs.contains(&"apply [1@1.0 2@1.0 3@1.0]".to_owned()),
+        "{outputs:?}"
+    );
+    let (mut other, to) = behind_others();
+    let outputs = other.gets(to, chosen(id(2, 2.2), [2.2], 9));
+    assert_eq!(outputs, [format!("copy chunks of {to}")]);
+    assert_eq!(other.slots(), (0, 3, 3));
+    // Further behind than the log reaches.
+    let outputs = other.gets(1, gone(5, 9));
+    assert_eq!(outputs, ["copy chunks of 1"]);
+}
+
+/// While the log waits to be reset, what is on disk is the old one: nobody is fed from it.
+#[test]
+fn nobody_is_fed_from_a_log_that_is_to_be_reset() {
+    let mut server = Server::awake(1.0, log([1.0, 1.0]));
+    server.replica.handle_base(server.now, id(9, 2.1));
+    assert_eq!(server.outputs(), ["persist reset 9@2.1"]);
+    let ask = Message::CatchUp { after: Slot(1) };
+    assert_eq!(server.gets(5, ask.clone()), ["5 <- gone before 10"]);
+    server.persisted();
+    assert_eq!(server.gets(5, ask), ["read log 1 to 9 for 5"]);
+}
+
+/// A reset while entries are on their way to the disk: their sync says nothing about the new log.
+#[test]
+fn a_reset_while_entries_are_written() {
+    let mut server = Server::awake(2.1, log([]));
+    server.gets(1, accept(2.1, EntryId::default(), [2.1, 2.1], 0));
+    server.replica.handle_base(server.now, id(9, 2.1));
+    server.outputs();
+    server.gets(1, accept(2.1, id(9, 2.1), [2.1], 0));
+    assert_eq!(server.persisted(), NOTHING, "the old entries");
+    assert_eq!(server.persisted(), NOTHING, "the reset");
+    assert_eq!(server.slots(), (9, 9, 10));
+    assert_eq!(server.persisted(), ["1 <- accepted 2.1 to 10"]);
+}

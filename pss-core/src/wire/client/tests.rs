@@ -1,0 +1,536 @@
+use std::io::IoSlice;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::types::Slot;
+use crate::wire::frame::{FrameLimits, FrameReader};
+
+fn frame_of(encode: impl FnOnce(&mut SendQueue), limits: FrameLimits) -> Frame {
+    let mut out = SendQueue::new();
+    encode(&mut out);
+    let mut slices = [IoSlice::new(&[]); 64];
+    let used = out.as_io_slices(&mut slices);
+    let bytes: Vec<u8> = slices[..used].iter().flat_map(|s| s.to_vec()).collect();
+    let mut frames = Vec::new();
+    FrameReader::new(limits)
+        .handle_bytes(&bytes, |frame| frames.push(frame))
+        .unwrap();
+    frames.remove(0)
+}
+
+fn request_frame(request: &Request) -> Frame {
+    frame_of(|out| request.encode(out), FrameLimits::REQUESTS)
+}
+
+fn reply_frame(reply: &Reply) -> Frame {
+    frame_of(|out| reply.encode(out), FrameLimits::REPLIES)
+}
+
+fn request(body: RequestBody) -> Request {
+    Request {
+        tag: 0x0102,
+        session: SessionId(3),
+        number: RequestNumber(4),
+        settled_below: RequestNumber(5),
+        body,
+    }
+}
+
+fn write(offset_bytes: u64, data: Bytes) -> RequestBody {
+    RequestBody::Write {
+        volume: VolumeId(7),
+        offset_bytes,
+        checksums: RequestBody::write_checksums(VolumeId(7), offset_bytes, &data),
+        data,
+    }
+}
+
+fn data(most: usize) -> impl Strategy<Value = Bytes> {
+    let length = prop_oneof![0..most, Just(BLOCK_BYTES), Just(2 * BLOCK_BYTES)];
+    (length, any::<u8>()).prop_map(|(length, byte)| Bytes::from(vec![byte; length]))
+}
+
+fn body() -> impl Strategy<Value = RequestBody> {
+    let volume = || any::<u32>().prop_map(VolumeId);
+    let offset = || prop_oneof![any::<u64>(), (0..9_u64).prop_map(|block| block * 4096)];
+    prop_oneof![
+        (any::<u64>(), "[a-zé]{0,20}")
+            .prop_map(|(nonce, name)| RequestBody::OpenSession { nonce, name }),
+        Just(RequestBody::EndSession),
+        Just(RequestBody::KeepAlive),
+        (volume(), offset(), 0..=REQUEST_BYTES_MAX as u32).prop_map(
+            |(volume, offset_bytes, length_bytes)| RequestBody::Read {
+                volume,
+                offset_bytes,
+                length_bytes
+            }
+        ),
+        (offset(), data(9000)).prop_map(|(offset, data)| write(offset, data)),
+        (
+            volume(),
+            offset(),
+            0..1_u64 << 20,
+            any::<bool>(),
+            any::<bool>()
+        )
+            .prop_map(
+                |(volume, offset_bytes, length_bytes, allocate, whole_blocks_only)| {
+                    RequestBody::Zero {
+                        volume,
+                        offset_bytes,
+                        length_bytes,
+                        allocate,
+                        whole_blocks_only,
+                    }
+                }
+            ),
+        (volume(), offset(), data(2000)).prop_map(|(volume, offset_bytes, half)| {
+            let data = Bytes::from([&half[..], &half[..]].concat());
+            RequestBody::CompareAndWrite {
+                volume,
+                offset_bytes,
+                checksum: crc32c::crc32c(&data),
+                data,
+            }
+        }),
+        (volume(), offset(), any::<u64>()).prop_map(|(volume, offset_bytes, length_bytes)| {
+            RequestBody::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            }
+        }),
+        Just(RequestBody::ListVolumes),
+        ("[a-z]{0,64}", any::<(u64, u32, [u8; 16])>()).prop_map(
+            |(name, (size_bytes, chunk_bytes, uuid))| RequestBody::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                uuid
+            }
+        ),
+        (volume(), any::<u64>(), any::<bool>()).prop_map(|(volume, size_bytes, allow_shrink)| {
+            RequestBody::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            }
+        }),
+        volume().prop_map(|volume| RequestBody::DeleteVolume { volume }),
+        volume().prop_map(|volume| RequestBody::Attach { volume }),
+        volume().prop_map(|volume| RequestBody::Detach { volume }),
+        Just(RequestBody::Status),
+        Just(RequestBody::Shutdown),
+    ]
+}
+
+fn status() -> ServerStatus {
+    ServerStatus {
+        cell: "c".into(),
+        server: ServerId(1),
+        version: "0.1.0".into(),
+        pid: 7,
+        uptime_s: 8,
+        role: "leader".into(),
+        leader: Some(ServerId(1)),
+        ballot: Ballot {
+            number: 3,
+            server: ServerId(1),
+        },
+        chosen: 10,
+        applied: 9,
+        last: 11,
+        log_first: 1,
+        copying: Some((1, 2)),
+        free_bytes: 1 << 40,
+        total_bytes: 1 << 41,
+        bad_blocks: 0,
+        clients: 2,
+        peers: vec![PeerStatus {
+            server: ServerId(0),
+            alive: true,
+            applied: 9,
+            durable: 11,
+            copying: false,
+            silent_ms: Some(3),
+        }],
+    }
+}
+
+fn volume_status(name: &str) -> VolumeStatus {
+    VolumeStatus {
+        volume: Volume {
+            id: VolumeId(1),
+            name: name.into(),
+            size_bytes: 1 << 30,
+            chunk_bytes: 4 << 20,
+            uuid: [5; 16],
+            created: Slot(3),
+        },
+        allocated_bytes: 4096,
+        attached_by: vec!["pss-nbd@a".into()],
+    }
+}
+
+fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
+    let part = prop_oneof![
+        data(5000).prop_map(ReadPart::Data),
+        (0..5000_u32).prop_map(ReadPart::Hole),
+    ];
+    let extent = any::<(u64, bool)>().prop_map(|(length_bytes, allocated)| Extent {
+        length_bytes,
+        allocated,
+    });
+    let good = prop_oneof![
+        Just(ReplyBody::Done),
+        any::<u64>().prop_map(|id| ReplyBody::Session(SessionId(id))),
+        prop::collection::vec(part, 0..8).prop_map(ReplyBody::Data),
+        prop::collection::vec(extent, 0..20).prop_map(ReplyBody::Extents),
+        prop::collection::vec("[a-z\"\\\\]{1,9}", 0..4).prop_map(|names| {
+            ReplyBody::Volumes(names.iter().map(|name| volume_status(name)).collect())
+        }),
+        any::<u32>().prop_map(|id| ReplyBody::VolumeCreated(VolumeId(id))),
+        Just(ReplyBody::Status(Box::new(status()))),
+    ];
+    let leader = prop::option::of((0..8_u8).prop_map(ServerId));
+    let bad = prop_oneof![
+        leader.prop_map(|leader| ReplyError::NotLeader { leader }),
+        (1..=12_u8).prop_map(|code| ReplyError::Refused(Refusal::from_code(code).unwrap())),
+        Just(ReplyError::NoSpace),
+        any::<u64>().prop_map(ReplyError::Miscompare),
+        Just(ReplyError::Invalid),
+        Just(ReplyError::Io),
+    ];
+    prop_oneof![good.prop_map(Ok), bad.prop_map(Err)]
+}
+
+#[test]
+fn literal_write() {
+    let frame = request_frame(&request(write(0x1001, Bytes::from_static(b"data"))));
+    #[rustfmt::skip]
+    let expected = [
+        5, 2, 1, 0, 0, 0, 0, 0, 0,
+        3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0,
+        7, 0, 0, 0, 0x01, 0x10, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0,
+    ];
+    assert_eq!(frame.header[..expected.len()], expected);
+    assert_eq!(
+        frame.header[expected.len()..],
+        crc32c::crc32c(b"data").to_le_bytes()
+    );
+    assert_eq!(&frame.payload[..], b"data");
+}
+
+#[test]
+fn literal_read_and_its_reply() {
+    let frame = request_frame(&request(RequestBody::Read {
+        volume: VolumeId(7),
+        offset_bytes: 8,
+        length_bytes: 9,
+    }));
+    let fields = [7, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0];
+    assert_eq!(frame.header[0], 4);
+    assert_eq!(frame.header[33..], fields);
+
+    let parts = vec![
+        ReadPart::Hole(5),
+        ReadPart::Data(Bytes::from_static(b"abcd")),
+    ];
+    let frame = reply_frame(&Reply {
+        tag: 6,
+        body: Ok(ReplyBody::Data(parts)),
+    });
+    let mut expected = vec![3, 6, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0];
+    expected.extend([1, 5, 0, 0, 0, 0, 0, 0, 0]);
+    expected.extend([0, 4, 0, 0, 0]);
+    expected.extend(crc32c::crc32c(b"abcd").to_le_bytes());
+    assert_eq!(frame.header[..], expected);
+    assert_eq!(&frame.payload[..], b"abcd");
+}
+
+#[test]
+fn literal_errors() {
+    let header = |error| {
+        let reply = Reply {
+            tag: 1,
+            body: Err(error),
+        };
+        reply_frame(&reply).header.to_vec()
+    };
+    let leader = Some(ServerId(2));
+    assert_eq!(
+        header(ReplyError::NotLeader { leader }),
+        [64, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    );
+    let leader = None;
+    assert_eq!(
+        header(ReplyError::NotLeader { leader }),
+        [64, 1, 0, 0, 0, 0, 0, 0, 0, 255]
+    );
+    assert_eq!(
+        header(ReplyError::Refused(Refusal::StaleSession)),
+        [65, 1, 0, 0, 0, 0, 0, 0, 0, 1]
+    );
+}
+
+/// Made from docs/wire.md apart from this program, as are the replies below.
+#[test]
+fn literal_requests() {
+    let envelope = "030000000000000004000000000000000500000000000000";
+    let requests = [
+        (
+            RequestBody::OpenSession {
+                nonce: 11,
+                name: "é".into(),
+            },
+            1,
+            "0b000000000000000200c3a9",
+        ),
+        (RequestBody::EndSession, 2, ""),
+        (RequestBody::KeepAlive, 3, ""),
+        (
+            RequestBody::Zero {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                length_bytes: 13,
+                allocate: true,
+                whole_blocks_only: false,
+            },
+            6,
+            "070000000c000000000000000d000000000000000100",
+        ),
+        (
+            RequestBody::CompareAndWrite {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                checksum: 14,
+                data: Bytes::from_static(b"ab"),
+            },
+            7,
+            "070000000c000000000000000e00000002000000",
+        ),
+        (
+            RequestBody::Extents {
+                volume: VolumeId(7),
+                offset_bytes: 12,
+                length_bytes: 13,
+            },
+            8,
+            "070000000c000000000000000d00000000000000",
+        ),
+        (RequestBody::ListVolumes, 9, ""),
+        (
+            RequestBody::CreateVolume {
+                name: "v".into(),
+                size_bytes: 15,
+                chunk_bytes: 16,
+                uuid: [17; 16],
+            },
+            10,
+            "0100760f000000000000001000000011111111111111111111111111111111",
+        ),
+        (
+            RequestBody::ResizeVolume {
+                volume: VolumeId(7),
+                size_bytes: 15,
+                allow_shrink: true,
+            },
+            11,
+            "070000000f0000000000000001",
+        ),
+        (
+            RequestBody::DeleteVolume {
+                volume: VolumeId(7),
+            },
+            12,
+            "07000000",
+        ),
+        (
+            RequestBody::Attach {
+                volume: VolumeId(7),
+            },
+            13,
+            "07000000",
+        ),
+        (
+            RequestBody::Detach {
+                volume: VolumeId(7),
+            },
+            14,
+            "07000000",
+        ),
+        (RequestBody::Status, 15, ""),
+        (RequestBody::Shutdown, 16, ""),
+    ];
+    for (body, code, fields) in requests {
+        let header = request_frame(&request(body.clone())).header;
+        assert_eq!(header[0], code);
+        assert_eq!(hex(&header[1..9]), "0201000000000000");
+        assert_eq!(hex(&header[9..33]), envelope);
+        assert_eq!(hex(&header[33..]), fields, "{body:?}");
+    }
+}
+
+#[test]
+fn literal_replies() {
+    let extent = Extent {
+        length_bytes: 18,
+        allocated: true,
+    };
+    let replies = [
+        (Ok(ReplyBody::Done), 1, ""),
+        (Ok(ReplyBody::Session(SessionId(9))), 2, "0900000000000000"),
+        (
+            Ok(ReplyBody::Extents(vec![extent])),
+            4,
+            "01000000120000000000000001",
+        ),
+        (Ok(ReplyBody::VolumeCreated(VolumeId(7))), 6, "07000000"),
+        (Err(ReplyError::NoSpace), 66, ""),
+        (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
+        (Err(ReplyError::Invalid), 68, ""),
+        (Err(ReplyError::Io), 69, ""),
+    ];
+    for (body, code, fields) in replies {
+        let header = reply_frame(&Reply { tag: 0x0102, body }).header;
+        assert_eq!(header[0], code);
+        assert_eq!(hex(&header[1..9]), "0201000000000000");
+        assert_eq!(hex(&header[9..]), fields, "code {code}");
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn status_is_json_behind_code_and_tag() {
+    let reply = Reply {
+        tag: 1,
+        body: Ok(ReplyBody::Status(Box::new(status()))),
+    };
+    let header = reply_frame(&reply).header;
+    let json: serde_json::Value = serde_json::from_slice(&header[9..]).unwrap();
+    assert_eq!(json["role"], "leader");
+}
+
+#[test]
+fn damaged_data_is_noticed() {
+    let body = write(4096, Bytes::from(vec![1; 8192]));
+    assert!(body.verify());
+    let RequestBody::Write { checksums, .. } = body else {
+        panic!();
+    };
+    let damaged = |offset_bytes, checksums: &[u32], data: &'static [u8]| RequestBody::Write {
+        volume: VolumeId(7),
+        offset_bytes,
+        checksums: checksums.to_vec(),
+        data: data.into(),
+    };
+    assert!(!damaged(4096, &checksums, &[2; 8192]).verify());
+    assert!(
+        !damaged(8192, &checksums, &[1; 8192]).verify(),
+        "another place"
+    );
+    assert!(!damaged(1, &[7], b"x").verify());
+
+    let reply = Reply {
+        tag: 1,
+        body: Ok(ReplyBody::Data(vec![ReadPart::Data(Bytes::from_static(
+            b"abcd",
+        ))])),
+    };
+    let mut frame = reply_frame(&reply);
+    frame.payload = Bytes::from_static(b"abce");
+    let error = Reply::decode(frame).unwrap_err();
+    assert_eq!((error.tag, error.error), (Some(1), DecodeError::Checksum));
+}
+
+#[test]
+fn senseless_requests_have_a_tag_to_be_answered_under() {
+    let mut unknown = request_frame(&request(RequestBody::Status));
+    let mut header = unknown.header.to_vec();
+    header[0] = 99;
+    unknown.header = header.into();
+    assert_eq!(Request::decode(unknown).unwrap_err().tag, Some(0x0102));
+
+    let too_long = request(RequestBody::Read {
+        volume: VolumeId(1),
+        offset_bytes: 0,
+        length_bytes: REQUEST_BYTES_MAX as u32 + 1,
+    });
+    let error = Request::decode(request_frame(&too_long)).unwrap_err();
+    assert!(matches!(error.error, DecodeError::TooLong { .. }));
+
+    let odd = request(RequestBody::CompareAndWrite {
+        volume: VolumeId(1),
+        offset_bytes: 0,
+        checksum: 0,
+        data: Bytes::from_static(b"abc"),
+    });
+    assert!(Request::decode(request_frame(&odd)).is_err());
+
+    let few_checksums = request(RequestBody::Write {
+        volume: VolumeId(1),
+        offset_bytes: 0,
+        checksums: vec![1],
+        data: Bytes::from(vec![0; 8192]),
+    });
+    assert!(Request::decode(request_frame(&few_checksums)).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn request_round_trip(body in body()) {
+        let request = request(body);
+        let back = Request::decode(request_frame(&request)).unwrap();
+        prop_assert!(back.body.verify());
+        prop_assert_eq!(back, request);
+    }
+
+    #[test]
+    fn reply_round_trip(tag in any::<u64>(), body in reply_body()) {
+        let reply = Reply { tag, body };
+        prop_assert_eq!(Reply::decode(reply_frame(&reply)).unwrap(), reply);
+    }
+
+    #[test]
+    fn cut_or_changed_messages_never_panic(
+        request_body in body(),
+        reply_body in reply_body(),
+        cut in any::<prop::sample::Index>(),
+        at in any::<prop::sample::Index>(),
+        change in any::<u8>(),
+        payload_bytes in 0..9000_usize,
+    ) {
+        let reply = Reply { tag: 1, body: reply_body };
+        for mut frame in [request_frame(&request(request_body)), reply_frame(&reply)] {
+            let mut header = frame.header.to_vec();
+            let index = at.index(header.len());
+            header[index] ^= change;
+            header.truncate(cut.index(header.len() + 1));
+            frame.header = header.into();
+            frame.payload = frame.payload.slice(..frame.payload.len().min(payload_bytes));
+            let _ = Request::decode(frame.clone());
+            let _ = Reply::decode(frame);
+        }
+    }
+
+    #[test]
+    fn garbage_never_panics(
+        header in prop::collection::vec(any::<u8>(), 0..300),
+        payload in prop::collection::vec(any::<u8>(), 0..100),
+    ) {
+        let frame = Frame {
+            kind: FrameKind::Request,
+            group: GroupId(0),
+            header: header.into(),
+            payload: payload.into(),
+        };
+        let _ = Request::decode(frame.clone());
+        let _ = Reply::decode(frame);
+    }
+}

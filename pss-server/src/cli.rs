@@ -1,0 +1,305 @@
+//! The command line: what all verbs of `pss` and `pssd` share.
+//!
+//! Data goes to stdout, talk to stderr. Exit codes are those of [`Exit`].
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{CellFiles, ConfigError};
+
+pub(crate) mod cell;
+mod format;
+mod health;
+mod key;
+mod server;
+mod signals;
+mod start;
+mod status;
+mod volume;
+
+pub use format::{FormatArgs, FormatError, format};
+pub use signals::on_stop_signal;
+pub use start::StartArgs;
+
+pub(crate) use start::start as start_server;
+pub(crate) use volume::check_new as check_new_volume;
+
+/// Exit codes of `pss`; `pssd` uses the first three.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Exit {
+    /// Something went wrong that has no code of its own.
+    Failed = 1,
+    /// Used wrongly: flags, sizes, names, server.conf, key file.
+    Usage = 2,
+    /// There is no such volume or server.
+    NotFound = 3,
+    /// It exists already, or is in use.
+    Busy = 4,
+    /// The servers do not accept this client.
+    Denied = 5,
+    /// No server, or no majority of the core servers, can be reached.
+    NoQuorum = 6,
+    /// No answer in time.
+    Timeout = 7,
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  failed
+  2  used wrongly: flags, sizes, names, server.conf or key file
+  3  there is no such volume or server
+  4  exists already, or is in use
+  5  denied: the key is not that of the cell
+  6  no majority of the core servers, or no server, can be reached
+  7  no answer within --timeout; a change may or may not have been made
+  8  data differ
+  9  not supported";
+
+const EXIT_CODES_SERVER: &str = "Exit codes:
+  0  stopped by a signal or by 'pss server shutdown'; formatted
+  1  failed: data directory, port or storage
+  2  used wrongly: flags, server.conf or key file; nothing was changed";
+
+/// A failure with its exit code and its message.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct CliError {
+    /// Of the process.
+    pub exit: Exit,
+    /// For stderr.
+    pub message: String,
+}
+
+impl CliError {
+    /// A failure of a kind.
+    pub fn new(exit: Exit, message: impl Display) -> CliError {
+        CliError {
+            exit,
+            message: message.to_string(),
+        }
+    }
+
+    fn usage(message: impl Display) -> CliError {
+        CliError::new(Exit::Usage, message)
+    }
+}
+
+impl From<ConfigError> for CliError {
+    fn from(error: ConfigError) -> CliError {
+        CliError::usage(error)
+    }
+}
+
+/// Which cell, and how to talk to it.
+#[derive(Args, Clone, Debug)]
+pub struct CellArgs {
+    /// The cell's list of servers
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "PSS_SERVERS",
+        default_value = "/etc/pss/server.conf"
+    )]
+    pub servers: PathBuf,
+    /// The cell key [default: cell.key beside the list of servers, if it exists]
+    #[arg(long, global = true, value_name = "FILE", env = "PSS_KEY")]
+    pub key: Option<PathBuf>,
+    /// How long to wait for the cell, such as 10s, 500ms or 2m
+    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
+    pub timeout: Duration,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl CellArgs {
+    fn read(&self) -> Result<CellFiles, CliError> {
+        Ok(CellFiles::read(&self.servers, self.key.as_deref())?)
+    }
+}
+
+/// The command line of PSS: looks at a cell of servers and manages its volumes
+#[derive(Debug, Parser)]
+#[command(name = "pss", version, after_help = EXIT_CODES)]
+struct Pss {
+    #[command(flatten)]
+    cell: CellArgs,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Says whether the data are safe, who leads, and who is behind
+    Status(status::StatusArgs),
+    /// Creates, shows, resizes and deletes volumes
+    #[command(subcommand)]
+    Volume(volume::VolumeVerb),
+    /// Lists and stops servers
+    #[command(subcommand)]
+    Server(server::ServerVerb),
+    /// Makes the cell key
+    #[command(subcommand)]
+    Key(key::KeyVerb),
+    /// Runs a whole cell with its NBD server in this process, to try it out
+    Up(crate::up::UpArgs),
+}
+
+/// A PSS server
+#[derive(Debug, Parser)]
+#[command(name = "pssd", version, after_help = EXIT_CODES_SERVER)]
+struct Pssd {
+    #[command(subcommand)]
+    verb: PssdVerb,
+}
+
+#[derive(Debug, Subcommand)]
+enum PssdVerb {
+    /// Initialises a server's data directory before its first start
+    Format(FormatArgs),
+    /// Runs the server until SIGTERM or SIGINT
+    Start(Box<StartArgs>),
+}
+
+/// A whole PSS cell with its NBD server in one process, to try it out
+#[derive(Debug, Parser)]
+#[command(name = "pss-up", version)]
+struct PssUp {
+    #[command(flatten)]
+    up: crate::up::UpArgs,
+}
+
+/// `pss`.
+pub fn pss_main() -> ExitCode {
+    let pss = Pss::parse();
+    finish("pss", || match pss.verb {
+        Verb::Status(args) => status::run(&pss.cell, &args),
+        Verb::Volume(verb) => volume::run(&pss.cell, verb),
+        Verb::Server(verb) => server::run(&pss.cell, verb),
+        Verb::Key(verb) => key::run(&pss.cell, verb),
+        Verb::Up(args) => crate::up::run(&args),
+    })
+}
+
+/// `pssd`.
+pub fn pssd_main() -> ExitCode {
+    let pssd = Pssd::parse();
+    finish("pssd", || match pssd.verb {
+        PssdVerb::Format(args) => format::run(&args),
+        PssdVerb::Start(args) => start::run(*args),
+    })
+}
+
+/// `pss-up`.
+pub fn pss_up_main() -> ExitCode {
+    let args = PssUp::parse();
+    finish("pss-up", || crate::up::run(&args.up))
+}
+
+fn finish(program: &str, run: impl FnOnce() -> Result<(), CliError>) -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done about a stderr that is gone.
+            let _ = writeln!(io::stderr(), "{program}: {error}");
+            ExitCode::from(error.exit as u8)
+        }
+    }
+}
+
+/// Writes data to stdout. A reader that went away early (`| head`) is no failure.
+pub(crate) fn print(text: &str) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CliError::new(
+            Exit::Failed,
+            format!("cannot write to standard output: {error}"),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn print_json(value: &serde_json::Value) -> Result<(), CliError> {
+    print(&format!("{value:#}\n"))
+}
+
+/// Says something that is not data.
+fn say(text: impl Display) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Asks on the terminal. Without one, or with another answer than yes, nothing is done.
+fn confirm(question: &str) -> Result<(), CliError> {
+    if !io::stdin().is_terminal() || !io::stderr().is_terminal() {
+        return Err(CliError::usage(format!(
+            "{question} Nothing was done: there is no terminal to ask on; add --yes to say yes"
+        )));
+    }
+    let _ = write!(io::stderr(), "{question} Type yes to go on: ");
+    let mut answer = String::new();
+    let read = io::stdin().read_line(&mut answer);
+    match read.is_ok() && answer.trim().eq_ignore_ascii_case("yes") {
+        true => Ok(()),
+        false => Err(CliError::new(Exit::Failed, "nothing was done")),
+    }
+}
+
+fn parse_timeout(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is no time: write a number with ms, s or m, such as 10s");
+    let digits_end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits_end);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let milliseconds = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" | "min" => 60_000,
+        _ => return Err(wrong()),
+    };
+    let time = number.checked_mul(milliseconds).ok_or_else(wrong)?;
+    if !(1..=86_400_000).contains(&time) {
+        return Err(format!("'{text}' is no time to wait: use 1ms to 1440m"));
+    }
+    Ok(Duration::from_millis(time))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn commands_are_sound() {
+        Pss::command().debug_assert();
+        Pssd::command().debug_assert();
+        PssUp::command().debug_assert();
+    }
+
+    #[test]
+    fn timeouts() {
+        assert_eq!(parse_timeout("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_timeout("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_timeout("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_timeout("2m"), Ok(Duration::from_secs(120)));
+        for wrong in [
+            "",
+            "s",
+            "0",
+            "-1",
+            "1h",
+            "1.5s",
+            "99999999999999999999",
+            "9999999m",
+        ] {
+            assert!(parse_timeout(wrong).is_err(), "{wrong}");
+        }
+    }
+}

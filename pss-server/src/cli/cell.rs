@@ -1,0 +1,293 @@
+//! The cell as the verbs of `pss` use it, and what its refusals mean to the caller.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pss_core::client::{Cell, CellConfig, ClientError, ServerError};
+use pss_core::state::{Refusal, Volume};
+use pss_core::types::{ServerId, VolumeId};
+use pss_core::wire::auth::{Denial, HandshakeError};
+use pss_core::wire::client::{ReplyError, VolumeStatus};
+use tokio::runtime::Runtime;
+
+use super::health::{Answers, Verdict};
+use super::{CellArgs, CliError, Exit};
+use crate::config::CellFiles;
+use crate::render::printable;
+
+/// A server that does not accept a connection for so long is taken for unreachable.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// A client of the cell. Needs a tokio runtime.
+pub(crate) fn connect(files: &CellFiles, program: &str, timeout: Duration) -> Arc<Cell> {
+    let servers = files.servers.ids();
+    let servers = servers
+        .into_iter()
+        .filter_map(|id| Some((id, files.servers.tcp(id)?)))
+        .collect();
+    let name = format!("{program}@{}", host_name());
+    Cell::connect(CellConfig {
+        key: files.key.clone(),
+        request_timeout: timeout,
+        connect_timeout: CONNECT_TIMEOUT.min(timeout),
+        ..CellConfig::new(servers, &name)
+    })
+}
+
+/// What this machine calls itself.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        "" => "localhost".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+/// Where the servers stand that answer.
+pub(super) async fn ask_all(files: &CellFiles, cell: &Cell) -> Answers {
+    let mut answers = Answers {
+        listed: files.servers.ids(),
+        statuses: BTreeMap::new(),
+        failures: BTreeMap::new(),
+    };
+    for (id, answer) in cell.status_all().await {
+        match answer {
+            Ok(status) => _ = answers.statuses.insert(id, status),
+            Err(error) => _ = answers.failures.insert(id, error),
+        }
+    }
+    answers
+}
+
+/// What a failure means, with the exit code that says so.
+pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) -> CliError {
+    let exit = match &error {
+        ClientError::Unavailable { .. } => {
+            let answers = ask_all(files, cell).await;
+            return unavailable(&answers);
+        }
+        ClientError::Refused(refusal) => match refusal {
+            Refusal::NoSuchVolume => Exit::NotFound,
+            Refusal::VolumeExists | Refusal::VolumeAttached => Exit::Busy,
+            Refusal::BadName | Refusal::BadSize | Refusal::BadChunkSize | Refusal::WouldShrink => {
+                Exit::Usage
+            }
+            Refusal::StaleSession
+            | Refusal::OutOfRange
+            | Refusal::TooMany
+            | Refusal::OutsideWindow
+            | Refusal::Settled => Exit::Failed,
+        },
+        ClientError::Reply(ReplyError::NoSpace) => {
+            return CliError::new(
+                Exit::Failed,
+                "no space left on the servers; 'pss status' shows how much each has free",
+            );
+        }
+        ClientError::Reply(_) | ClientError::Fenced | ClientError::Unexpected => Exit::Failed,
+    };
+    CliError::new(exit, error)
+}
+
+fn unavailable(answers: &Answers) -> CliError {
+    if let Some(denied) = denied(answers) {
+        return denied;
+    }
+    let health = answers.judge(None);
+    match health.verdict {
+        Verdict::NoMajority | Verdict::NoLeader => CliError::new(Exit::NoQuorum, health.sentence()),
+        Verdict::Works { .. } => CliError::new(
+            Exit::Timeout,
+            "the cell works, but did not answer in time; a change may or may not have been made: look before you repeat it, or wait longer with --timeout",
+        ),
+    }
+}
+
+/// The failure to report if servers turn this client away, and none lets it in.
+pub(super) fn denied(answers: &Answers) -> Option<CliError> {
+    if !answers.statuses.is_empty() {
+        return None;
+    }
+    let (id, error) = answers.failures.iter().find(|(_, error)| denies(error))?;
+    Some(CliError::new(
+        Exit::Denied,
+        format!(
+            "server {id} does not let this client in: {error}; use the cell's own key with --key FILE or PSS_KEY"
+        ),
+    ))
+}
+
+fn denies(error: &ServerError) -> bool {
+    let ServerError::Handshake(error) = error else {
+        return false;
+    };
+    match error {
+        HandshakeError::KeyMissing { .. }
+        | HandshakeError::KeyUnexpected { .. }
+        | HandshakeError::Proof { .. } => true,
+        HandshakeError::Denied { reason, .. } => matches!(
+            reason,
+            Denial::KeyMissing | Denial::KeyUnexpected | Denial::Proof
+        ),
+        HandshakeError::Version { .. }
+        | HandshakeError::OtherCell { .. }
+        | HandshakeError::OtherServer { .. }
+        | HandshakeError::Unexpected(_)
+        | HandshakeError::Malformed(_) => false,
+    }
+}
+
+/// The cell, for programs that do one thing after the other.
+pub(super) struct Access {
+    /// What the files say about it.
+    pub(super) files: CellFiles,
+    cell: Arc<Cell>,
+    runtime: Runtime,
+}
+
+impl Access {
+    pub(super) fn connect(args: &CellArgs) -> Result<Access, CliError> {
+        let files = args.read()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| CliError::new(Exit::Failed, error))?;
+        let cell = {
+            let _entered = runtime.enter();
+            connect(&files, "pss", args.timeout)
+        };
+        Ok(Access {
+            files,
+            cell,
+            runtime,
+        })
+    }
+
+    /// Where the servers stand that answer.
+    ///
+    /// # Errors
+    /// [`Exit::Denied`] if they turn us away.
+    pub(super) fn answers(&self) -> Result<Answers, CliError> {
+        let answers = self.runtime.block_on(ask_all(&self.files, &self.cell));
+        match denied(&answers) {
+            Some(error) => Err(error),
+            None => Ok(answers),
+        }
+    }
+
+    /// A server's address for messages.
+    pub(super) fn address_text(&self, id: ServerId) -> String {
+        let address = self.files.servers.tcp(id);
+        address
+            .map(|address| address.to_string())
+            .unwrap_or_default()
+    }
+
+    pub(super) fn volumes(&self) -> Result<Vec<VolumeStatus>, CliError> {
+        self.wait(self.cell.volumes())
+    }
+
+    /// A volume by name.
+    pub(super) fn volume(&self, name: &str) -> Result<VolumeStatus, CliError> {
+        self.volumes()?
+            .into_iter()
+            .find(|status| status.volume.name == name)
+            .ok_or_else(|| {
+                let name = printable(name);
+                let message = format!("there is no volume {name}; 'pss volume list' shows all");
+                CliError::new(Exit::NotFound, message)
+            })
+    }
+
+    pub(super) fn create_volume(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        chunk_bytes: u32,
+    ) -> Result<VolumeId, CliError> {
+        self.wait(self.cell.create_volume(name, size_bytes, chunk_bytes))
+            .map_err(|error| about(name, error))
+    }
+
+    pub(super) fn resize_volume(
+        &self,
+        volume: &Volume,
+        size_bytes: u64,
+        allow_shrink: bool,
+    ) -> Result<(), CliError> {
+        self.wait(self.cell.resize_volume(volume.id, size_bytes, allow_shrink))
+            .map_err(|error| about(&volume.name, error))
+    }
+
+    pub(super) fn delete_volume(&self, volume: &Volume) -> Result<(), CliError> {
+        self.wait(self.cell.delete_volume(volume.id))
+            .map_err(|error| about(&volume.name, error))
+    }
+
+    /// Stops a server.
+    pub(super) fn shutdown(&self, id: ServerId) -> Result<(), CliError> {
+        self.runtime
+            .block_on(self.cell.shutdown(id))
+            .map_err(|error| {
+                let address = self.address_text(id);
+                CliError::new(Exit::Failed, format!("server {id} at {address}: {error}"))
+            })
+    }
+
+    fn wait<T>(
+        &self,
+        request: impl Future<Output = Result<T, ClientError>>,
+    ) -> Result<T, CliError> {
+        self.runtime.block_on(async {
+            match request.await {
+                Ok(done) => Ok(done),
+                Err(error) => Err(explain(&self.files, &self.cell, error).await),
+            }
+        })
+    }
+}
+
+impl Drop for Access {
+    /// Ends the session: the cell need not wait until it expires.
+    fn drop(&mut self) {
+        self.runtime.block_on(self.cell.close());
+    }
+}
+
+/// A refusal says what is wrong, not with which volume; unreachable servers are about no volume.
+fn about(name: &str, error: CliError) -> CliError {
+    match error.exit {
+        Exit::NotFound | Exit::Busy | Exit::Usage => CliError::new(
+            error.exit,
+            format!("volume {}: {}", printable(name), error.message),
+        ),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::health::tests::answers;
+    use super::*;
+
+    #[test]
+    fn a_wrong_key_is_not_a_missing_majority() {
+        let mut nobody = answers(3, &[]);
+        nobody.statuses.clear();
+        assert_eq!(unavailable(&nobody).exit, Exit::NoQuorum);
+        let server = Some(ServerId(1));
+        let error = ServerError::Handshake(HandshakeError::Proof { server });
+        nobody.failures.insert(ServerId(1), error);
+        let error = unavailable(&nobody);
+        assert_eq!(error.exit, Exit::Denied);
+        assert!(error.message.contains("--key"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_cell_that_works_but_is_slow_is_a_timeout() {
+        let three = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        assert_eq!(unavailable(&three).exit, Exit::Timeout);
+    }
+}

@@ -1,0 +1,260 @@
+//! `pssd format`.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use pss_core::disk::files::{FileDisk, LOCK_FILE};
+use pss_core::key::CellId;
+use pss_core::storage::{Identity, IdentityFacts, StorageError};
+use pss_core::types::{Ballot, GroupId, Incarnation};
+
+use crate::config::{CellFiles, ServerConfig, Tuning};
+
+use super::{CliError, Exit, say};
+
+/// Flags of `pssd format`.
+#[derive(Args, Debug)]
+pub struct FormatArgs {
+    /// The cell's list of servers
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "PSS_SERVERS",
+        default_value = "/etc/pss/server.conf"
+    )]
+    servers: PathBuf,
+    /// Which of the listed servers this is
+    #[arg(long, value_name = "N")]
+    id: u8,
+    /// The data directory, instead of the one in the list of servers
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+    /// The cell key [default: cell.key beside the list of servers, if it exists]
+    #[arg(long, value_name = "FILE", env = "PSS_KEY")]
+    key: Option<PathBuf>,
+    /// The cell's id [default: derived from the key, or else from ids and hosts of the list]
+    #[arg(long, value_name = "UUID")]
+    cell: Option<CellId>,
+    /// Replace what a server has left in the directory; all its data there are lost
+    #[arg(long)]
+    force: bool,
+}
+
+/// Why a directory was not formatted.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// It holds something.
+    #[error("{}: not empty (it holds '{found}'); name another directory, or add --force to remove what a PSS server has left there", path.display())]
+    NotEmpty {
+        /// The directory.
+        path: PathBuf,
+        /// A name in it.
+        found: String,
+    },
+    /// It is no directory.
+    #[error("{}: not a directory; name another path", path.display())]
+    NotADirectory {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A server runs on it.
+    #[error("{}: a server is running on it; stop that first", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The files of a server cannot be made.
+    #[error("{}: cannot format it: {source}", path.display())]
+    Storage {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: StorageError,
+    },
+    /// The file system refuses.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Io {
+        /// The directory.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+pub(super) fn run(args: &FormatArgs) -> Result<(), CliError> {
+    let cell = CellFiles::read(&args.servers, args.key.as_deref())?;
+    let path = args.path.clone();
+    let config = cell.server(args.id, path, args.cell, Tuning::default())?;
+    format(&config, args.force).map_err(|error| CliError::new(Exit::Failed, error))?;
+    say(format!(
+        "Formatted {} for server {} of cell {}. Start it with 'pssd start --id {}{}'.",
+        config.path.display(),
+        config.id,
+        config.cell,
+        config.id,
+        more_flags(args),
+    ));
+    Ok(())
+}
+
+/// The flags that `pssd start` needs as well.
+fn more_flags(args: &FormatArgs) -> String {
+    let mut flags = String::new();
+    let mut add = |flag: &str, value: String| flags.push_str(&format!(" --{flag} {value}"));
+    if args.servers != Path::new("/etc/pss/server.conf") {
+        add("servers", args.servers.display().to_string());
+    }
+    if let Some(path) = &args.path {
+        add("path", path.display().to_string());
+    }
+    if let Some(key) = &args.key {
+        add("key", key.display().to_string());
+    }
+    if let Some(cell) = args.cell {
+        add("cell", cell.to_string());
+    }
+    flags
+}
+
+/// Marks the data directory of a server with cell and server, and makes it ready for a first start.
+///
+/// # Errors
+/// [`FormatError`]; a directory that holds something is left as it is without `force`, and with it
+/// loses only what a server has made.
+pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
+    let path = &config.path;
+    let failed = |action| {
+        move |source| FormatError::Io {
+            path: path.clone(),
+            action,
+            source,
+        }
+    };
+    if path.exists() && !path.is_dir() {
+        return Err(FormatError::NotADirectory { path: path.clone() });
+    }
+    std::fs::create_dir_all(path).map_err(failed("make the directory"))?;
+    let found = first_entry(path).map_err(failed("list the directory"))?;
+    if let Some(found) = found.filter(|_| !force) {
+        return Err(FormatError::NotEmpty {
+            path: path.clone(),
+            found,
+        });
+    }
+    let disk = FileDisk::open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => FormatError::InUse { path: path.clone() },
+        _ => failed("lock the directory")(error),
+    })?;
+    Identity::create(Arc::new(disk), facts(config), force).map_err(|source| {
+        FormatError::Storage {
+            path: path.clone(),
+            source,
+        }
+    })?;
+    Ok(())
+}
+
+/// The identity of a new server.
+fn facts(config: &ServerConfig) -> IdentityFacts {
+    // A directory that is formatted again is a later life of the server, so its incarnation must be
+    // higher than any before, of which it knows nothing: hence the time.
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+    let incarnation = since_1970.unwrap_or_default().as_millis() as u64;
+    IdentityFacts {
+        group: GroupId(0),
+        cell: config.cell.0,
+        server: config.id,
+        incarnation: Incarnation(incarnation.max(1)),
+        promised: Ballot::default(),
+    }
+}
+
+/// A name in a directory that speaks against formatting it.
+fn first_entry(path: &Path) -> io::Result<Option<String>> {
+    // A lock alone is left by a format that was refused or cut short.
+    let harmless = |name: &OsStr| name == LOCK_FILE || name == "lost+found";
+    for entry in std::fs::read_dir(path)? {
+        let name = entry?.file_name();
+        if !harmless(&name) {
+            return Ok(Some(name.to_string_lossy().into_owned()));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use pss_core::servers::Servers;
+    use pss_core::types::ServerId;
+
+    use super::*;
+
+    fn config(path: PathBuf) -> ServerConfig {
+        let localhost = std::net::IpAddr::from([127, 0, 0, 1]);
+        ServerConfig {
+            id: ServerId(0),
+            servers: Servers::new([(ServerId(0), localhost)]),
+            path,
+            key: None,
+            cell: CellId([1; 16]),
+            tuning: Tuning::default(),
+        }
+    }
+
+    #[test]
+    fn only_an_empty_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        format(&config(path.clone()), false).unwrap();
+        let error = format(&config(path.clone()), false);
+        assert!(matches!(error, Err(FormatError::NotEmpty { .. })));
+        std::fs::create_dir(path.join("data")).unwrap();
+        std::fs::write(path.join("data/file"), "x").unwrap();
+        std::fs::write(path.join("foreign"), "x").unwrap();
+        format(&config(path.clone()), true).unwrap();
+        assert!(!path.join("data/file").exists());
+        assert!(path.join("foreign").exists());
+    }
+
+    #[test]
+    fn the_identity_says_whose_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let read = || {
+            let disk = Arc::new(FileDisk::open(&path).unwrap());
+            Identity::open(disk).unwrap().facts()
+        };
+        format(&config(path.clone()), false).unwrap();
+        let first = read();
+        assert_eq!((first.server, first.cell), (ServerId(0), [1; 16]));
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        format(&config(path.clone()), true).unwrap();
+        assert!(read().incarnation > first.incarnation);
+    }
+
+    #[test]
+    fn not_under_a_running_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        format(&config(path.clone()), false).unwrap();
+        let _running = FileDisk::open(&path).unwrap();
+        let error = format(&config(path.clone()), true);
+        assert!(matches!(error, Err(FormatError::InUse { .. })));
+    }
+
+    #[test]
+    fn not_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, "precious").unwrap();
+        let error = format(&config(path.clone()), true);
+        assert!(matches!(error, Err(FormatError::NotADirectory { .. })));
+        assert_eq!(std::fs::read(path).unwrap(), b"precious");
+    }
+}

@@ -1,0 +1,485 @@
+//! "Am I safe?": what the servers' answers say about the cell.
+
+use std::collections::BTreeMap;
+
+use pss_core::client::ServerError;
+use pss_core::servers::Ids;
+use pss_core::types::ServerId;
+use pss_core::wire::client::{PeerStatus, ServerStatus};
+
+use crate::render::{grouped, span};
+
+/// What was heard of the servers of a cell.
+pub(super) struct Answers {
+    /// All servers that server.conf lists.
+    pub(super) listed: Vec<ServerId>,
+    /// Where those stand that answered.
+    pub(super) statuses: BTreeMap<ServerId, ServerStatus>,
+    /// Why the others did not.
+    pub(super) failures: BTreeMap<ServerId, ServerError>,
+}
+
+/// The state of one server's copy of the data.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum CopyState {
+    /// It holds everything that was chosen when the leader was asked.
+    Current,
+    /// It takes part, but so many slots are missing.
+    Behind(u64),
+    /// Chunks are being copied to it: so many of so many, if it says so.
+    Copying(Option<(u64, u64)>),
+    /// It answers, but the leader has no contact with it; for so many seconds, if ever it had.
+    Apart(Option<u64>),
+    /// It does not answer; the leader has heard nothing for so many seconds, if ever it had.
+    Silent(Option<u64>),
+    /// Nobody leads, so nobody knows.
+    Unknown,
+}
+
+/// Whether the cell works and what it can lose.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Verdict {
+    /// It works, and so many core servers with current copies may fail before it does not.
+    Works {
+        /// Core servers.
+        may_fail: usize,
+    },
+    /// A majority answers, but nobody leads.
+    NoLeader,
+    /// No majority.
+    NoMajority,
+}
+
+/// The judgement.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct Health {
+    /// Who leads.
+    pub(super) leader: Option<ServerId>,
+    /// The copies of all listed servers.
+    pub(super) copies: BTreeMap<ServerId, CopyState>,
+    /// What follows.
+    pub(super) verdict: Verdict,
+    answering: Vec<ServerId>,
+}
+
+impl Answers {
+    /// The server that leads: of those that say so, the one with the highest ballot.
+    pub(super) fn leader(&self) -> Option<&ServerStatus> {
+        self.statuses
+            .values()
+            .filter(|status| status.role == "leader")
+            .max_by_key(|status| status.ballot)
+    }
+
+    /// The slot that a copy must reach to be current, if these answers decide.
+    pub(super) fn mark(&self) -> Option<u64> {
+        self.leader().map(|leader| leader.chosen)
+    }
+
+    /// Judges the answers. `mark` is the slot that the copies must have reached: that of these answers,
+    /// or of earlier ones, so that a busy server that keeps pace is not called behind.
+    pub(super) fn judge(&self, mark: Option<u64>) -> Health {
+        let leader = self.leader();
+        let mark = mark.or(self.mark()).unwrap_or(0);
+        let copies: BTreeMap<_, _> = self
+            .listed
+            .iter()
+            .map(|id| (*id, self.copy_state(*id, leader, mark)))
+            .collect();
+        let core: Vec<_> = self.listed.iter().filter(|id| id.is_core()).collect();
+        let majority = core.len() / 2 + 1;
+        let heard = core.iter().filter(|id| self.heard(***id, leader)).count();
+        let current = core
+            .iter()
+            .filter(|id| copies[**id] == CopyState::Current)
+            .count();
+        let verdict = match leader {
+            _ if heard < majority => Verdict::NoMajority,
+            None => Verdict::NoLeader,
+            Some(_) => Verdict::Works {
+                may_fail: current.saturating_sub(majority),
+            },
+        };
+        Health {
+            leader: leader.map(|leader| leader.server),
+            copies,
+            verdict,
+            answering: self.statuses.keys().copied().collect(),
+        }
+    }
+
+    /// Whether a server runs, as far as can be told: it answers, or the leader hears it.
+    fn heard(&self, id: ServerId, leader: Option<&ServerStatus>) -> bool {
+        match leader {
+            Some(leader) if leader.server != id => peer(leader, id).is_some_and(|peer| peer.alive),
+            _ => self.statuses.contains_key(&id),
+        }
+    }
+
+    fn copy_state(&self, id: ServerId, leader: Option<&ServerStatus>, mark: u64) -> CopyState {
+        let own = self.statuses.get(&id);
+        let Some(leader) = leader else {
+            return match own {
+                Some(_) => CopyState::Unknown,
+                None => CopyState::Silent(None),
+            };
+        };
+        let seen = peer(leader, id);
+        let silent_s = seen.and_then(|peer| peer.silent_ms).map(|ms| ms / 1000);
+        let alive = id == leader.server || seen.is_some_and(|peer| peer.alive);
+        match own {
+            None if !alive => return CopyState::Silent(silent_s),
+            Some(_) if !alive => return CopyState::Apart(silent_s),
+            _ => {}
+        }
+        let copying = own.and_then(|status| status.copying);
+        if copying.is_some() || seen.is_some_and(|peer| peer.copying) {
+            return CopyState::Copying(copying);
+        }
+        let applied = own
+            .map(|status| status.applied)
+            .max(seen.map(|peer| peer.applied));
+        match mark.saturating_sub(applied.unwrap_or(0)) {
+            0 => CopyState::Current,
+            slots => CopyState::Behind(slots),
+        }
+    }
+}
+
+fn peer(leader: &ServerStatus, id: ServerId) -> Option<&PeerStatus> {
+    leader.peers.iter().find(|peer| peer.server == id)
+}
+
+impl Health {
+    /// The first line of `pss status`.
+    pub(super) fn sentence(&self) -> String {
+        match self.verdict {
+            Verdict::NoMajority => self.no_majority(),
+            Verdict::NoLeader => format!(
+                "No leader: {} answer, which is a majority, and are about to elect one. Ask again in a few seconds.",
+                servers(&self.answering)
+            ),
+            Verdict::Works { may_fail } => {
+                let troubles: Vec<String> = self
+                    .copies
+                    .iter()
+                    .filter_map(|(id, state)| trouble(*id, *state))
+                    .collect();
+                match troubles.is_empty() {
+                    true => self.all_well(may_fail),
+                    false => self.degraded(&troubles.join(" "), may_fail),
+                }
+            }
+        }
+    }
+
+    fn core(&self) -> usize {
+        self.copies.keys().filter(|id| id.is_core()).count()
+    }
+
+    fn no_majority(&self) -> String {
+        let core = self.core();
+        let majority = core / 2 + 1;
+        let mut answering = self.answering.clone();
+        answering.retain(|id| id.is_core());
+        let who = match answering.len() {
+            0 => format!("none of {core} core servers answers"),
+            1 => format!(
+                "1 of {core} core servers answers (server {})",
+                Ids(&answering)
+            ),
+            n => format!(
+                "{n} of {core} core servers answer (servers {})",
+                Ids(&answering)
+            ),
+        };
+        // Enough may answer here and still not hear each other.
+        if answering.len() >= majority {
+            return format!(
+                "No majority: {who}, but they do not reach each other. Volumes can be neither read nor written until {majority} do."
+            );
+        }
+        format!(
+            "No majority: {who}; {majority} are needed. Volumes can be neither read nor written until {} more {}.",
+            majority - answering.len(),
+            if majority - answering.len() == 1 {
+                "runs"
+            } else {
+                "run"
+            }
+        )
+    }
+
+    fn all_well(&self, may_fail: usize) -> String {
+        let core = self.core();
+        let copies = match self.copies.len() {
+            1 => "The only copy is current.".to_owned(),
+            n => format!("All {n} copies current."),
+        };
+        let servers = match core == self.copies.len() {
+            true => "server",
+            false => "core server",
+        };
+        match may_fail {
+            0 => format!("{copies} No {servers} may fail."),
+            1 => format!("{copies} Any 1 {servers} may fail."),
+            n => format!("{copies} Any {n} {servers}s may fail."),
+        }
+    }
+
+    fn degraded(&self, troubles: &str, may_fail: usize) -> String {
+        let core_is_well = self
+            .copies
+            .iter()
+            .filter(|(id, _)| id.is_core())
+            .all(|(_, state)| *state == CopyState::Current);
+        // Learners do not count towards what may fail.
+        if core_is_well {
+            let rest = match may_fail {
+                0 => "No core server may fail.".to_owned(),
+                1 => "Any 1 core server may fail.".to_owned(),
+                n => format!("Any {n} core servers may fail."),
+            };
+            return format!("{troubles} All core servers are current. {rest}");
+        }
+        match may_fail {
+            0 => format!("{troubles} Until then no further server may fail."),
+            1 => format!("{troubles} Until then 1 further server may fail."),
+            n => format!("{troubles} Until then {n} further servers may fail."),
+        }
+    }
+}
+
+/// What is wrong with one server, as a sentence.
+fn trouble(id: ServerId, state: CopyState) -> Option<String> {
+    Some(match state {
+        CopyState::Current => return None,
+        CopyState::Behind(slots) => {
+            let unit = if slots == 1 { "slot" } else { "slots" };
+            format!(
+                "Server {id} is {} {unit} behind, catching up.",
+                grouped(slots)
+            )
+        }
+        CopyState::Copying(Some((done, total))) if total > 0 => format!(
+            "Server {id} is copying chunks, {} of {} done.",
+            grouped(done),
+            grouped(total)
+        ),
+        CopyState::Copying(_) => format!("Server {id} is copying chunks."),
+        CopyState::Apart(Some(seconds)) => format!(
+            "Server {id} runs, but the leader has not heard from it for {}: check the network between them.",
+            span(seconds)
+        ),
+        CopyState::Apart(None) => format!(
+            "Server {id} runs, but the leader has never heard from it: check the network between them."
+        ),
+        CopyState::Silent(Some(seconds)) => {
+            format!(
+                "Server {id} has not been heard from for {}: start it.",
+                span(seconds)
+            )
+        }
+        CopyState::Silent(None) => format!("Server {id} does not answer: start it."),
+        CopyState::Unknown => return None,
+    })
+}
+
+fn servers(ids: &[ServerId]) -> String {
+    match ids.len() {
+        1 => format!("server {}", Ids(ids)),
+        _ => format!("servers {}", Ids(ids)),
+    }
+}
+
+impl CopyState {
+    /// A word for the table.
+    pub(super) fn word(self) -> String {
+        match self {
+            CopyState::Current => "current".into(),
+            CopyState::Behind(_) => "catching up".into(),
+            CopyState::Copying(Some((done, total))) if total > 0 => {
+                format!("copying {} %", u128::from(done) * 100 / u128::from(total))
+            }
+            CopyState::Copying(_) => "copying".into(),
+            CopyState::Apart(_) => "no contact".into(),
+            CopyState::Silent(_) => "no answer".into(),
+            CopyState::Unknown => "unknown".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use pss_core::types::Ballot;
+
+    use super::*;
+
+    pub(in crate::cli) fn status(id: u8, role: &str, applied: u64) -> ServerStatus {
+        ServerStatus {
+            cell: "c".into(),
+            server: ServerId(id),
+            version: "0".into(),
+            pid: 1,
+            uptime_s: 1,
+            role: role.into(),
+            leader: Some(ServerId(0)),
+            ballot: Ballot::default(),
+            chosen: applied,
+            applied,
+            last: applied,
+            log_first: 1,
+            copying: None,
+            free_bytes: 1 << 30,
+            total_bytes: 2 << 30,
+            bad_blocks: 0,
+            clients: 0,
+            peers: Vec::new(),
+        }
+    }
+
+    fn seen(id: u8, alive: bool, applied: u64, silent_ms: u64) -> PeerStatus {
+        PeerStatus {
+            server: ServerId(id),
+            alive,
+            applied,
+            durable: applied,
+            copying: false,
+            silent_ms: Some(silent_ms),
+        }
+    }
+
+    /// Server 0 leads at slot 5000 and hears servers below `count` at (alive, applied).
+    pub(in crate::cli) fn answers(count: u8, followers: &[(u8, bool, u64)]) -> Answers {
+        let mut leader = status(0, "leader", 5000);
+        let mut statuses = BTreeMap::new();
+        for &(id, alive, applied) in followers {
+            leader.peers.push(seen(id, alive, applied, 14_000));
+            if alive {
+                let role = if id < 5 { "follower" } else { "learner" };
+                statuses.insert(ServerId(id), status(id, role, applied));
+            }
+        }
+        statuses.insert(ServerId(0), leader);
+        Answers {
+            listed: (0..count).map(ServerId).collect(),
+            statuses,
+            failures: BTreeMap::new(),
+        }
+    }
+
+    fn sentence(answers: &Answers) -> String {
+        answers.judge(None).sentence()
+    }
+
+    #[test]
+    fn all_current() {
+        let three = answers(3, &[(1, true, 5000), (2, true, 5001)]);
+        assert_eq!(
+            sentence(&three),
+            "All 3 copies current. Any 1 server may fail."
+        );
+        let one = answers(1, &[]);
+        assert_eq!(
+            sentence(&one),
+            "The only copy is current. No server may fail."
+        );
+        let all: Vec<_> = (1..8).map(|id| (id, true, 5000)).collect();
+        assert_eq!(
+            sentence(&answers(8, &all)),
+            "All 8 copies current. Any 2 core servers may fail."
+        );
+    }
+
+    #[test]
+    fn a_server_behind() {
+        let three = answers(3, &[(1, true, 5000), (2, true, 3796)]);
+        assert_eq!(
+            sentence(&three),
+            "Server 2 is 1,204 slots behind, catching up. Until then no further server may fail."
+        );
+        assert_eq!(three.judge(None).verdict, Verdict::Works { may_fail: 0 });
+        // It had reached what was chosen when the leader was first asked.
+        assert_eq!(
+            three.judge(Some(3796)).verdict,
+            Verdict::Works { may_fail: 1 }
+        );
+    }
+
+    #[test]
+    fn a_silent_server() {
+        let five = answers(
+            5,
+            &[
+                (1, true, 5000),
+                (2, true, 5000),
+                (3, true, 5000),
+                (4, false, 1),
+            ],
+        );
+        assert_eq!(
+            sentence(&five),
+            "Server 4 has not been heard from for 14 s: start it. Until then 1 further server may fail."
+        );
+    }
+
+    #[test]
+    fn a_server_that_only_the_leader_hears_counts() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        three.statuses.remove(&ServerId(2));
+        assert_eq!(three.judge(None).copies[&ServerId(2)], CopyState::Current);
+    }
+
+    #[test]
+    fn a_server_without_contact_to_the_leader() {
+        let mut three = answers(3, &[(1, true, 5000), (2, false, 5000)]);
+        three
+            .statuses
+            .insert(ServerId(2), status(2, "candidate", 5000));
+        assert!(sentence(&three).starts_with("Server 2 runs, but the leader has not heard"));
+    }
+
+    #[test]
+    fn copying() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 100)]);
+        three.statuses.get_mut(&ServerId(2)).unwrap().copying = Some((37, 1200));
+        assert!(sentence(&three).starts_with("Server 2 is copying chunks, 37 of 1,200 done."));
+        assert_eq!(three.judge(None).copies[&ServerId(2)].word(), "copying 3 %");
+    }
+
+    #[test]
+    fn a_learner_behind_does_not_matter_to_the_majority() {
+        let mut with_learner = answers(3, &[(1, true, 5000), (2, true, 5000), (5, true, 4999)]);
+        with_learner.listed.push(ServerId(5));
+        assert_eq!(
+            sentence(&with_learner),
+            "Server 5 is 1 slot behind, catching up. All core servers are current. Any 1 core server may fail."
+        );
+    }
+
+    #[test]
+    fn no_majority() {
+        let mut three = answers(3, &[(1, false, 0), (2, false, 0)]);
+        let health = three.judge(None);
+        assert_eq!(health.verdict, Verdict::NoMajority);
+        assert_eq!(
+            health.sentence(),
+            "No majority: 1 of 3 core servers answers (server 0); 2 are needed. Volumes can be neither read nor written until 1 more runs."
+        );
+        three.statuses.clear();
+        assert!(sentence(&three).starts_with("No majority: none of 3 core servers answers; 2"));
+    }
+
+    #[test]
+    fn no_leader() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        three.statuses.get_mut(&ServerId(0)).unwrap().role = "candidate".into();
+        let health = three.judge(None);
+        assert_eq!(health.verdict, Verdict::NoLeader);
+        assert!(
+            health
+                .sentence()
+                .starts_with("No leader: servers 0, 1 and 2 answer")
+        );
+    }
+}

@@ -1,0 +1,181 @@
+//! `pssd start`.
+
+use std::fmt::Display;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use clap::Args;
+use pss_core::disk::files::FileDisk;
+use pss_core::key::CellId;
+use pss_core::size::parse_size;
+use pss_core::storage::{Identity, PairError, StorageError};
+use pss_core::types::ServerId;
+use sd_notify::NotifyState;
+
+use crate::config::{CellFiles, ServerConfig, Tuning};
+use crate::logging::{self, LogLevel, LogTarget};
+use crate::node::{Server, ServerHandle, StartError};
+
+use super::{CliError, Exit, on_stop_signal};
+
+/// Flags of `pssd start`.
+#[derive(Args, Debug)]
+pub struct StartArgs {
+    /// The cell's list of servers
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "PSS_SERVERS",
+        default_value = "/etc/pss/server.conf"
+    )]
+    servers: PathBuf,
+    /// Which of the listed servers this is
+    #[arg(long, value_name = "N")]
+    id: u8,
+    /// The data directory, instead of the one in the list of servers
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+    /// The cell key [default: cell.key beside the list of servers, if it exists]
+    #[arg(long, value_name = "FILE", env = "PSS_KEY")]
+    key: Option<PathBuf>,
+    /// The cell's id, if it was given to 'pssd format'
+    #[arg(long, value_name = "UUID")]
+    cell: Option<CellId>,
+    /// Where log lines go
+    #[arg(long, value_enum, value_name = "WHERE", default_value = "stderr")]
+    log: LogTarget,
+    /// How much is logged
+    #[arg(long, value_enum, value_name = "LEVEL", default_value = "info")]
+    log_level: LogLevel,
+    #[command(flatten)]
+    tuning: TuningArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Advanced")]
+struct TuningArgs {
+    /// Size of a log segment [default: 128M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    segment_size: Option<u64>,
+    /// Log between two checkpoints [default: 512M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    checkpoint_size: Option<u64>,
+    /// Log kept behind the checkpoint for servers that were down [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    log_retain: Option<u64>,
+}
+
+impl TuningArgs {
+    fn tuning(&self) -> Tuning {
+        let default = Tuning::default();
+        Tuning {
+            segment_bytes: self.segment_size.unwrap_or(default.segment_bytes),
+            checkpoint_bytes: self.checkpoint_size.unwrap_or(default.checkpoint_bytes),
+            log_retain_bytes: self.log_retain.unwrap_or(default.log_retain_bytes),
+            ..default
+        }
+    }
+}
+
+pub(super) fn run(args: StartArgs) -> Result<(), CliError> {
+    let cell = CellFiles::read(&args.servers, args.key.as_deref())?;
+    let config = cell.server(args.id, args.path, args.cell, args.tuning.tuning())?;
+    logging::init(args.log, args.log_level, &format!("pssd_{}", args.id)).map_err(failed)?;
+    // Whoever looks for the failure looks into syslog; on stderr it would be there twice.
+    let log_failure = |text: &str| {
+        if args.log == LogTarget::Syslog {
+            tracing::error!(server = args.id, "{text}");
+        }
+    };
+    // Before the server starts: a signal while it reads its log stops it as well, when it has.
+    let (started, starting) = channel::<Arc<ServerHandle>>();
+    on_stop_signal(move || {
+        tell_systemd(&[NotifyState::Stopping]);
+        // It fails if there is no server to stop: then this program is ending anyway.
+        if let Ok(handle) = starting.recv() {
+            handle.stop();
+        }
+    })
+    .map_err(failed)?;
+    if config.key.is_none() {
+        tracing::warn!(
+            server = args.id,
+            "no cell key: serving this machine only, and every program on it"
+        );
+    }
+    let handle = match start(config) {
+        Ok(handle) => Arc::new(handle),
+        Err(text) => {
+            log_failure(&text);
+            return Err(failed(text));
+        }
+    };
+    // The receiver is gone only when the process is ending.
+    let _ = started.send(Arc::clone(&handle));
+    tell_systemd(&[NotifyState::Ready]);
+    handle.wait().map_err(|error| {
+        log_failure(&error.to_string());
+        failed(error)
+    })
+}
+
+fn failed(error: impl Display) -> CliError {
+    CliError::new(Exit::Failed, error)
+}
+
+/// Starts a server; a failure says what to do about it.
+pub(crate) fn start(config: ServerConfig) -> Result<ServerHandle, String> {
+    let (id, path, cell) = (config.id, config.path.clone(), config.cell);
+    Server::start(config).map_err(|error| {
+        let remedy = remedy(&error, id, &path, cell);
+        format!("{error}{}", remedy.unwrap_or_default())
+    })
+}
+
+fn remedy(error: &StartError, id: ServerId, path: &Path, cell: CellId) -> Option<String> {
+    let text = match error {
+        StartError::Directory { source, .. } => match source.kind() {
+            io::ErrorKind::WouldBlock => {
+                "; the directory is in use by another server: stop that one, or name another directory with --path".to_owned()
+            }
+            io::ErrorKind::NotFound => format!(
+                "; if its file system is mounted, prepare it with 'pssd format --id {id}' before the first start"
+            ),
+            _ => return None,
+        },
+        StartError::Storage { source, .. } => match source.as_ref() {
+            StorageError::Pair(PairError::Missing { .. }) => format!(
+                "; if this is its first start, and its file system is mounted, prepare it with 'pssd format --id {id}'"
+            ),
+            StorageError::Pair(PairError::Version { .. }) => {
+                "; start a newer pssd on it".to_owned()
+            }
+            StorageError::OtherServer { found, .. } => {
+                format!("; use --id {found}, or name the directory of server {id} with --path")
+            }
+            StorageError::OtherCell => format!(
+                ", {}; server.conf and the key make it {cell}: use the key of its cell, or another --path; if the cell's hosts or key were changed on purpose, add --cell with its id",
+                cell_of(path)?
+            ),
+            _ => return None,
+        },
+        _ => return None,
+    };
+    Some(text)
+}
+
+/// The cell that a directory belongs to.
+fn cell_of(path: &Path) -> Option<CellId> {
+    let disk = FileDisk::open(path).ok()?;
+    let identity = Identity::open(Arc::new(disk)).ok()?;
+    Some(CellId(identity.facts().cell))
+}
+
+/// Without systemd nobody listens, and that is no failure.
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("systemd was not told: {error}");
+    }
+}

@@ -1,0 +1,225 @@
+//! `pss status`.
+
+use std::io::{self, IsTerminal};
+use std::time::Duration;
+
+use clap::Args;
+use pss_core::size::Size;
+use pss_core::types::ServerId;
+use serde_json::{Value, json};
+
+use super::cell::Access;
+use super::health::{Answers, CopyState, Health, Verdict};
+use super::{CellArgs, CliError, Exit, print, print_json};
+use crate::render::{Table, grouped, left, right};
+
+/// A server that is behind by what was written in this time is not behind.
+const SETTLE: Duration = Duration::from_millis(300);
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+#[derive(Args, Debug)]
+pub(super) struct StatusArgs {
+    /// Look again every second until interrupted
+    #[arg(long)]
+    watch: bool,
+}
+
+pub(super) fn run(args: &CellArgs, status: &StatusArgs) -> Result<(), CliError> {
+    let cell = Access::connect(args)?;
+    if !status.watch {
+        let (answers, health) = look(&cell)?;
+        show(args, &cell, &answers, &health)?;
+        return outcome(&health, args.json);
+    }
+    let terminal = io::stdout().is_terminal() && !args.json;
+    loop {
+        let (answers, health) = look(&cell)?;
+        if terminal {
+            // Home, and clear to the end.
+            print("\x1b[H\x1b[2J")?;
+        }
+        show(args, &cell, &answers, &health)?;
+        std::thread::sleep(WATCH_EVERY);
+    }
+}
+
+/// Asks all servers; twice if one seems behind, because in a busy cell every answer is from another
+/// moment.
+pub(super) fn look(cell: &Access) -> Result<(Answers, Health), CliError> {
+    let answers = cell.answers()?;
+    let health = answers.judge(None);
+    let behind = |state: &CopyState| matches!(state, CopyState::Behind(_));
+    if !health.copies.values().any(behind) {
+        return Ok((answers, health));
+    }
+    let mark = answers.mark();
+    std::thread::sleep(SETTLE);
+    let later = cell.answers()?;
+    let settled = later.judge(mark);
+    // Really behind: then by how much it is now.
+    let health = match settled.copies.values().any(behind) {
+        true => later.judge(None),
+        false => settled,
+    };
+    Ok((later, health))
+}
+
+fn show(
+    args: &CellArgs,
+    cell: &Access,
+    answers: &Answers,
+    health: &Health,
+) -> Result<(), CliError> {
+    let address = |id: ServerId| {
+        let address = cell.files.servers.tcp(id);
+        address
+            .map(|address| address.to_string())
+            .unwrap_or_default()
+    };
+    if args.json {
+        return print_json(&status_json(answers, health, address));
+    }
+    print(&status_text(answers, health, address))
+}
+
+/// Without a majority the command fails, but only after it has shown what it knows.
+fn outcome(health: &Health, json: bool) -> Result<(), CliError> {
+    match health.verdict {
+        Verdict::Works { .. } => Ok(()),
+        Verdict::NoLeader if json => Err(CliError::new(Exit::NoQuorum, "no leader")),
+        Verdict::NoMajority if json => Err(CliError::new(Exit::NoQuorum, "no majority")),
+        Verdict::NoLeader | Verdict::NoMajority => Err(CliError::new(
+            Exit::NoQuorum,
+            "the cell cannot serve its volumes now",
+        )),
+    }
+}
+
+fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) -> String) -> String {
+    let mut table = Table::new([
+        left("ID"),
+        left("ADDRESS"),
+        left("ROLE"),
+        left("STATE"),
+        right("APPLIED"),
+        right("BEHIND"),
+        right("FREE"),
+    ]);
+    for (id, state) in &health.copies {
+        let own = answers.statuses.get(id);
+        let known = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        let behind = match state {
+            CopyState::Current => Some("0".to_owned()),
+            CopyState::Behind(slots) => Some(grouped(*slots)),
+            _ => None,
+        };
+        table.row([
+            id.to_string(),
+            address(*id),
+            known(own.map(|own| own.role.clone())),
+            state.word(),
+            known(own.map(|own| grouped(own.applied))),
+            known(behind),
+            known(own.map(|own| format!("{} of {}", Size(own.free_bytes), Size(own.total_bytes)))),
+        ]);
+    }
+    let mut text = format!("{}\n\n{}", health.sentence(), table.render());
+    let failures = answers
+        .failures
+        .iter()
+        .map(|(id, error)| format!("Server {id} at {}: {error}", address(*id)));
+    let bad_disks = answers
+        .statuses
+        .iter()
+        .filter(|(_, own)| own.bad_blocks > 0)
+        .map(|(id, own)| {
+            let blocks = grouped(own.bad_blocks);
+            format!(
+                "Server {id} has found {blocks} bad blocks since it was started: look at its disk."
+            )
+        });
+    let notes: Vec<String> = failures.chain(bad_disks).collect();
+    if !notes.is_empty() {
+        text.push_str(&format!("\n{}\n", notes.join("\n")));
+    }
+    text
+}
+
+fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) -> String) -> Value {
+    let (works, may_fail) = match health.verdict {
+        Verdict::Works { may_fail } => (true, may_fail),
+        Verdict::NoLeader | Verdict::NoMajority => (false, 0),
+    };
+    let servers: Vec<Value> = health
+        .copies
+        .iter()
+        .map(|(id, state)| {
+            json!({
+                "id": id.0,
+                "address": address(*id),
+                "core": id.is_core(),
+                "answers": answers.statuses.contains_key(id),
+                "current": *state == CopyState::Current,
+                "state": state.word(),
+                "behind_slots": match state {
+                    CopyState::Current => Some(0),
+                    CopyState::Behind(slots) => Some(*slots),
+                    _ => None,
+                },
+                "failure": answers.failures.get(id).map(ToString::to_string),
+                "status": answers.statuses.get(id),
+            })
+        })
+        .collect();
+    json!({
+        "schema": "pss.status/1",
+        "works": works,
+        "all_current": health.copies.values().all(|state| *state == CopyState::Current),
+        "servers_that_may_fail": may_fail,
+        "leader": health.leader,
+        "summary": health.sentence(),
+        "servers": servers,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::health::tests::answers;
+    use super::*;
+
+    #[test]
+    fn status_for_people() {
+        let answers = answers(3, &[(1, true, 5000), (2, false, 3)]);
+        let text = status_text(&answers, &answers.judge(None), |id| {
+            format!("127.0.0.1:401{id}")
+        });
+        assert_eq!(
+            text,
+            "Server 2 has not been heard from for 14 s: start it. Until then no further server may fail.\n\n\
+             ID  ADDRESS         ROLE      STATE      APPLIED  BEHIND      FREE\n\
+             0   127.0.0.1:4010  leader    current      5,000       0  1G of 2G\n\
+             1   127.0.0.1:4011  follower  current      5,000       0  1G of 2G\n\
+             2   127.0.0.1:4012  -         no answer        -       -         -\n"
+        );
+    }
+
+    #[test]
+    fn status_for_programs() {
+        let answers = answers(3, &[(1, true, 4000), (2, true, 5000)]);
+        let value = status_json(&answers, &answers.judge(None), |_| String::new());
+        assert_eq!(value["schema"], "pss.status/1");
+        assert_eq!(value["works"], true);
+        assert_eq!(value["all_current"], false);
+        assert_eq!(value["servers_that_may_fail"], 0);
+        assert_eq!(value["leader"], 0);
+        assert_eq!(value["servers"][1]["behind_slots"], 1000);
+        assert_eq!(value["servers"][1]["status"]["applied"], 4000);
+    }
+
+    #[test]
+    fn without_a_majority_it_fails_with_6() {
+        let answers = answers(3, &[(1, false, 0), (2, false, 0)]);
+        let error = outcome(&answers.judge(None), false).unwrap_err();
+        assert_eq!(error.exit, Exit::NoQuorum);
+    }
+}

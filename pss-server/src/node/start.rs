@@ -1,0 +1,263 @@
+//! Puts a server together: files first, then sockets, then threads.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
+
+use mio::net::TcpListener;
+use mio::{Interest, Poll, Waker};
+use pss_core::disk::Disk;
+use pss_core::disk::files::FileDisk;
+use pss_core::engine::{Engine, EngineConfig, SESSION_LEASE};
+use pss_core::log::LogParams;
+use pss_core::paxos::quorum::Membership;
+use pss_core::paxos::{self, Recovered};
+use pss_core::storage::{Storage, StorageParams};
+use pss_core::wire::auth::MacKey;
+use pss_core::wire::peer::Datagrams;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::clock;
+use crate::config::{ServerConfig, Tuning};
+use crate::node::inbox::Inbox;
+use crate::node::turn::{LISTENER, Node, NodeParts, Sockets, UDP, WAKER};
+use crate::node::{ServerHandle, StartError, datagrams};
+use crate::storage::{Parts, StorageThreads};
+
+/// Bytes that stay free on the disk beside what the log may still grow to: chunk tables, checkpoint
+/// and what the file system needs for itself.
+const RESERVE_BYTES: u64 = 64 << 20;
+/// A checkpoint is due when so many chunks have tables that are only in memory: 16 MiB of them with
+/// chunks of the usual size, and about as many small writes.
+const CHECKPOINT_CHUNKS: usize = 4096;
+/// Callers that the kernel keeps until they are accepted.
+const BACKLOG: i32 = 1024;
+
+pub(super) fn start(config: ServerConfig) -> Result<ServerHandle, StartError> {
+    let path = config.path.clone();
+    let unusable = |source| StartError::Directory {
+        path: path.display().to_string(),
+        source,
+    };
+    // `FileDisk` would make the directory; but one that does not exist is not formatted either, and
+    // more likely a file system that is not mounted.
+    std::fs::metadata(&path).map_err(unusable)?;
+    let disk = FileDisk::open(&path).map_err(unusable)?;
+    start_with_disk(config, Arc::new(disk))
+}
+
+pub(super) fn start_with_disk(
+    config: ServerConfig,
+    disk: Arc<dyn Disk>,
+) -> Result<ServerHandle, StartError> {
+    let span = tracing::info_span!("pssd", server = config.id.0);
+    let entered = span.clone().entered();
+    let addresses = addresses(&config)?;
+    raise_file_limit();
+    let storage = open_storage(&config, &disk)?;
+    let system = |action| move |source| StartError::System { action, source };
+    let udp = datagrams::bind(addresses.udp).map_err(|source| StartError::Listen {
+        protocol: "UDP",
+        address: addresses.udp,
+        source,
+    })?;
+    let listener = listen(addresses.tcp).map_err(|source| StartError::Listen {
+        protocol: "TCP",
+        address: addresses.tcp,
+        source,
+    })?;
+    let poll = Poll::new().map_err(system("cannot make an epoll instance"))?;
+    let mut sockets = Sockets {
+        poll,
+        udp,
+        listener,
+    };
+    let waker = register(&mut sockets).map_err(system("cannot watch the sockets"))?;
+    let inbox = Arc::new(Inbox::new(waker));
+
+    let boot = random().map_err(system("no random numbers"))?;
+    let facts = storage.identity.facts();
+    let key = config.key.as_ref().map(MacKey::new);
+    let datagrams = Datagrams::new(config.cell, config.id, facts.incarnation, boot, key.clone());
+    let now = clock::now();
+    let recovered = Recovered {
+        promised: facts.promised,
+        applied: storage.applied,
+        tail: storage.recovered.tail,
+        chosen: storage.applied.slot,
+        evidence: storage.recovered.evidence,
+        log_first: storage.log.first_slot(),
+        installing: storage.installing,
+    };
+    let last = storage.log.last().slot;
+    let engine_config = engine_config(&config, random().map_err(system("no random numbers"))?);
+    let chunks = Arc::clone(&storage.chunks);
+    let engine = Engine::new(engine_config, recovered, storage.state, chunks, now);
+    let chosen = Arc::new(AtomicU64::new(0));
+    let parts = Parts {
+        disk,
+        log: storage.log,
+        identity: storage.identity,
+        checkpoint: storage.checkpoint,
+        chunks: storage.chunks,
+        chosen: Arc::clone(&chosen),
+        log_bytes_max: log_bytes_max(&config.tuning),
+    };
+    let threads =
+        StorageThreads::start(parts, &inbox, &span).map_err(system("cannot start a thread"))?;
+    tracing::info!(
+        slot = last.0,
+        incarnation = facts.incarnation.0,
+        "server {} of cell {} runs at {}, data in {}",
+        config.id,
+        config.cell,
+        addresses.tcp,
+        config.path.display(),
+    );
+    let id = config.id;
+    let node = Node::new(
+        config,
+        NodeParts {
+            sockets,
+            inbox: Arc::clone(&inbox),
+            engine,
+            datagrams,
+            key,
+            incarnation: facts.incarnation,
+            boot,
+            threads,
+            chosen,
+        },
+        now,
+    );
+    drop(entered);
+    let builder = std::thread::Builder::new().name("pssd-node".to_owned());
+    let thread = builder
+        .spawn(move || {
+            let _span = span.entered();
+            node.run()
+        })
+        .map_err(system("cannot start a thread"))?;
+    Ok(ServerHandle {
+        id,
+        inbox,
+        thread: Mutex::new(Some(thread)),
+    })
+}
+
+/// Lets the process have as many descriptors as it may: the usual limit of 1024 is meant for programs
+/// that use `select`, and chunks and clients need more.
+#[expect(unsafe_code, reason = "std does not know the limits of a process")]
+fn raise_file_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the kernel writes, then reads, one `rlimit` that lives through the calls.
+    let raised = unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+            -1
+        } else {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
+        }
+    };
+    if raised != 0 {
+        let error = io::Error::last_os_error();
+        tracing::warn!("the limit of open files could not be raised: {error}");
+    }
+}
+
+struct Addresses {
+    tcp: SocketAddr,
+    udp: SocketAddr,
+}
+
+fn addresses(config: &ServerConfig) -> Result<Addresses, StartError> {
+    let (Some(tcp), Some(udp)) = (config.servers.tcp(config.id), config.servers.udp(config.id))
+    else {
+        return Err(StartError::NotListed(config.id));
+    };
+    if config.key.is_none() && !tcp.ip().is_loopback() {
+        return Err(StartError::NoKey(tcp));
+    }
+    Ok(Addresses { tcp, udp })
+}
+
+fn open_storage(config: &ServerConfig, disk: &Arc<dyn Disk>) -> Result<Storage, StartError> {
+    let path = || config.path.display().to_string();
+    let params = StorageParams {
+        server: config.id,
+        log: LogParams {
+            segment_bytes: config.tuning.segment_bytes,
+            retain_bytes: config.tuning.log_retain_bytes,
+            ..LogParams::new(config.cell.0)
+        },
+        chunks: Default::default(),
+    };
+    let storage =
+        Storage::open(Arc::clone(disk), &params).map_err(|source| StartError::Storage {
+            path: path(),
+            source: Box::new(source),
+        })?;
+    if storage.stalled.is_some() {
+        return Err(StartError::Full { path: path() });
+    }
+    Ok(storage)
+}
+
+/// What the log takes at most: what is kept for others, what grows between two checkpoints and while
+/// one is made, and the segments that are open or ready.
+fn log_bytes_max(tuning: &Tuning) -> u64 {
+    tuning.log_retain_bytes + tuning.checkpoint_bytes + 2 * tuning.segment_bytes
+}
+
+fn engine_config(config: &ServerConfig, seed: u64) -> EngineConfig {
+    let tuning = &config.tuning;
+    EngineConfig {
+        replica: paxos::Config {
+            id: config.id,
+            members: Membership::new(config.servers.ids()),
+            tuning: paxos::Tuning {
+                lease: tuning.lease,
+                heartbeat: tuning.lease / 5,
+                election_spread: tuning.lease * 3 / 10,
+                ..paxos::Tuning::default()
+            },
+            seed,
+        },
+        checkpoint_bytes: tuning.checkpoint_bytes,
+        checkpoint_interval: tuning.checkpoint_interval,
+        checkpoint_chunks: CHECKPOINT_CHUNKS,
+        reserve_bytes: RESERVE_BYTES,
+        session_lease: SESSION_LEASE,
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking(),
+        Some(Protocol::TCP),
+    )?;
+    // A server that is started again must not wait for its old connections to time out.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(TcpListener::from_std(socket.into()))
+}
+
+fn register(sockets: &mut Sockets) -> io::Result<Waker> {
+    let registry = sockets.poll.registry();
+    let waker = Waker::new(registry, WAKER)?;
+    registry.register(&mut sockets.udp, UDP, Interest::READABLE)?;
+    registry.register(&mut sockets.listener, LISTENER, Interest::READABLE)?;
+    Ok(waker)
+}
+
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(u64::from_le_bytes(bytes))
+}

@@ -1,0 +1,280 @@
+//! The other servers: where they are, and the state of our connection to each.
+//!
+//! A server sends what carries payload on a connection that it has opened itself, and reads from those
+//! that the others have opened. What cannot be sent is dropped: the agreement asks for it again.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use pss_core::servers::Servers;
+use pss_core::time::Instant;
+use pss_core::types::{Incarnation, SERVERS_MAX, ServerId};
+
+/// Frames that wait for one server, bytes. More than the agreement has under way to a server, and what
+/// a server that catches up asks for at once.
+pub(crate) const LINK_QUEUE_BYTES_MAX: usize = 64 << 20;
+/// First pause before a server is called again.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// Longest pause.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A call that is not answered for this long is given up.
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// All other servers of the cell.
+pub(crate) struct Peers {
+    all: [Option<Peer>; SERVERS_MAX],
+}
+
+struct Peer {
+    tcp: SocketAddr,
+    udp: SocketAddr,
+    /// The newest that was heard of: what older ones say does not count any more.
+    incarnation: Incarnation,
+    link: Link,
+    backoff: Duration,
+    /// What was logged last about the link, so that it is not logged with every call.
+    trouble: String,
+}
+
+/// Our connection to a server; the number is its place among the node's connections.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Link {
+    Down { call_at: Instant },
+    Calling { connection: usize, until: Instant },
+    Up { connection: usize },
+}
+
+impl Peers {
+    pub(crate) fn new(servers: &Servers, own: ServerId, now: Instant) -> Peers {
+        let mut all = [const { None }; SERVERS_MAX];
+        for id in servers.ids() {
+            let (Some(tcp), Some(udp)) = (servers.tcp(id), servers.udp(id)) else {
+                continue;
+            };
+            if id != own {
+                all[usize::from(id.0)] = Some(Peer {
+                    tcp,
+                    udp,
+                    incarnation: Incarnation(0),
+                    link: Link::Down { call_at: now },
+                    backoff: BACKOFF_MIN,
+                    trouble: String::new(),
+                });
+            }
+        }
+        Peers { all }
+    }
+
+    fn get(&self, server: ServerId) -> Option<&Peer> {
+        self.all.get(usize::from(server.0))?.as_ref()
+    }
+
+    fn get_mut(&mut self, server: ServerId) -> Option<&mut Peer> {
+        self.all.get_mut(usize::from(server.0))?.as_mut()
+    }
+
+    /// Where a server takes connections.
+    pub(crate) fn tcp(&self, server: ServerId) -> Option<SocketAddr> {
+        self.get(server).map(|peer| peer.tcp)
+    }
+
+    /// Where a server takes datagrams.
+    pub(crate) fn udp(&self, server: ServerId) -> Option<SocketAddr> {
+        self.get(server).map(|peer| peer.udp)
+    }
+
+    /// Something was received from a server, or a process that says it is that. Returns whether it
+    /// counts: the server is listed and we know of no later incarnation.
+    pub(crate) fn heard(&mut self, now: Instant, server: ServerId, from: Incarnation) -> bool {
+        let Some(peer) = self.get_mut(server) else {
+            return false;
+        };
+        if from < peer.incarnation {
+            return false;
+        }
+        peer.incarnation = from;
+        // It lives, so a call may succeed now.
+        if let Link::Down { call_at } = &mut peer.link {
+            *call_at = (*call_at).min(now + BACKOFF_MIN);
+        }
+        true
+    }
+
+    /// Whether a connection of this incarnation is outdated.
+    pub(crate) fn is_outdated(&self, server: ServerId, incarnation: Incarnation) -> bool {
+        self.get(server)
+            .is_none_or(|peer| incarnation < peer.incarnation)
+    }
+
+    /// The connection to a server, if it can be used.
+    pub(crate) fn link(&self, server: ServerId) -> Option<usize> {
+        match self.get(server)?.link {
+            Link::Up { connection } => Some(connection),
+            _ => None,
+        }
+    }
+
+    /// When something is to be done: a call to be made, or given up.
+    pub(crate) fn next_at(&self) -> Option<Instant> {
+        let next = |peer: &Peer| match peer.link {
+            Link::Down { call_at } => Some(call_at),
+            Link::Calling { until, .. } => Some(until),
+            Link::Up { .. } => None,
+        };
+        self.all.iter().flatten().filter_map(next).min()
+    }
+
+    /// Servers that are to be called now.
+    pub(crate) fn due(&self, now: Instant) -> Vec<ServerId> {
+        self.select(|link| matches!(link, Link::Down { call_at } if *call_at <= now))
+    }
+
+    /// Connections of calls that have not been answered in time.
+    pub(crate) fn overdue(&self, now: Instant) -> Vec<usize> {
+        let overdue = |peer: &Peer| match peer.link {
+            Link::Calling { connection, until } if until <= now => Some(connection),
+            _ => None,
+        };
+        self.all.iter().flatten().filter_map(overdue).collect()
+    }
+
+    fn select(&self, which: impl Fn(&Link) -> bool) -> Vec<ServerId> {
+        let ids = (0..).map(ServerId).zip(&self.all);
+        ids.filter(|(_, peer)| peer.as_ref().is_some_and(|peer| which(&peer.link)))
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    /// A server is being called on a connection.
+    pub(crate) fn calling(&mut self, now: Instant, server: ServerId, connection: usize) {
+        if let Some(peer) = self.get_mut(server) {
+            peer.link = Link::Calling {
+                connection,
+                until: now + CALL_TIMEOUT,
+            };
+        }
+    }
+
+    /// A server has answered.
+    pub(crate) fn up(&mut self, server: ServerId) {
+        if let Some(peer) = self.get_mut(server)
+            && let Link::Calling { connection, .. } = peer.link
+        {
+            peer.link = Link::Up { connection };
+            peer.backoff = BACKOFF_MIN;
+            peer.trouble.clear();
+            tracing::info!(peer = server.0, "connected to server {server}");
+        }
+    }
+
+    /// The connection has ended, or could not be made.
+    pub(crate) fn down(&mut self, now: Instant, server: ServerId, reason: &str) {
+        let Some(peer) = self.get_mut(server) else {
+            return;
+        };
+        let was_up = matches!(peer.link, Link::Up { .. });
+        peer.link = Link::Down {
+            call_at: now + peer.backoff,
+        };
+        peer.backoff = (peer.backoff * 2).min(BACKOFF_MAX);
+        if peer.trouble == reason {
+            return;
+        }
+        peer.trouble = reason.to_owned();
+        let address = peer.tcp;
+        if was_up {
+            tracing::warn!(
+                peer = server.0,
+                "lost the connection to server {server}: {reason}"
+            );
+        } else {
+            tracing::warn!(
+                peer = server.0,
+                "cannot reach server {server} at {address}: {reason}; trying again"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+
+    fn peers() -> Peers {
+        let address = IpAddr::from([127, 0, 0, 1]);
+        let servers = Servers::new([0, 1, 2].map(|id| (ServerId(id), address)));
+        Peers::new(&servers, ServerId(1), Instant(0))
+    }
+
+    #[test]
+    fn calls_back_off() {
+        let mut peers = peers();
+        let mut now = Instant(0);
+        assert_eq!(peers.due(now), [ServerId(0), ServerId(2)]);
+        let mut pauses = Vec::new();
+        for _ in 0..7 {
+            peers.calling(now, ServerId(0), 5);
+            peers.down(now, ServerId(0), "refused");
+            peers.calling(now, ServerId(2), 6);
+            let next = peers.next_at().unwrap();
+            pauses.push(next.since(now).as_millis());
+            now = next;
+        }
+        assert_eq!(pauses, [50, 100, 200, 400, 800, 1000, 1000]);
+    }
+
+    #[test]
+    fn a_server_that_is_heard_is_called_soon() {
+        let mut peers = peers();
+        for _ in 0..7 {
+            peers.calling(Instant(0), ServerId(0), 5);
+            peers.down(Instant(0), ServerId(0), "refused");
+        }
+        peers.heard(Instant(0), ServerId(0), Incarnation(1));
+        assert!(
+            peers
+                .due(Instant(0))
+                .iter()
+                .all(|server| *server != ServerId(0))
+        );
+        assert!(peers.due(Instant(0) + BACKOFF_MIN).contains(&ServerId(0)));
+    }
+
+    #[test]
+    fn only_a_call_that_was_answered_is_a_link() {
+        let mut peers = peers();
+        peers.up(ServerId(0));
+        assert_eq!(peers.link(ServerId(0)), None);
+        peers.calling(Instant(0), ServerId(0), 5);
+        assert_eq!(peers.link(ServerId(0)), None);
+        assert_eq!(peers.overdue(Instant(0) + CALL_TIMEOUT), [5]);
+        peers.up(ServerId(0));
+        assert_eq!(peers.link(ServerId(0)), Some(5));
+        assert_eq!(peers.overdue(Instant(u64::MAX)), [0_usize; 0]);
+        peers.down(Instant(9), ServerId(0), "closed");
+        assert_eq!(peers.link(ServerId(0)), None);
+    }
+
+    #[test]
+    fn older_incarnations_do_not_count() {
+        let mut peers = peers();
+        assert!(peers.heard(Instant(0), ServerId(0), Incarnation(5)));
+        assert!(!peers.heard(Instant(0), ServerId(0), Incarnation(4)));
+        assert!(peers.heard(Instant(0), ServerId(0), Incarnation(6)));
+        assert!(peers.is_outdated(ServerId(0), Incarnation(5)));
+        assert!(
+            !peers.heard(Instant(0), ServerId(1), Incarnation(9)),
+            "that is us"
+        );
+        assert!(
+            !peers.heard(Instant(0), ServerId(7), Incarnation(9)),
+            "not listed"
+        );
+        assert!(
+            !peers.heard(Instant(0), ServerId(200), Incarnation(9)),
+            "no server"
+        );
+    }
+}

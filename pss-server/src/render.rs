@@ -1,0 +1,142 @@
+//! Tables and numbers for people.
+
+/// A table with headings; columns are padded to their widest cell.
+pub struct Table {
+    columns: Vec<Column>,
+    rows: Vec<Vec<String>>,
+}
+
+/// A column of a [`Table`].
+pub struct Column {
+    heading: &'static str,
+    right: bool,
+}
+
+/// A column of words.
+pub fn left(heading: &'static str) -> Column {
+    Column {
+        heading,
+        right: false,
+    }
+}
+
+/// A column of numbers.
+pub fn right(heading: &'static str) -> Column {
+    Column {
+        heading,
+        right: true,
+    }
+}
+
+impl Table {
+    /// An empty table.
+    pub fn new(columns: impl IntoIterator<Item = Column>) -> Table {
+        Table {
+            columns: columns.into_iter().collect(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a row with as many cells as there are columns.
+    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let cells: Vec<String> = cells.into_iter().map(|cell| printable(&cell)).collect();
+        assert_eq!(cells.len(), self.columns.len(), "every column has a cell");
+        self.rows.push(cells);
+    }
+
+    /// The table as lines, each with its line break.
+    pub fn render(&self) -> String {
+        let headings: Vec<String> = self
+            .columns
+            .iter()
+            .map(|column| column.heading.to_owned())
+            .collect();
+        let lines = || std::iter::once(&headings).chain(&self.rows);
+        let mut widths = vec![0; self.columns.len()];
+        for line in lines() {
+            for (width, cell) in widths.iter_mut().zip(line) {
+                *width = (*width).max(cell.chars().count());
+            }
+        }
+        let mut out = String::new();
+        for line in lines() {
+            let mut text = String::new();
+            for ((cell, width), column) in line.iter().zip(&widths).zip(&self.columns) {
+                let cell = match column.right {
+                    true => format!("{cell:>width$}  "),
+                    false => format!("{cell:<width$}  "),
+                };
+                text.push_str(&cell);
+            }
+            out.push_str(text.trim_end());
+            out.push('\n');
+        }
+        out
+    }
+}
+
+/// Names come from other people: what is not printable is escaped, so that no name can move the cursor.
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let escaped: Vec<char> = match c.is_control() {
+                true => c.escape_default().collect(),
+                false => vec![c],
+            };
+            escaped
+        })
+        .collect()
+}
+
+/// A number with commas: `1,204`.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// A time span for people: `14 s`, `5 min`, `3 h`, `2 days`.
+pub fn span(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned() {
+        let mut table = Table::new([left("NAME"), right("SIZE"), left("USE")]);
+        table.row(["vol001".into(), "10G".into(), "".into()]);
+        table.row(["ä\u{1b}".into(), "1023.9M".into(), "x".into()]);
+        let expected = "NAME        SIZE  USE\nvol001       10G\nä\\u{1b}  1023.9M  x\n";
+        assert_eq!(table.render(), expected);
+    }
+
+    #[test]
+    fn numbers_and_spans() {
+        for (number, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1204, "1,204"),
+            (1_000_000, "1,000,000"),
+        ] {
+            assert_eq!(grouped(number), text);
+        }
+        assert_eq!(span(14), "14 s");
+        assert_eq!(span(300), "5 min");
+        assert_eq!(span(7200), "2 h");
+        assert_eq!(span(200_000), "2 days");
+    }
+}

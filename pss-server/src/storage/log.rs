@@ -1,0 +1,162 @@
+//! The log thread.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pss_core::disk::Disk;
+use pss_core::entry::Entry;
+use pss_core::log::Log;
+use pss_core::paxos::output::{Persist, WriteId};
+use pss_core::storage::Identity;
+use pss_core::types::Slot;
+
+use crate::node::ServerError;
+use crate::node::inbox::Event;
+use crate::storage::Reporter;
+use crate::storage::queue::{Queue, Waited};
+
+/// After this time without a write the log is marked as synced up to its end.
+const IDLE: Duration = Duration::from_millis(100);
+/// How often it is reported how full the disk is.
+const REPORT: Duration = Duration::from_secs(1);
+
+/// What the log thread does.
+pub(crate) enum LogJob {
+    /// Make something durable.
+    Persist {
+        /// Reported when it is.
+        write: WriteId,
+        /// What.
+        what: Persist,
+    },
+    /// A checkpoint holds everything up to this slot.
+    Trim(Slot),
+    /// The server stops: write down that the log is whole.
+    Finish,
+}
+
+/// The thread's state.
+pub(super) struct LogThread {
+    pub(super) queue: Arc<Queue<LogJob>>,
+    pub(super) reporter: Reporter,
+    pub(super) disk: Arc<dyn Disk>,
+    pub(super) log: Log,
+    pub(super) identity: Identity,
+    /// The node's chosen slot, kept up to date by it: a hint for the next start.
+    pub(super) chosen: Arc<AtomicU64>,
+    /// What the log may grow to; so much of the disk's free space is not for chunks.
+    pub(super) log_bytes_max: u64,
+}
+
+type Append<'a> = (Option<Slot>, &'a [Entry], Slot);
+
+impl LogThread {
+    pub(super) fn run(mut self) {
+        if let Err(error) = self.work() {
+            self.reporter.failed(error);
+        }
+    }
+
+    fn work(&mut self) -> Result<(), ServerError> {
+        let mut jobs = Vec::new();
+        let mut unmarked = false;
+        let mut report_at = Instant::now();
+        loop {
+            let until_report = report_at.saturating_duration_since(Instant::now());
+            let patience = if unmarked {
+                until_report.min(IDLE)
+            } else {
+                until_report
+            };
+            match self.queue.take_all(&mut jobs, Some(patience)) {
+                Waited::Closed => return Ok(()),
+                Waited::Jobs => {
+                    unmarked = true;
+                    self.perform(&jobs)?;
+                    jobs.clear();
+                }
+                Waited::TimedOut => {
+                    if unmarked && patience == IDLE {
+                        self.mark()?;
+                        unmarked = false;
+                    }
+                }
+            }
+            if Instant::now() >= report_at {
+                report_at = Instant::now() + REPORT;
+                self.report()?;
+            }
+        }
+    }
+
+    /// Does jobs in order, consecutive appends with as few writes as possible.
+    fn perform(&mut self, jobs: &[LogJob]) -> Result<(), ServerError> {
+        let mut appends: Vec<Append<'_>> = Vec::new();
+        let mut done: Vec<WriteId> = Vec::new();
+        for job in jobs {
+            if let LogJob::Persist {
+                write,
+                what:
+                    Persist::Append {
+                        truncate_after,
+                        entries,
+                        chosen,
+                    },
+            } = job
+            {
+                appends.push((*truncate_after, entries, *chosen));
+                done.push(*write);
+                continue;
+            }
+            self.append(&mut appends, &mut done)?;
+            match job {
+                LogJob::Persist { write, what } => {
+                    match what {
+                        Persist::Promise(ballot) => self.identity.set_promise(*ballot)?,
+                        Persist::Reset { base } => self.log.reset(*base)?,
+                        Persist::Append { .. } => unreachable!("appends were taken above"),
+                    }
+                    self.reporter.inbox.push(Event::Persisted(*write));
+                }
+                LogJob::Trim(slot) => {
+                    self.log.trim(*slot)?;
+                    self.report()?;
+                }
+                LogJob::Finish => self.mark()?,
+            }
+        }
+        self.append(&mut appends, &mut done)
+    }
+
+    fn append(
+        &mut self,
+        appends: &mut Vec<Append<'_>>,
+        done: &mut Vec<WriteId>,
+    ) -> Result<(), ServerError> {
+        if !appends.is_empty() {
+            self.log.append_many(appends.drain(..))?;
+            self.reporter
+                .inbox
+                .push_all(done.drain(..).map(Event::Persisted));
+        }
+        Ok(())
+    }
+
+    fn mark(&mut self) -> Result<(), ServerError> {
+        let chosen = Slot(self.chosen.load(Ordering::Relaxed)).min(self.log.last().slot);
+        self.log.mark_idle(chosen)?;
+        Ok(())
+    }
+
+    fn report(&self) -> Result<(), ServerError> {
+        let (free_bytes, total_bytes) = self.disk.space().map_err(ServerError::Space)?;
+        let growth = self.log_bytes_max.saturating_sub(self.log.bytes());
+        self.reporter.inbox.push(Event::Space {
+            free_bytes: free_bytes.saturating_sub(growth),
+            total_bytes,
+            log_first: self.log.first_slot(),
+        });
+        Ok(())
+    }
+}

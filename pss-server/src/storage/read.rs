@@ -1,0 +1,108 @@
+//! The read threads.
+
+use std::sync::Arc;
+
+use pss_core::chunk::ChunkStore;
+use pss_core::engine::{BlockRead, ChunkExport};
+use pss_core::log::{self, LogReadError, LogReader};
+use pss_core::paxos;
+use pss_core::types::{Ballot, ServerId, Slot};
+
+use crate::node::inbox::Event;
+use crate::storage::Reporter;
+use crate::storage::queue::Queue;
+
+/// What the read threads do.
+pub(crate) enum ReadJob {
+    /// Read blocks for a client.
+    Blocks(BlockRead),
+    /// Read a chunk for another server.
+    Chunk(ChunkExport),
+    /// Read entries for another server.
+    Log {
+        /// Which.
+        to: ServerId,
+        /// After this slot.
+        after: Slot,
+        /// Up to this one.
+        until: Slot,
+        /// About so many bytes.
+        bytes_max: usize,
+        /// See [`pss_core::engine::Action::ReadLog`].
+        tail_for: Option<Ballot>,
+    },
+}
+
+/// The state of one of them.
+pub(super) struct ReadThread {
+    pub(super) queue: Arc<Queue<ReadJob>>,
+    pub(super) reporter: Reporter,
+    pub(super) chunks: Arc<ChunkStore>,
+    pub(super) log: LogReader,
+}
+
+impl ReadThread {
+    pub(super) fn run(self) {
+        while let Ok(job) = self.queue.take(None) {
+            if let Some(event) = self.perform(job) {
+                self.reporter.inbox.push(event);
+            }
+        }
+    }
+
+    fn perform(&self, job: ReadJob) -> Option<Event> {
+        match job {
+            ReadJob::Blocks(read) => {
+                let result = read.run(&self.chunks);
+                if let Err(error) = &result {
+                    tracing::error!(volume = read.volume.id.0, "a read failed: {error}");
+                }
+                Some(Event::Read {
+                    ticket: read.ticket,
+                    result,
+                })
+            }
+            ReadJob::Chunk(export) => {
+                let message = export.run(&self.chunks);
+                Some(Event::Exported {
+                    to: export.to,
+                    message,
+                })
+            }
+            ReadJob::Log {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let read = self.read_log(after, until, bytes_max)?;
+                Some(Event::LogRead { to, tail_for, read })
+            }
+        }
+    }
+
+    /// None if there is nothing to give: the other server will ask someone else.
+    fn read_log(&self, after: Slot, until: Slot, bytes_max: usize) -> Option<paxos::LogRead> {
+        let mut result = self.log.read(after, until, bytes_max);
+        if let Err(LogReadError::Damaged { slot, path }) = &result {
+            tracing::error!(slot = slot.0, "log segment {path}: a record is damaged");
+            // What lies before it can still be given.
+            let last = Slot(slot.0.saturating_sub(1));
+            if last <= after {
+                return None;
+            }
+            result = self.log.read(after, last, bytes_max);
+        }
+        match result {
+            Ok(log::LogRead::Entries { prev, entries }) => {
+                Some(paxos::LogRead::Entries { prev, entries })
+            }
+            Ok(log::LogRead::Gone { first }) => Some(paxos::LogRead::Gone { first }),
+            Err(error) => {
+                tracing::error!("entries could not be read from the log: {error}");
+                None
+            }
+        }
+    }
+}

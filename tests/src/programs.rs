@@ -1,0 +1,213 @@
+//! The command line programs as a test runs them.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use crate::binaries;
+
+/// A directory with a server.conf of three servers at addresses where nobody is.
+pub struct Bench {
+    dir: TempDir,
+}
+
+impl Default for Bench {
+    fn default() -> Bench {
+        Bench::new()
+    }
+}
+
+impl Bench {
+    /// A new directory.
+    pub fn new() -> Bench {
+        let bench = Bench {
+            dir: tempfile::tempdir().expect("the test directory can be used"),
+        };
+        bench.servers("0 127.9.9.1 /pss\n1 127.9.9.2 /pss\n2 127.9.9.3 /pss\n");
+        bench
+    }
+
+    /// A path in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Writes server.conf.
+    pub fn servers(&self, text: impl AsRef<[u8]>) {
+        fs::write(self.path("server.conf"), text).expect("the test directory can be used");
+    }
+
+    /// Runs a program in this directory on its server.conf; `args` are separated by blanks.
+    pub fn run(&self, program: &str, args: &str) -> Outcome {
+        let args: Vec<&str> = args.split_whitespace().collect();
+        self.run_args(program, &args)
+    }
+
+    /// Runs a program in this directory on its server.conf.
+    pub fn run_args(&self, program: &str, args: &[&str]) -> Outcome {
+        let output = self
+            .command(program)
+            .args(args)
+            .output()
+            .expect("the program can be run");
+        Outcome(output)
+    }
+
+    /// A program that will run in this directory on its server.conf.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = binaries::command(program);
+        command
+            .env("PSS_SERVERS", self.path("server.conf"))
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+/// What a program did.
+pub struct Outcome(pub Output);
+
+impl Outcome {
+    /// What it wrote to stdout.
+    pub fn stdout(&self) -> String {
+        String::from_utf8(self.0.stdout.clone()).expect("text")
+    }
+
+    /// What it wrote to stderr.
+    pub fn stderr(&self) -> String {
+        String::from_utf8(self.0.stderr.clone()).expect("text")
+    }
+
+    /// Succeeded.
+    #[track_caller]
+    pub fn done(&self) -> &Outcome {
+        assert_eq!(self.0.status.code(), Some(0), "{}", self.stderr());
+        self
+    }
+
+    /// Failed with this code; the message holds all these parts; nothing is on stdout.
+    #[track_caller]
+    pub fn fails(&self, code: i32, parts: &[&str]) -> &Outcome {
+        let stderr = self.stderr();
+        assert_eq!(self.0.status.code(), Some(code), "{stderr}");
+        assert_eq!(self.stdout(), "");
+        for part in parts {
+            assert!(stderr.contains(part), "no '{part}' in: {stderr}");
+        }
+        assert!(!stderr.contains("panicked"), "{stderr}");
+        self
+    }
+}
+
+/// A program that runs; killed when dropped.
+pub struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    seen: String,
+}
+
+impl Running {
+    /// Starts a program; its stdout and stderr are read line by line.
+    pub fn start(command: &mut Command) -> Running {
+        let mut child = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the program can be run");
+        let (sender, lines) = channel();
+        let stdout = child.stdout.take().expect("it is piped");
+        let stderr = child.stderr.take().expect("it is piped");
+        let streams: [Box<dyn std::io::Read + Send>; 2] = [Box::new(stdout), Box::new(stderr)];
+        for stream in streams {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                    // The test may have ended.
+                    let _ = sender.send(line);
+                }
+            });
+        }
+        Running {
+            child,
+            lines,
+            seen: String::new(),
+        }
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for a line that holds `part`, and returns it.
+    ///
+    /// # Panics
+    /// If it does not come in time, or the program ends without it.
+    #[track_caller]
+    pub fn wait_for(&mut self, part: &str, within: Duration) -> String {
+        let end = Instant::now() + within;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push_str(&line);
+                    self.seen.push('\n');
+                    if line.contains(part) {
+                        return line;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => panic!("no '{part}' in time in:\n{}", self.seen),
+                Err(RecvTimeoutError::Disconnected) => {
+                    panic!("ended without '{part}':\n{}", self.seen)
+                }
+            }
+        }
+    }
+
+    /// Sends a signal, such as `INT`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill")
+            .args([format!("-{name}"), self.pid().to_string()])
+            .status()
+            .expect("kill can be run");
+        assert!(status.success());
+    }
+
+    /// Waits for the end; the exit code, none after a signal.
+    ///
+    /// # Panics
+    /// If it does not end in time.
+    #[track_caller]
+    pub fn ends(&mut self, within: Duration) -> Option<i32> {
+        let end = Instant::now() + within;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("it is our child") {
+                return status.code();
+            }
+            assert!(Instant::now() < end, "still runs:\n{}", self.output());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Everything that it has written so far.
+    pub fn output(&mut self) -> &str {
+        while let Ok(line) = self.lines.recv_timeout(Duration::from_millis(100)) {
+            self.seen.push_str(&line);
+            self.seen.push('\n');
+        }
+        &self.seen
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

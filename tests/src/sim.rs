@@ -1,0 +1,1405 @@
+//! A whole cell in one thread: the real engine, log and chunk store over simulated disks, network and
+//! clocks, with simulated clients. Everything follows from the seed.
+//!
+//! The checkers are always on: one value per slot; promises only rise; one leaseholder at a time; nothing
+//! is applied that is not chosen; what was answered is never lost and reads are linearizable per half
+//! block; a block is never a mixture of two writes; and when the faults stop, every request ends, all
+//! servers reach the same slot and hold the same bytes.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pss_core::engine::{
+    Action, BlockRead, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig,
+};
+use pss_core::paxos::message::Message;
+use pss_core::paxos::output::{Persist, WriteId};
+use pss_core::paxos::quorum::Membership;
+use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
+use pss_core::state::CHUNK_BYTES_MIN;
+use pss_core::time::Instant;
+use pss_core::types::{Ballot, EntryId, ServerId, Slot, VolumeId};
+use pss_core::wire::client::{Reply, Request, RequestBody};
+
+use crate::checker;
+use crate::disk::SimDisk;
+use crate::rng::Rng;
+use crate::sim_storage;
+use crate::workload::{Client, History, Playground};
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MS;
+/// Faults stop after this time at the latest.
+const FAULTS_UNTIL: u64 = 40 * SECOND;
+/// Then everything must end within this time.
+const CALM: u64 = 60 * SECOND;
+/// Blocks of a volume: 16 chunks of the smallest size.
+const VOLUME_BLOCKS: u64 = 16 * 16;
+
+/// What is simulated.
+#[derive(Clone, Debug)]
+pub struct SimConfig {
+    /// Everything follows from it.
+    pub seed: u64,
+    /// Core servers; `None`: 3, 4 or 5 by the seed.
+    pub core: Option<u8>,
+    /// Requests of all clients together.
+    pub operations: u32,
+    /// A deliberate bug, to see whether it is found.
+    pub bug: Option<SimBug>,
+    /// Print what happens.
+    pub trace: bool,
+}
+
+/// A deliberate bug.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SimBug {
+    /// Of the agreement.
+    Agreement(Bug),
+    /// Of the engine: repeated requests are applied again.
+    ForgetSessions,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Requests that were answered.
+    pub answered: u64,
+    /// Requests whose outcome stayed open.
+    pub lost: u64,
+    /// Events.
+    pub events: u64,
+    /// Slots that were chosen.
+    pub slots: u64,
+    /// Power cuts and restarts.
+    pub crashes: u64,
+    /// Times that a server copied chunks.
+    pub copies: u64,
+    /// Ballots that led.
+    pub leaders: u64,
+    /// Simulated time, milliseconds.
+    pub simulated_ms: u64,
+}
+
+impl Report {
+    /// Adds another run.
+    pub fn add(&mut self, other: &Report) {
+        self.answered += other.answered;
+        self.lost += other.lost;
+        self.events += other.events;
+        self.slots += other.slots;
+        self.crashes += other.crashes;
+        self.copies += other.copies;
+        self.leaders += other.leaders;
+        self.simulated_ms += other.simulated_ms;
+    }
+}
+
+/// A promise that was broken.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Of the run.
+    pub seed: u64,
+    /// When, simulated nanoseconds.
+    pub at: u64,
+    /// What.
+    pub what: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seconds = self.at as f64 / 1e9;
+        write!(f, "seed {}: at {seconds:.6} s: {}", self.seed, self.what)
+    }
+}
+
+enum Event {
+    Message {
+        from: ServerId,
+        to: ServerId,
+        message: Message,
+    },
+    Request {
+        client: usize,
+        to: ServerId,
+        request: Request,
+    },
+    Answer {
+        client: usize,
+        from: ServerId,
+        reply: Reply,
+    },
+    Timer {
+        node: usize,
+        life: u64,
+    },
+    LogDone {
+        node: usize,
+        life: u64,
+    },
+    /// The next checkpoint or base is stored.
+    Stored {
+        node: usize,
+        life: u64,
+    },
+    Work {
+        node: usize,
+        life: u64,
+        work: Box<Work>,
+    },
+    Start {
+        node: usize,
+    },
+    Resume {
+        node: usize,
+    },
+    Client {
+        client: usize,
+    },
+    Fault,
+    Heal,
+}
+
+enum Work {
+    ReadLog {
+        to: ServerId,
+        after: Slot,
+        until: Slot,
+        bytes_max: usize,
+        tail_for: Option<Ballot>,
+    },
+    Read(BlockRead),
+    Export(ChunkExport),
+    StoreBase {
+        base: EntryId,
+        state: bytes::Bytes,
+    },
+    Checkpoint(Checkpoint),
+}
+
+struct Scheduled(u64, u64, Event);
+
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        (self.0, self.1) == (other.0, other.1)
+    }
+}
+impl Eq for Scheduled {}
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.0, self.1).cmp(&(other.0, other.1))
+    }
+}
+
+/// The running part of a server; gone after a power cut.
+struct Running {
+    engine: Engine,
+    storage: sim_storage::Parts,
+    log_queue: VecDeque<(WriteId, Persist)>,
+    log_busy: bool,
+    checkpoint_queue: VecDeque<Work>,
+    checkpoint_busy: bool,
+    timer_at: u64,
+}
+
+struct Node {
+    id: ServerId,
+    disk: SimDisk,
+    running: Option<Running>,
+    /// Counts starts, so that events of an earlier life are dropped.
+    life: u64,
+    /// Stopped until then (a pause of the machine); what comes in waits.
+    paused_until: u64,
+    waiting: Vec<Event>,
+    /// The node's clock: `offset + time * (1000 + drift) / 1000`.
+    offset: u64,
+    drift_per_mille: i64,
+    slow_disk: bool,
+    promised: Ballot,
+    seen_chosen: Slot,
+    /// What its log holds on the disk.
+    disk_log: BTreeMap<Slot, EntryId>,
+}
+
+/// A cell with its clients and faults.
+pub struct Sim {
+    config: SimConfig,
+    rng: Rng,
+    now: u64,
+    sequence: u64,
+    queue: BinaryHeap<Reverse<Scheduled>>,
+    nodes: Vec<Node>,
+    core: usize,
+    clients: Vec<Client>,
+    ground: Playground,
+    history: History,
+    /// Values that are chosen.
+    chosen: BTreeMap<Slot, EntryId>,
+    /// Blocked directions of the network.
+    blocked: Vec<Vec<bool>>,
+    loss_per_mille: u64,
+    duplicate_per_mille: u64,
+    delay_max: u64,
+    faults: bool,
+    leader_ballots: std::collections::BTreeSet<Ballot>,
+    report: Report,
+    /// Last delivery on each connection, which keeps the order of what goes by TCP.
+    fifo: BTreeMap<(u8, u8), u64>,
+}
+
+type Checked<T> = Result<T, Failure>;
+
+/// Runs one cell.
+///
+/// # Errors
+/// The first promise that was broken.
+pub fn run(config: SimConfig) -> Result<Report, Failure> {
+    let mut sim = Sim::new(config);
+    sim.run()?;
+    sim.report.simulated_ms = sim.now / MS;
+    Ok(sim.report)
+}
+
+impl Sim {
+    fn new(config: SimConfig) -> Sim {
+        let mut rng = Rng::new(config.seed);
+        let core = usize::from(config.core.unwrap_or(3 + rng.below(3) as u8));
+        let learners = rng.below(3) as usize;
+        let ids = (0..core as u8).chain((0..learners as u8).map(|it| 5 + it));
+        let nodes: Vec<Node> = ids
+            .map(|id| Node {
+                id: ServerId(id),
+                disk: new_disk(config.seed, id),
+                running: None,
+                life: 0,
+                paused_until: 0,
+                waiting: Vec::new(),
+                offset: rng.below(1000 * SECOND),
+                drift_per_mille: rng.between(0, 40) as i64 - 20,
+                slow_disk: rng.chance(150),
+                promised: Ballot::default(),
+                seen_chosen: Slot(0),
+                disk_log: BTreeMap::new(),
+            })
+            .collect();
+        let count = nodes.len();
+        let clients = rng.between(2, 5);
+        let each = config.operations / clients as u32;
+        let clients = (0..clients).map(|id| Client::new(id, each, 1 + rng.below(4) as usize));
+        let clients: Vec<Client> = clients.collect();
+        // Few blocks, so that requests meet; several chunks, and both ends of one.
+        let blocks = [0, 1, 2, 15, 16, 17, 40, 130, 131, 200].to_vec();
+        Sim {
+            rng,
+            now: 0,
+            sequence: 0,
+            queue: BinaryHeap::new(),
+            nodes,
+            core,
+            clients,
+            ground: Playground {
+                volumes: Vec::new(),
+                blocks,
+            },
+            history: History::default(),
+            chosen: BTreeMap::new(),
+            blocked: vec![vec![false; count]; count],
+            loss_per_mille: 0,
+            duplicate_per_mille: 0,
+            delay_max: MS / 2,
+            faults: true,
+            leader_ballots: std::collections::BTreeSet::new(),
+            report: Report::default(),
+            fifo: BTreeMap::new(),
+            config,
+        }
+    }
+
+    fn run(&mut self) -> Checked<()> {
+        for node in 0..self.nodes.len() {
+            self.format(node)?;
+            let at = self.rng.below(100 * MS);
+            self.schedule(at, Event::Start { node });
+        }
+        self.create_volumes()?;
+        for client in 0..self.clients.len() {
+            self.schedule(self.now, Event::Client { client });
+        }
+        let first_fault = self.now + self.rng.below(SECOND);
+        self.schedule(first_fault, Event::Fault);
+        let heal_at = self.now + FAULTS_UNTIL;
+        while self.now < heal_at && !self.clients.iter().all(Client::is_done) {
+            self.step()?;
+        }
+        self.schedule(self.now, Event::Heal);
+        self.step_until("every request ends", |sim| {
+            !sim.faults && sim.clients.iter().all(Client::is_done)
+        })?;
+        self.step_until("every server reaches the same slot", Sim::has_converged)?;
+        self.read_everything()?;
+        self.check_history()?;
+        self.check_equal_data()?;
+        self.report.slots = self.chosen.len() as u64;
+        self.report.leaders = self.leader_ballots.len() as u64;
+        self.report.answered = self.clients.iter().map(|client| client.answered).sum();
+        self.report.lost = self.clients.iter().map(|client| client.lost).sum();
+        Ok(())
+    }
+
+    fn fail<T>(&self, what: impl Into<String>) -> Checked<T> {
+        Err(Failure {
+            seed: self.config.seed,
+            at: self.now,
+            what: what.into(),
+        })
+    }
+
+    fn trace(&self, what: impl FnOnce() -> String) {
+        if self.config.trace {
+            println!("{:12.6} {}", self.now as f64 / 1e9, what());
+        }
+    }
+
+    fn schedule(&mut self, at: u64, event: Event) {
+        self.sequence += 1;
+        self.queue
+            .push(Reverse(Scheduled(at.max(self.now), self.sequence, event)));
+    }
+
+    fn step(&mut self) -> Checked<()> {
+        let Some(Reverse(Scheduled(at, _, event))) = self.queue.pop() else {
+            return self.fail("nothing will ever happen again");
+        };
+        self.now = at;
+        self.report.events += 1;
+        self.handle(event)
+    }
+
+    fn step_until(&mut self, what: &str, done: impl Fn(&Sim) -> bool) -> Checked<()> {
+        let until = self.now + CALM;
+        while !done(self) {
+            if self.now > until {
+                let hanging: Vec<_> = self
+                    .clients
+                    .iter()
+                    .flat_map(Client::hanging)
+                    .take(3)
+                    .collect();
+                let nodes: Vec<String> = self.nodes.iter().map(Node::describe).collect();
+                let nodes = nodes.join("; ");
+                return self.fail(format!("liveness: not so: {what}. {nodes}; {hanging:?}"));
+            }
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    // ---- Servers.
+
+    fn format(&mut self, node: usize) -> Checked<()> {
+        let node = &self.nodes[node];
+        match sim_storage::format(&node.disk, node.id) {
+            Ok(()) => Ok(()),
+            Err(error) => self.fail(format!("format: {error}")),
+        }
+    }
+
+    fn start(&mut self, index: usize) -> Checked<()> {
+        if self.nodes[index].running.is_some() {
+            return Ok(());
+        }
+        let now = self.clock(index);
+        let members = Membership::new(self.nodes.iter().map(|node| node.id));
+        let seed = self.rng.next();
+        let node = &mut self.nodes[index];
+        node.life += 1;
+        let storage = match sim_storage::open(&node.disk, node.id) {
+            Ok(storage) => storage,
+            Err(error) => {
+                let id = node.id;
+                return self.fail(format!("server {id} does not start: {error}"));
+            }
+        };
+        let recovered = sim_storage::recovered(&storage);
+        let state = storage.state.clone();
+        let promised = recovered.promised;
+        let config = engine_config(node.id, members, seed);
+        let installing = recovered.installing;
+        let (last, chosen) = (
+            recovered.tail.last().map_or(recovered.applied, |it| it.id),
+            recovered.chosen,
+        );
+        node.disk_log = sim_storage::ids(&storage);
+        let parts = sim_storage::Parts::new(storage, node.disk.disk());
+        let chunks = Arc::clone(&parts.chunks);
+        let mut engine = Engine::new(config, recovered, state, chunks, now);
+        match self.config.bug {
+            Some(SimBug::Agreement(bug)) => engine.replica_mut().inject(bug),
+            Some(SimBug::ForgetSessions) => engine.inject_forgetfulness(),
+            None => {}
+        }
+        let lower = promised < node.promised;
+        node.seen_chosen = Slot(0);
+        node.running = Some(Running {
+            engine,
+            storage: parts,
+            log_queue: VecDeque::new(),
+            log_busy: false,
+            checkpoint_queue: VecDeque::new(),
+            checkpoint_busy: false,
+            timer_at: u64::MAX,
+        });
+        let id = node.id;
+        self.trace(|| {
+            format!("server {id} starts: last {last}, chosen {chosen}, installing {installing}")
+        });
+        if lower {
+            return self.fail(format!("server {id} forgot a promise"));
+        }
+        self.after(index)
+    }
+
+    /// A node's own clock.
+    fn clock(&self, index: usize) -> Instant {
+        let node = &self.nodes[index];
+        let rate = 1000 + node.drift_per_mille;
+        Instant(node.offset + self.now / 1000 * rate as u64)
+    }
+
+    /// When a moment of the node's clock will be.
+    fn when(&self, index: usize, at: Instant) -> u64 {
+        let node = &self.nodes[index];
+        let rate = (1000 + node.drift_per_mille) as u64;
+        let since = at.0.saturating_sub(node.offset);
+        (since / rate * 1000 + 1000).max(self.now + 1000)
+    }
+
+    /// Power cut: what was not durable is lost, kept or torn.
+    fn crash(&mut self, index: usize) {
+        let node = &mut self.nodes[index];
+        let Some(mut running) = node.running.take() else {
+            return;
+        };
+        self.report.crashes += 1;
+        // Writes that were under way reach the disk in part.
+        if !running.log_queue.is_empty() && self.rng.chance(700) {
+            let operations = node.disk.stats().mutating_ops;
+            node.disk.crash_at_op(operations + 1 + self.rng.below(3));
+            let batch: Vec<_> = running.log_queue.drain(..).collect();
+            let _ = running.storage.persist(&batch);
+        }
+        if let Some(Work::Checkpoint(checkpoint)) = running.checkpoint_queue.pop_front()
+            && self.rng.chance(500)
+        {
+            let operations = node.disk.stats().mutating_ops;
+            node.disk.crash_at_op(operations + 1 + self.rng.below(6));
+            let _ = running.storage.checkpoint(checkpoint);
+        }
+        drop(running);
+        node.disk.power_cut(&mut self.rng);
+        let id = node.id;
+        self.trace(|| format!("server {id} loses power"));
+    }
+
+    /// After every input of a node: checks, then its actions, then its timer.
+    fn after(&mut self, index: usize) -> Checked<()> {
+        self.check_node(index)?;
+        loop {
+            let now = self.clock(index);
+            let Some(running) = &mut self.nodes[index].running else {
+                return Ok(());
+            };
+            running.engine.finish_batch(now);
+            running.engine.finish_reads(now);
+            let mut actions = Vec::new();
+            while let Some(action) = running.engine.poll_action() {
+                actions.push(action);
+            }
+            if actions.is_empty() {
+                break;
+            }
+            for action in actions {
+                self.act(index, action)?;
+            }
+        }
+        self.check_node(index)?;
+        self.check_leases()?;
+        let Some(running) = &self.nodes[index].running else {
+            return Ok(());
+        };
+        if let Some(failure) = running.engine.failure() {
+            let failure = failure.to_string();
+            self.trace(|| failure.clone());
+            // A server that cannot go on stops, and comes back.
+            self.crash(index);
+            let at = self.now + self.rng.between(10 * MS, 500 * MS);
+            self.schedule(at, Event::Start { node: index });
+            return Ok(());
+        }
+        let at = self.when(index, running.engine.poll_timeout());
+        let life = self.nodes[index].life;
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        if at < running.timer_at || running.timer_at <= self.now {
+            running.timer_at = at;
+            self.schedule(at, Event::Timer { node: index, life });
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, index: usize, action: Action) -> Checked<()> {
+        let life = self.nodes[index].life;
+        let id = self.nodes[index].id;
+        match action {
+            Action::Send { to, message } => {
+                self.check_sent(index, &message)?;
+                self.send(id, to, message);
+            }
+            Action::Persist { write, what } => {
+                self.trace(|| format!("server {id} persists {}", summary(&what)));
+                let Some(running) = &mut self.nodes[index].running else {
+                    return Ok(());
+                };
+                running.log_queue.push_back((write, what));
+                self.start_log(index);
+            }
+            Action::Reply { client, reply } => {
+                let client = client.0 as usize;
+                if client >= self.clients.len() {
+                    return Ok(());
+                }
+                if let Some(delay) = self.client_delay() {
+                    self.schedule(
+                        self.now + delay,
+                        Event::Answer {
+                            client,
+                            from: id,
+                            reply,
+                        },
+                    );
+                }
+            }
+            Action::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let work = Work::ReadLog {
+                    to,
+                    after,
+                    until,
+                    bytes_max,
+                    tail_for,
+                };
+                self.work(index, life, work);
+            }
+            Action::Read(read) => self.work(index, life, Work::Read(read)),
+            Action::Export(export) => self.work(index, life, Work::Export(export)),
+            Action::StoreBase { base, state } => {
+                self.report.copies += 1;
+                self.queue_checkpoint(index, Work::StoreBase { base, state });
+            }
+            Action::Checkpoint(checkpoint) => {
+                self.queue_checkpoint(index, Work::Checkpoint(checkpoint));
+            }
+            Action::Role(role) => {
+                self.trace(|| format!("server {id}: {role:?}"));
+                if let pss_core::paxos::output::RoleChange::Leader(ballot) = role {
+                    self.leader_ballots.insert(ballot);
+                }
+            }
+            Action::Shutdown => {}
+        }
+        Ok(())
+    }
+
+    fn work(&mut self, index: usize, life: u64, work: Work) {
+        let at = self.now + self.rng.between(MS / 10, 5 * MS);
+        self.schedule(
+            at,
+            Event::Work {
+                node: index,
+                life,
+                work: Box::new(work),
+            },
+        );
+    }
+
+    fn start_log(&mut self, index: usize) {
+        let delay = if self.nodes[index].slow_disk {
+            self.rng.between(MS, 30 * MS)
+        } else {
+            self.rng.between(MS / 20, MS)
+        };
+        let node = &mut self.nodes[index];
+        let life = node.life;
+        let Some(running) = &mut node.running else {
+            return;
+        };
+        if !running.log_busy && !running.log_queue.is_empty() {
+            running.log_busy = true;
+            self.schedule(self.now + delay, Event::LogDone { node: index, life });
+        }
+    }
+
+    /// Checkpoints and bases are stored one after the other, by one thread.
+    fn queue_checkpoint(&mut self, index: usize, work: Work) {
+        if let Some(running) = &mut self.nodes[index].running {
+            running.checkpoint_queue.push_back(work);
+        }
+        self.start_checkpoint(index);
+    }
+
+    fn start_checkpoint(&mut self, index: usize) {
+        let delay = self.rng.between(MS, 40 * MS);
+        let node = &mut self.nodes[index];
+        let life = node.life;
+        let Some(running) = &mut node.running else {
+            return;
+        };
+        if !running.checkpoint_busy && !running.checkpoint_queue.is_empty() {
+            running.checkpoint_busy = true;
+            self.schedule(self.now + delay, Event::Stored { node: index, life });
+        }
+    }
+
+    // ---- Network.
+
+    fn index_of(&self, server: ServerId) -> Option<usize> {
+        self.nodes.iter().position(|node| node.id == server)
+    }
+
+    fn send(&mut self, from: ServerId, to: ServerId, message: Message) {
+        let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else {
+            return;
+        };
+        if self.blocked[a][b] || self.rng.chance(self.loss_per_mille) {
+            return;
+        }
+        let copies = if self.rng.chance(self.duplicate_per_mille) {
+            2
+        } else {
+            1
+        };
+        for _ in 0..copies {
+            let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
+            if self.faults && message.is_datagram() && self.rng.chance(10) {
+                // Lost in some queue, and found again.
+                at += self.rng.below(4 * SECOND);
+            }
+            if !message.is_datagram() {
+                let last = self.fifo.entry((from.0, to.0)).or_default();
+                at = at.max(*last + 1);
+                *last = at;
+            }
+            let message = message.clone();
+            self.schedule(at, Event::Message { from, to, message });
+        }
+    }
+
+    /// How long something takes between a client and a server; `None`: the connection broke.
+    fn client_delay(&mut self) -> Option<u64> {
+        if self.rng.chance(self.loss_per_mille / 2) {
+            return None;
+        }
+        Some(self.rng.between(MS / 20, self.delay_max))
+    }
+
+    // ---- Events.
+
+    fn handle(&mut self, event: Event) -> Checked<()> {
+        let index = match &event {
+            Event::Message { to, .. } | Event::Request { to, .. } => self.index_of(*to),
+            Event::Timer { node, .. }
+            | Event::LogDone { node, .. }
+            | Event::Stored { node, .. }
+            | Event::Work { node, .. } => Some(*node),
+            _ => None,
+        };
+        if let Some(index) = index {
+            if self.nodes[index].paused_until > self.now {
+                self.nodes[index].waiting.push(event);
+                return Ok(());
+            }
+            return self.handle_at(index, event);
+        }
+        match event {
+            Event::Start { node } => self.start(node),
+            Event::Resume { node } => {
+                for event in std::mem::take(&mut self.nodes[node].waiting) {
+                    self.schedule(self.now, event);
+                }
+                Ok(())
+            }
+            Event::Client { client } => {
+                self.client_step(client);
+                if !self.clients[client].is_done() {
+                    let again = self.now + self.rng.between(5 * MS, 60 * MS);
+                    self.schedule(again, Event::Client { client });
+                }
+                Ok(())
+            }
+            Event::Answer {
+                client,
+                from,
+                reply,
+            } => {
+                let now = self.now;
+                self.clients[client].take(now, from, reply, &mut self.history);
+                self.client_step(client);
+                Ok(())
+            }
+            Event::Fault => self.fault(),
+            Event::Heal => self.heal(),
+            _ => Ok(()),
+        }
+    }
+
+    fn handle_at(&mut self, index: usize, event: Event) -> Checked<()> {
+        let now = self.clock(index);
+        let life_now = self.nodes[index].life;
+        let node = &mut self.nodes[index];
+        let disk_log = &mut node.disk_log;
+        let Some(running) = &mut node.running else {
+            return Ok(());
+        };
+        match event {
+            Event::Message { from, message, .. } => {
+                running.engine.handle_message(now, from, message);
+            }
+            Event::Request {
+                client, request, ..
+            } => {
+                running
+                    .engine
+                    .handle_request(now, ClientId(client as u64), request);
+            }
+            Event::Timer { life, .. } if life == life_now => {
+                running.timer_at = u64::MAX;
+                let (free, first) = running.storage.facts();
+                running.engine.note_storage(free, first);
+                running.engine.handle_timeout(now);
+            }
+            Event::LogDone { life, .. } if life == life_now => {
+                let batch: Vec<_> = running.log_queue.drain(..).collect();
+                running.log_busy = false;
+                if let Err(error) = running.storage.persist(&batch) {
+                    return self.disk_failed(index, &error);
+                }
+                for (write, what) in batch {
+                    note_durable(disk_log, &what);
+                    running.engine.handle_persisted(now, write);
+                }
+                self.after(index)?;
+                self.start_log(index);
+                return Ok(());
+            }
+            Event::Stored { life, .. } if life == life_now => return self.store(index),
+            Event::Work { life, work, .. } if life == life_now => {
+                return self.do_work(index, *work);
+            }
+            _ => return Ok(()),
+        }
+        self.after(index)
+    }
+
+    fn do_work(&mut self, index: usize, work: Work) -> Checked<()> {
+        let now = self.clock(index);
+        let id = self.nodes[index].id;
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        match work {
+            Work::ReadLog {
+                to,
+                after,
+                until,
+                bytes_max,
+                tail_for,
+            } => {
+                let read = running.storage.read_log(after, until, bytes_max);
+                running.engine.handle_log_read(now, to, tail_for, read);
+            }
+            Work::Read(read) => {
+                let result = read.run(&running.storage.chunks);
+                running.engine.handle_read(now, read.ticket, result);
+            }
+            Work::Export(export) => {
+                let message = export.run(&running.storage.chunks);
+                let to = export.to;
+                self.send(id, to, message);
+            }
+            Work::StoreBase { .. } | Work::Checkpoint(_) => {}
+        }
+        self.after(index)
+    }
+
+    /// Stores the checkpoint or base that is next, and begins with the one behind it.
+    fn store(&mut self, index: usize) -> Checked<()> {
+        let now = self.clock(index);
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        running.checkpoint_busy = false;
+        let stored = match running.checkpoint_queue.pop_front() {
+            Some(Work::Checkpoint(checkpoint)) => {
+                let slot = checkpoint.applied.slot;
+                let stored = running.storage.checkpoint(checkpoint);
+                stored.map(|()| running.engine.handle_checkpoint_done(slot))
+            }
+            Some(Work::StoreBase { base, state }) => {
+                running.storage.store_base(base, &state).map(|()| {
+                    running.engine.handle_base_stored(now);
+                })
+            }
+            _ => Ok(()),
+        };
+        if let Err(error) = stored {
+            return self.disk_failed(index, &error);
+        }
+        let slot = running.engine.checkpoint_slot();
+        if let Err(error) = running.storage.trim(slot) {
+            return self.disk_failed(index, &error);
+        }
+        self.start_checkpoint(index);
+        self.after(index)
+    }
+
+    fn disk_failed(&mut self, index: usize, error: &str) -> Checked<()> {
+        let id = self.nodes[index].id;
+        self.trace(|| format!("server {id}: {error}"));
+        self.crash(index);
+        let at = self.now + self.rng.between(10 * MS, SECOND);
+        self.schedule(at, Event::Start { node: index });
+        Ok(())
+    }
+
+    fn client_step(&mut self, client: usize) {
+        let now = self.now;
+        let servers = self.core as u64;
+        let (rng, history) = (&mut self.rng, &mut self.history);
+        let requests = self.clients[client].step(now, servers, rng, &self.ground, history);
+        self.send_requests(client, requests);
+    }
+
+    fn send_requests(&mut self, client: usize, requests: Vec<Request>) {
+        let mut to = self.clients[client].server;
+        if self.index_of(to).is_none_or(|index| index >= self.core) {
+            to = ServerId(0);
+            self.clients[client].server = to;
+        }
+        for request in requests {
+            if let Some(delay) = self.client_delay() {
+                self.schedule(
+                    self.now + delay,
+                    Event::Request {
+                        client,
+                        to,
+                        request,
+                    },
+                );
+            }
+        }
+    }
+
+    fn create_volumes(&mut self) -> Checked<()> {
+        // Through the log, like everything; the answer is looked up in the leader's state.
+        for name in ["vol001", "vol002"] {
+            let until = self.now + CALM;
+            loop {
+                if self.now > until {
+                    return self.fail("liveness: no leader at the start");
+                }
+                self.step()?;
+                let leader = self.nodes.iter().position(|node| {
+                    let role = node.running.as_ref().map(|it| it.engine.replica().role());
+                    role == Some(RoleKind::Leader { serving: true })
+                });
+                let Some(index) = leader else { continue };
+                let Some(running) = &mut self.nodes[index].running else {
+                    continue;
+                };
+                if let Some(volume) = running.engine.state().volume_named(name) {
+                    self.ground.volumes.push(volume.id);
+                    break;
+                }
+                let body = RequestBody::CreateVolume {
+                    name: name.to_owned(),
+                    size_bytes: VOLUME_BLOCKS * 4096,
+                    chunk_bytes: CHUNK_BYTES_MIN,
+                    uuid: [7; 16],
+                };
+                self.create_volume(index, body);
+                self.after(index)?;
+            }
+        }
+        let volumes: Vec<VolumeId> = self.ground.volumes.clone();
+        self.trace(|| format!("volumes {volumes:?}"));
+        Ok(())
+    }
+
+    fn create_volume(&mut self, index: usize, body: RequestBody) {
+        let RequestBody::CreateVolume {
+            name,
+            size_bytes,
+            chunk_bytes,
+            uuid,
+        } = body
+        else {
+            return;
+        };
+        let op = pss_core::entry::Op::CreateVolume {
+            name,
+            size_bytes,
+            chunk_bytes,
+            uuid,
+        };
+        let command = pss_core::entry::Command::internal(op);
+        if let Some(running) = &mut self.nodes[index].running {
+            // One at a time: a second one of the same name is refused anyway.
+            let _ = running.engine.replica_mut().propose(vec![command]);
+        }
+    }
+
+    // ---- Faults.
+
+    fn fault(&mut self) -> Checked<()> {
+        if !self.faults {
+            return Ok(());
+        }
+        let next = self.now + self.rng.between(10 * MS, 700 * MS);
+        self.schedule(next, Event::Fault);
+        let index = self.rng.below(self.nodes.len() as u64) as usize;
+        match self.rng.below(14) {
+            0..=2 => self.crash_for_a_while(index),
+            3 => {
+                // A power cut of everything.
+                if self.rng.chance(500) {
+                    for index in 0..self.nodes.len() {
+                        self.crash_for_a_while(index);
+                    }
+                }
+            }
+            4 | 5 => self.partition(),
+            6 => self.blocked.iter_mut().flatten().for_each(|it| *it = false),
+            7 => {
+                self.loss_per_mille = self.rng.below(300);
+                self.duplicate_per_mille = self.rng.below(200);
+                self.delay_max = MS / 2 + self.rng.below(60 * MS);
+            }
+            8 => {
+                self.loss_per_mille = 0;
+                self.delay_max = MS / 2;
+            }
+            9 | 10 => {
+                let until = self.now + self.rng.between(50 * MS, 3 * SECOND);
+                let node = &mut self.nodes[index];
+                if node.paused_until <= self.now {
+                    node.paused_until = until;
+                    self.schedule(until, Event::Resume { node: index });
+                }
+            }
+            11 => {
+                // The leader's machine stops and comes back: it may still believe that it leads.
+                let leader = self.nodes.iter().position(Node::leads);
+                if let Some(index) = leader.filter(|it| self.nodes[*it].paused_until <= self.now) {
+                    let until = self.now + self.rng.between(300 * MS, 2 * SECOND);
+                    self.nodes[index].paused_until = until;
+                    self.schedule(until, Event::Resume { node: index });
+                }
+            }
+            12 => {
+                let client = self.rng.below(self.clients.len() as u64) as usize;
+                self.clients[client].crash();
+            }
+            _ => {
+                let leader = self.nodes.iter().position(Node::leads);
+                if let Some(index) = leader {
+                    if self.rng.chance(300) {
+                        let now = self.clock(index);
+                        if let Some(running) = &mut self.nodes[index].running {
+                            running.engine.hand_over(now);
+                            return self.after(index);
+                        }
+                    } else if self.rng.chance(300) {
+                        self.nodes[index].disk.fail_write(self.rng.below(4));
+                    } else {
+                        self.crash_for_a_while(index);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn crash_for_a_while(&mut self, index: usize) {
+        self.crash(index);
+        // Some stay down long enough for the log to be trimmed meanwhile.
+        let long = self.rng.chance(200);
+        let most = if long { 8 * SECOND } else { SECOND };
+        let at = self.now + self.rng.between(10 * MS, most);
+        self.schedule(at, Event::Start { node: index });
+        self.damage_log(index);
+    }
+
+    /// Bit rot in the log, on one server only, so that there is always a good copy.
+    fn damage_log(&mut self, index: usize) {
+        if index == 0 && self.config.seed.is_multiple_of(4) && self.rng.chance(200) {
+            let rot = self.nodes[index]
+                .disk
+                .flip_random_bit("log/", &mut self.rng);
+            let id = self.nodes[index].id;
+            self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
+        }
+    }
+
+    fn partition(&mut self) {
+        let count = self.nodes.len();
+        let one_way = self.rng.chance(400);
+        let sides: Vec<bool> = (0..count).map(|_| self.rng.chance(500)).collect();
+        for a in 0..count {
+            for b in 0..count {
+                self.blocked[a][b] = sides[a] != sides[b] && (!one_way || sides[a]);
+            }
+        }
+        if self.rng.chance(300) {
+            // Every link by itself: majorities that are no groups.
+            for a in 0..count {
+                for b in 0..count {
+                    self.blocked[a][b] = self.rng.chance(400);
+                }
+            }
+        }
+        self.trace(|| format!("partition {sides:?} one-way {one_way}"));
+    }
+
+    fn heal(&mut self) -> Checked<()> {
+        self.trace(|| "faults stop".to_owned());
+        self.faults = false;
+        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
+        self.loss_per_mille = 0;
+        self.duplicate_per_mille = 0;
+        self.delay_max = MS / 2;
+        for index in 0..self.nodes.len() {
+            self.nodes[index].paused_until = 0;
+            self.schedule(self.now, Event::Resume { node: index });
+            self.schedule(self.now, Event::Start { node: index });
+        }
+        Ok(())
+    }
+
+    // ---- Checkers.
+
+    /// Nothing is said before it is durable.
+    fn check_sent(&self, index: usize, message: &Message) -> Checked<()> {
+        let node = &self.nodes[index];
+        let Some(running) = &node.running else {
+            return Ok(());
+        };
+        let replica = running.engine.replica();
+        let id = node.id;
+        match message {
+            Message::Promise { ballot, .. } if replica.promised_durable() < *ballot => {
+                self.fail(format!("server {id} sends a promise that is not durable"))
+            }
+            Message::Accepted { durable, .. } | Message::HeartbeatAck { durable, .. }
+                if replica.durable() < *durable =>
+            {
+                self.fail(format!("server {id} acknowledges what is not durable"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What a leader calls chosen lies on the disks of a majority.
+    fn check_majority(&self, slot: Slot, entry: EntryId) -> Checked<()> {
+        let core = &self.nodes[..self.core];
+        let holds = |node: &&Node| match node.disk_log.get(&slot) {
+            Some(held) => *held == entry,
+            // Its log begins later: the entry is in its chunks.
+            None => node
+                .disk_log
+                .keys()
+                .next()
+                .is_some_and(|first| *first > slot),
+        };
+        let holders = core.iter().filter(holds).count();
+        if holders > self.core / 2 {
+            return Ok(());
+        }
+        self.fail(format!(
+            "slot {slot} is called chosen, but {holders} servers hold {entry}"
+        ))
+    }
+
+    fn check_node(&mut self, index: usize) -> Checked<()> {
+        let node = &mut self.nodes[index];
+        let Some(running) = &node.running else {
+            return Ok(());
+        };
+        let replica = running.engine.replica();
+        let id = node.id;
+        let promised = replica.promised_durable();
+        if promised < node.promised || replica.promised() < promised {
+            return self.fail(format!("server {id}: the promise went back"));
+        }
+        node.promised = promised;
+        if replica.applied() > replica.chosen() {
+            return self.fail(format!("server {id}: applied beyond what is chosen"));
+        }
+        let (from, until) = (node.seen_chosen, replica.chosen());
+        let leads = matches!(replica.role(), RoleKind::Leader { .. });
+        node.seen_chosen = until;
+        let mut fresh = Vec::new();
+        for slot in from.0 + 1..=until.0 {
+            let Some(entry) = replica.entry_id(Slot(slot)) else {
+                continue;
+            };
+            if leads && !self.chosen.contains_key(&Slot(slot)) {
+                fresh.push((Slot(slot), entry));
+            }
+            let first = *self.chosen.entry(Slot(slot)).or_insert(entry);
+            if first != entry {
+                let what = format!("server {id}: slot {slot} is {entry} and was {first}");
+                return Err(Failure {
+                    seed: self.config.seed,
+                    at: self.now,
+                    what,
+                });
+            }
+        }
+        for (slot, entry) in fresh {
+            self.check_majority(slot, entry)?;
+        }
+        Ok(())
+    }
+
+    /// At most one server may serve reads at any moment.
+    fn check_leases(&mut self) -> Checked<()> {
+        let mut holder = None;
+        for index in 0..self.core {
+            let now = self.clock(index);
+            let node = &self.nodes[index];
+            let Some(running) = &node.running else {
+                continue;
+            };
+            if running.engine.replica().may_read(now) {
+                if let Some(other) = holder {
+                    let id = node.id;
+                    return self.fail(format!("servers {other} and {id} hold the lease at once"));
+                }
+                holder = Some(node.id);
+            }
+        }
+        Ok(())
+    }
+
+    fn has_converged(&self) -> bool {
+        let applied = |node: &Node| {
+            let engine = &node.running.as_ref()?.engine;
+            let replica = engine.replica();
+            let settled = replica.applied() == replica.last().slot && engine.copying().is_none();
+            settled.then(|| replica.applied())
+        };
+        let first = applied(&self.nodes[0]);
+        first.is_some() && self.nodes.iter().all(|node| applied(node) == first)
+    }
+
+    /// Reads every block once more at the end, so that a loss that nobody happened to read is seen.
+    fn read_everything(&mut self) -> Checked<()> {
+        // The last reader is a client of its own: others may have been fenced.
+        let client = self.clients.len();
+        self.clients.push(Client::new(client as u64, 0, 1));
+        let until = self.now + CALM;
+        loop {
+            if self.now > until {
+                return self.fail("liveness: the last reader gets no session");
+            }
+            let now = self.now;
+            let ground = self.ground.clone();
+            if let Some(requests) = self.clients[client].read_everything(now, &ground) {
+                self.send_requests(client, requests);
+                break;
+            }
+            self.client_step(client);
+            let wake = self.now + 50 * MS;
+            self.schedule(wake, Event::Client { client });
+            while self.now < wake {
+                self.step()?;
+            }
+        }
+        self.schedule(self.now, Event::Client { client });
+        self.step_until("the last reads end", |sim| sim.clients[client].is_done())?;
+        self.step_until(
+            "every server reaches the same slot again",
+            Sim::has_converged,
+        )
+    }
+
+    fn check_history(&self) -> Checked<()> {
+        if let Some(broken) = self.history.broken.first() {
+            return self.fail(broken.clone());
+        }
+        for (register, operations) in &self.history.operations {
+            if let Err(operation) = checker::check(operations) {
+                for operation in operations {
+                    self.trace(|| format!("{operation:?}"));
+                }
+                return self.fail(format!("{register:?} is not linearizable: {operation:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// All servers hold the same state and the same bytes.
+    fn check_equal_data(&self) -> Checked<()> {
+        let mut first: Option<(ServerId, Vec<u8>, Vec<Vec<u8>>)> = None;
+        for node in &self.nodes {
+            let Some(running) = &node.running else {
+                continue;
+            };
+            let state = running.engine.state();
+            let mut volumes = Vec::new();
+            for volume in state.volumes() {
+                match sim_storage::contents(&running.storage.chunks, volume) {
+                    Ok(bytes) => volumes.push(bytes),
+                    Err(error) => return self.fail(format!("server {}: {error}", node.id)),
+                }
+            }
+            let encoded = state.encode();
+            match &first {
+                None => first = Some((node.id, encoded, volumes)),
+                Some((other, state, bytes)) => {
+                    let (id, other) = (node.id, *other);
+                    if *state != encoded {
+                        return self.fail(format!("servers {other} and {id} hold other states"));
+                    }
+                    if *bytes != volumes {
+                        for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
+                            let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
+                            for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
+                                let value = |it: &[u8]| {
+                                    u64::from_le_bytes([
+                                        it[0], it[1], it[2], it[3], it[4], it[5], it[6], it[7],
+                                    ])
+                                };
+                                let (a, b) = (value(a), value(b));
+                                self.trace(|| {
+                                    format!("volume {volume} block {block}: {a} and {b}")
+                                });
+                            }
+                        }
+                        return self.fail(format!("servers {other} and {id} hold other bytes"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Node {
+    fn leads(&self) -> bool {
+        let role = self.running.as_ref().map(|it| it.engine.replica().role());
+        matches!(role, Some(RoleKind::Leader { .. }))
+    }
+
+    fn describe(&self) -> String {
+        let Some(running) = &self.running else {
+            return format!("server {} is down", self.id);
+        };
+        let replica = running.engine.replica();
+        format!(
+            "server {}: {:?} of {:?}, promised {}, chosen {}, applied {}, last {}, copying {:?}",
+            self.id,
+            replica.role(),
+            replica.leader(),
+            replica.promised(),
+            replica.chosen(),
+            replica.applied(),
+            replica.last(),
+            running.engine.copying(),
+        )
+    }
+}
+
+fn new_disk(seed: u64, id: u8) -> SimDisk {
+    let disk = SimDisk::new();
+    disk.set_would_block(50, seed ^ (u64::from(id) << 56));
+    disk
+}
+
+fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
+    match what {
+        Persist::Append {
+            truncate_after,
+            entries,
+            ..
+        } => {
+            if let Some(slot) = truncate_after {
+                log.split_off(&slot.next());
+            }
+            log.extend(entries.iter().map(|entry| (entry.id.slot, entry.id)));
+        }
+        Persist::Reset { base } => {
+            log.clear();
+            log.insert(base.slot, *base);
+        }
+        Persist::Promise(_) => {}
+    }
+}
+
+fn summary(what: &Persist) -> String {
+    match what {
+        Persist::Append {
+            truncate_after,
+            entries,
+            chosen,
+        } => {
+            let ids = (
+                entries.first().map(|it| it.id),
+                entries.last().map(|it| it.id),
+            );
+            let (first, last) = (ids.0.unwrap_or_default(), ids.1.unwrap_or_default());
+            format!("{first} to {last}, behind {truncate_after:?}, chosen {chosen}")
+        }
+        other => format!("{other:?}"),
+    }
+}
+
+fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
+    // Small bounds, so that windows, trims and copies of chunks happen in a short run.
+    let tuning = Tuning {
+        window_bytes: 256 << 10,
+        window_slots: 16,
+        tail_bytes: 96 << 10,
+        peer_window_bytes: 128 << 10,
+        entry_bytes: 32 << 10,
+        catch_up_bytes: 64 << 10,
+        ..Tuning::default()
+    };
+    EngineConfig {
+        replica: Config {
+            id,
+            members,
+            tuning,
+            seed,
+        },
+        checkpoint_bytes: 256 << 10,
+        checkpoint_interval: Duration::from_secs(5),
+        checkpoint_chunks: 24,
+        reserve_bytes: 0,
+        session_lease: Duration::from_secs(4),
+    }
+}

@@ -1,0 +1,303 @@
+//! The programs against servers that run: `pssd` by itself, and a cell under `pss-up`.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use pss_tests::binaries;
+use pss_tests::programs::{Bench, Running};
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(30);
+
+/// A cell of one server at an address of this test's own.
+fn single(host: &str) -> Bench {
+    let bench = Bench::new();
+    bench.servers(format!("0 {host} /pss\n1 {host} /pss\n2 {host} /pss\n"));
+    bench
+}
+
+fn pssd(bench: &Bench, args: &str) -> Running {
+    Running::start(bench.command("pssd").args(args.split_whitespace()))
+}
+
+#[test]
+fn start_on_a_wrong_directory() {
+    let bench = single("127.0.3.1");
+    bench
+        .run("pssd", "start --id 0 --path none")
+        .fails(1, &["none", "pssd format"]);
+    fs::create_dir(bench.path("empty")).unwrap();
+    bench
+        .run("pssd", "start --id 0 --path empty")
+        .fails(1, &["empty", "pssd format"]);
+    bench.run("pssd", "format --id 0 --path data").done();
+    bench.run("pssd", "start --id 1 --path data").fails(
+        1,
+        &["data: ", "belongs to server 0, not to server 1", "--id 0"],
+    );
+    bench.run("pss", "key new cell.key").done();
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["data: ", "belongs to another cell", "--cell"]);
+    bench
+        .run("pssd", "format --id 0 --path data --force")
+        .done();
+    for copy in ["data/identity.0", "data/identity.1"] {
+        let mut bytes = fs::read(bench.path(copy)).unwrap();
+        // docs/formats.md: CRC32C at 8 of everything from 12, where the version is.
+        bytes[12] = 9;
+        let checksum = crc32c::crc32c(&bytes[12..]);
+        bytes[8..12].copy_from_slice(&checksum.to_le_bytes());
+        fs::write(bench.path(copy), bytes).unwrap();
+    }
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["data: ", "format version 9", "newer pssd"]);
+}
+
+#[test]
+fn start_on_a_directory_in_use() {
+    let bench = single("127.0.3.2");
+    bench.run("pssd", "format --id 0 --path data").done();
+    let socket = UnixDatagram::bind(bench.path("notify")).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let mut command = bench.command("pssd");
+    command.args(["start", "--id", "0", "--path", "data"]);
+    let mut first = Running::start(command.env("NOTIFY_SOCKET", bench.path("notify")));
+    let mut message = [0; 256];
+    let length = socket.recv(&mut message).unwrap();
+    assert!(message[..length].starts_with(b"READY=1"));
+
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["data", "in use"]);
+    bench
+        .run("pssd", "format --id 0 --path data --force")
+        .fails(1, &["data", "a server is running on it"]);
+
+    first.signal("TERM");
+    assert_eq!(first.ends(SOON), Some(0));
+    let length = socket.recv(&mut message).unwrap();
+    assert!(message[..length].starts_with(b"STOPPING=1"));
+}
+
+#[test]
+fn start_with_a_taken_port() {
+    let bench = single("127.0.3.3");
+    bench.run("pssd", "format --id 0 --path data").done();
+    let _taken = UdpSocket::bind("127.0.3.3:4000").unwrap();
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["127.0.3.3:4000"]);
+}
+
+#[test]
+fn syslog_lines_have_the_tag() {
+    let bench = single("127.0.3.4");
+    bench.run("pssd", "format --id 2 --path data").done();
+    let socket = UnixDatagram::bind(bench.path("log")).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    let mut command = bench.command("pssd");
+    command.args(["start", "--id", "2", "--path", "data", "--log", "syslog"]);
+    let mut server = Running::start(command.env("PSS_SYSLOG_SOCKET", bench.path("log")));
+    let mut message = [0; 4096];
+    let length = socket.recv(&mut message).unwrap();
+    let line = String::from_utf8_lossy(&message[..length]).into_owned();
+    let tag = format!("pssd_2[{}]: ", server.pid());
+    // Facility daemon is 3, times 8, plus the severity.
+    assert!(line.starts_with("<2") || line.starts_with("<3"), "{line}");
+    assert!(line.contains(&tag), "{line}");
+    server.signal("INT");
+    assert_eq!(server.ends(SOON), Some(0));
+}
+
+#[test]
+fn one_server_of_three_is_no_majority() {
+    let bench = single("127.0.3.5");
+    bench.run("pssd", "format --id 1 --path data").done();
+    let _server = pssd(&bench, "start --id 1 --path data");
+    let expected = "No majority: 1 of 3 core servers answers (server 1); 2 are needed.";
+    let end = Instant::now() + SOON;
+    loop {
+        let status = bench.run("pss", "status --timeout 1s");
+        if status.stdout().starts_with(expected) {
+            assert_eq!(status.0.status.code(), Some(6));
+            break;
+        }
+        assert!(Instant::now() < end, "{}", status.stdout());
+    }
+    bench
+        .run("pss", "volume list --timeout 1s")
+        .fails(6, &[expected]);
+}
+
+/// A cell under `pss-up` at an address of its own.
+struct Up {
+    bench: Bench,
+    running: Running,
+    nbd: String,
+}
+
+impl Up {
+    fn new(host: &str) -> Up {
+        let bench = Bench::new();
+        // As if a former run had chosen the address, so that tests never meet.
+        let records: String = (0..3)
+            .map(|id| {
+                format!(
+                    "{id} {host} {}\n",
+                    bench.path(&format!("server{id}")).display()
+                )
+            })
+            .collect();
+        bench.servers(records);
+        bench.run("pss", "key new cell.key").done();
+        let (running, nbd) = Up::start(&bench);
+        Up {
+            bench,
+            running,
+            nbd,
+        }
+    }
+
+    fn start(bench: &Bench) -> (Running, String) {
+        let mut command = bench.command("pss-up");
+        command.args(["--dir", ".", "--nbd", "127.0.0.1:0"]);
+        let mut running = Running::start(&mut command);
+        let line = running.wait_for("nbd://", SOON);
+        let nbd = line.split_once("nbd://").unwrap().1;
+        let address = nbd.split('/').next().unwrap().to_owned();
+        (running, address)
+    }
+
+    /// Waits until `pss status` starts with this.
+    #[track_caller]
+    fn status_is(&self, expected: &str) {
+        let end = Instant::now() + SOON;
+        loop {
+            let text = self.bench.run("pss", "status").stdout();
+            if text.starts_with(expected) {
+                return;
+            }
+            assert!(Instant::now() < end, "{text}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn json(&self, args: &str) -> Value {
+        let outcome = self.bench.run("pss", &format!("--json {args}"));
+        serde_json::from_slice(&outcome.done().0.stdout).unwrap()
+    }
+}
+
+#[test]
+fn volumes_from_creation_to_deletion() {
+    let up = Up::new("127.0.3.10");
+    let pss = |args: &str| up.bench.run("pss", args);
+    up.status_is("All 3 copies current. Any 1 server may fail.");
+    let list = up.json("volume list");
+    assert_eq!(list["schema"], "pss.volume.list/1");
+    assert_eq!(list["volumes"][0]["name"], "vol001");
+    assert_eq!(list["volumes"][0]["size_bytes"], 10u64 << 30);
+    assert_eq!(list["volumes"][0]["allocated_bytes"], 0);
+
+    pss("volume create small 1M --chunk-size 64K").done();
+    pss("volume create small 2M").fails(4, &["small", "exists"]);
+    pss("volume show none").fails(3, &["none", "pss volume list"]);
+    pss("volume resize none 1G").fails(3, &["none"]);
+    pss("volume delete none --yes").fails(3, &["none"]);
+    pss("volume resize small +1M").done();
+    let shown = up.json("volume show small");
+    assert_eq!(shown["size_bytes"], 2 << 20);
+    assert_eq!(shown["chunk_bytes"], 64 << 10);
+    pss("volume resize small 1M").fails(2, &["smaller", "--allow-shrink"]);
+    pss("volume resize small 65T").fails(2, &["at most"]);
+    pss("volume resize small 1M --allow-shrink").done();
+    assert_eq!(up.json("volume show small")["size_bytes"], 1 << 20);
+    assert!(pss("volume list").done().stdout().contains("small"));
+    pss("volume delete small").fails(2, &["Delete volume small", "--yes"]);
+    pss("volume show small").done();
+    pss("volume delete small --yes").done();
+    pss("volume show small").fails(3, &["small"]);
+
+    pss("key new other.key").done();
+    pss("--key other.key volume list").fails(5, &["key"]);
+}
+
+#[test]
+fn an_attached_volume_is_not_deleted() {
+    let up = Up::new("127.0.3.11");
+    let nbdsh = binaries::tool("nbdsh", "python3-libnbd");
+    // It runs the first python3 of PATH, which has to be the system's.
+    let path = "/usr/bin:/bin";
+    let uri = format!("nbd://{}/vol001", up.nbd);
+    let script = "import sys, time; print(h.get_size(), flush=True); time.sleep(60)";
+    let mut command = std::process::Command::new(nbdsh);
+    let mut client = Running::start(command.args(["-u", &uri, "-c", script]).env("PATH", path));
+    client.wait_for("10737418240", SOON);
+    up.bench
+        .run("pss", "volume delete vol001 --yes")
+        .fails(4, &["vol001", "attached by"]);
+    drop(client);
+    let end = Instant::now() + SOON;
+    while up
+        .bench
+        .run("pss", "volume delete vol001 --yes")
+        .0
+        .status
+        .code()
+        != Some(0)
+    {
+        assert!(Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn servers_are_stopped_one_by_one() {
+    let mut up = Up::new("127.0.3.12");
+    up.status_is("All 3 copies current.");
+    let list = up.json("server list");
+    assert_eq!(list["servers"][1]["answers"], true);
+    assert_eq!(list["servers"][1]["tcp_port"], 4011);
+    up.bench.run("pss", "server shutdown 2").done();
+    up.status_is("Server 2 ");
+    let status = up.json("status");
+    assert_eq!(status["works"], true);
+    assert_eq!(status["servers_that_may_fail"], 0);
+    up.bench.run("pss", "volume create after 1M").done();
+    up.bench
+        .run("pss", "server shutdown 1")
+        .fails(2, &["no majority is left", "--yes"]);
+    up.bench.run("pss", "server shutdown 1 --yes").done();
+    up.status_is("No majority: 1 of 3 core servers answers (server 0); 2 are needed.");
+    up.bench
+        .run("pss", "volume list --timeout 2s")
+        .fails(6, &["1 of 3 core servers answers (server 0)"]);
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(0));
+}
+
+#[test]
+fn up_again_on_the_same_data() {
+    let mut up = Up::new("127.0.3.13");
+    up.bench.run("pss", "volume create kept 3M").done();
+    let other = up.bench.run("pss-up", "--dir . --nbd 127.0.0.1:0");
+    other.fails(1, &["another 'pss up' runs there", "--dir"]);
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+
+    (up.running, up.nbd) = Up::start(&up.bench);
+    let list = up.json("volume list");
+    let names: Vec<_> = list["volumes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| &v["name"])
+        .collect();
+    assert_eq!(names, ["kept", "vol001"]);
+    up.running.signal("TERM");
+    assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+}
