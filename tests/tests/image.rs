@@ -62,7 +62,11 @@ fn run(program: &Path, args: &[&str]) -> String {
     let text = [&output.stdout[..], &output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     let status = output.status;
-    assert!(status.success(), "{} {args:?}: {status}\n{text}", program.display());
+    assert!(
+        status.success(),
+        "{} {args:?}: {status}\n{text}",
+        program.display()
+    );
     text
 }
 
@@ -121,7 +125,10 @@ impl Fixture {
         });
         self.cell.kill(leader);
         assert!(copy.runs(), "not killed in the middle: {}", copy.text());
-        println!("{volume}: leader {leader} killed after {:?}", begun.elapsed());
+        println!(
+            "{volume}: leader {leader} killed after {:?}",
+            begun.elapsed()
+        );
         assert_eq!(copy.ends(COPY), Some(0), "{}", copy.text());
         println!("{volume}: copied after {:?}", begun.elapsed());
         self.cell.start(leader);
@@ -156,7 +163,16 @@ impl Fixture {
         "#;
         let directory = self.cell.chunks(id, volume).display().to_string();
         let (chunk, size) = (chunk_bytes.to_string(), IMAGE_BYTES.to_string());
-        let args = ["-c", script, "-", &directory, &chunk, &size, &disk, &self.image];
+        let args = [
+            "-c",
+            script,
+            "-",
+            &directory,
+            &chunk,
+            &size,
+            &disk,
+            &self.image,
+        ];
         run(Path::new("bash"), &args);
     }
 }

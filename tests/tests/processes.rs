@@ -226,8 +226,7 @@ impl Worker {
                 answered,
                 kind: Kind::Write(*value),
             };
-            self.history
-                .push((pending.first + index as u64, operation));
+            self.history.push((pending.first + index as u64, operation));
         }
     }
 
@@ -238,8 +237,7 @@ impl Worker {
                 answered: Some(now),
                 kind: Kind::Read(*value),
             };
-            self.history
-                .push((pending.first + index as u64, operation));
+            self.history.push((pending.first + index as u64, operation));
         }
     }
 }
@@ -288,7 +286,11 @@ impl Chaos {
     fn service_returns(&self, what: &str, fault: Time) {
         let mut first = None;
         wait_until(&format!("service returns after: {what}"), RETURN, || {
-            let begun = self.shared.progress.iter().map(|it| it.load(Ordering::Relaxed));
+            let begun = self
+                .shared
+                .progress
+                .iter()
+                .map(|it| it.load(Ordering::Relaxed));
             let served = begun.filter(|begun| *begun > fault).count();
             if served > 0 && first.is_none() {
                 first = Some(self.shared.now());
@@ -483,7 +485,10 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
         if let Err(operation) = check(operations) {
             let mut near: Vec<_> = operations
                 .iter()
-                .filter(|it| it.answered.is_none_or(|end| end + 8_000_000_000 > operation.begun))
+                .filter(|it| {
+                    it.answered
+                        .is_none_or(|end| end + 8_000_000_000 > operation.begun)
+                })
                 .filter(|it| it.begun < operation.answered.unwrap_or(u64::MAX))
                 .collect();
             near.sort_by_key(|it| it.begun);
@@ -502,6 +507,9 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
     assert!(first.iter().any(|byte| *byte != 0));
     for id in 1..5 {
         let other = content(&chaos.cell.chunks(id, "v"), 1 << 20);
-        assert!(other == first, "the copy of server {id} differs from that of server 0");
+        assert!(
+            other == first,
+            "the copy of server {id} differs from that of server 0"
+        );
     }
 }
