@@ -3,6 +3,8 @@
 //!
 //! `PSS_SEED=…` runs one seed, `PSS_SEEDS=…` so many of them.
 
+#![expect(clippy::unwrap_used, reason = "a test: what fails ends it")]
+
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -117,7 +119,7 @@ fn noop_entry(prev: EntryId, ballot: Ballot, blocks: usize, tag: u64) -> Entry {
             slot: prev.slot.next(),
         },
         prev: prev.ballot,
-        commands: vec![Command::internal(op)],
+        commands: [Command::internal(op)].into(),
     }
 }
 
@@ -551,7 +553,7 @@ fn guest_cannot_forge_records() {
     forged[24..32].copy_from_slice(&(4096u64 * 4).to_le_bytes());
     let data = Bytes::from(forged);
     let mut second = noop_entry(first.id, ballot(1), 0, 2);
-    second.commands = vec![Command::internal(write_op(VolumeId(1), 0, data))];
+    second.commands = [Command::internal(write_op(VolumeId(1), 0, data))].into();
     log.append(None, std::slice::from_ref(&second), Slot(0))
         .unwrap();
     // The header of the real one is damaged: nothing behind it is evidence of anything.
@@ -1255,7 +1257,7 @@ fn apply_op(world: &mut World, op: Op) -> Result<(), ApplyError> {
             slot: prev.slot.next(),
         },
         prev: prev.ballot,
-        commands: vec![Command::internal(op)],
+        commands: [Command::internal(op)].into(),
     };
     world
         .storage
