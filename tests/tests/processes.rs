@@ -4,6 +4,8 @@
 //!
 //! `PSS_TEST_SEED=N` makes other choices.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
