@@ -3,9 +3,11 @@
 pub mod binaries;
 pub mod checker;
 pub mod disk;
+pub mod load;
 pub mod nbd_client;
 pub mod processes;
 pub mod programs;
+pub mod proxy;
 pub mod rng;
 pub mod sim;
 mod sim_storage;

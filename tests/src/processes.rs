@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 use crate::nbd_client::NbdClient;
 use crate::programs::Bench;
+use crate::proxy::{Mischief, Proxy};
 
 /// So long may anything take that has to happen by itself, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -106,7 +108,7 @@ impl Drop for Process {
 }
 
 /// How a cell is laid out.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Layout {
     /// Core servers.
     pub servers: u8,
@@ -118,6 +120,8 @@ pub struct Layout {
     pub flags: String,
     /// Data directories, instead of some in the directory of the test.
     pub paths: BTreeMap<u8, PathBuf>,
+    /// What servers reach each other through, and gateways the servers, instead of directly.
+    pub mischief: Option<Arc<Mischief>>,
 }
 
 impl Layout {
@@ -129,6 +133,7 @@ impl Layout {
             key: true,
             flags: "--segment-size 8M --checkpoint-size 8M --log-retain 32M".to_owned(),
             paths: BTreeMap::new(),
+            mischief: None,
         }
     }
 }
@@ -145,6 +150,7 @@ pub struct Cell {
     pub gateways: BTreeMap<usize, Process>,
     network: [u8; 3],
     first_host: u8,
+    proxies: Vec<Proxy>,
 }
 
 impl Cell {
@@ -156,21 +162,29 @@ impl Cell {
         static HOSTS: AtomicU8 = AtomicU8::new(0);
         // Cells of processes that run at the same time must not meet.
         let [.., high, low] = std::process::id().to_be_bytes();
-        let cell = Cell {
+        let mut cell = Cell {
             bench: Bench::new(),
             servers: BTreeMap::new(),
             gateways: BTreeMap::new(),
             network: [127, 192 + high % 63, low],
-            first_host: 1 + 10 * HOSTS.fetch_add(1, Ordering::Relaxed),
+            first_host: 1 + 20 * HOSTS.fetch_add(1, Ordering::Relaxed),
+            proxies: Vec::new(),
             layout,
         };
-        let records = (0..cell.layout.servers)
-            .map(|id| {
-                let (host, path) = (cell.host(id), cell.path(id));
-                format!("{id} {host} {}\n", path.display())
-            })
-            .collect::<String>();
-        cell.bench.servers(records);
+        cell.bench.servers(cell.conf(|id| cell.host(id)));
+        if let Some(mischief) = cell.layout.mischief.clone() {
+            let ids = 0..cell.layout.servers;
+            let proxies = ids.map(|id| Proxy::start(id, cell.proxy(id), cell.host(id), &mischief));
+            cell.proxies = proxies.collect();
+            cell.write("gateway.conf", &cell.conf(|id| cell.proxy(id)));
+            for own in 0..cell.layout.servers {
+                let host = |id| match id == own {
+                    true => cell.host(id),
+                    false => cell.proxy(id),
+                };
+                cell.write(&format!("server{own}.conf"), &cell.conf(host));
+            }
+        }
         if cell.layout.key {
             cell.bench.run("pss", "key new cell.key").done();
         }
@@ -200,9 +214,24 @@ impl Cell {
     }
 
     /// Address of a server.
-    pub fn host(&self, id: u8) -> std::net::IpAddr {
+    pub fn host(&self, id: u8) -> IpAddr {
         let [a, b, c] = self.network;
         [a, b, c, self.first_host + id].into()
+    }
+
+    /// Address of the proxy of a server.
+    fn proxy(&self, id: u8) -> IpAddr {
+        let [a, b, c] = self.network;
+        [a, b, c, self.first_host + 10 + id].into()
+    }
+
+    fn conf(&self, host: impl Fn(u8) -> IpAddr) -> String {
+        let record = |id| format!("{id} {} {}\n", host(id), self.path(id).display());
+        (0..self.layout.servers).map(record).collect()
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.bench.path(name), text).expect("the test directory can be used");
     }
 
     /// Data directory of a server.
@@ -228,6 +257,9 @@ impl Cell {
     pub fn start(&mut self, id: u8) {
         let mut command = self.bench.command("pssd");
         command.args(["start", "--id", &id.to_string()]);
+        if self.layout.mischief.is_some() {
+            command.env("PSS_SERVERS", self.bench.path(&format!("server{id}.conf")));
+        }
         command.args(self.layout.flags.split_whitespace());
         let output = self.bench.path(&format!("pssd{id}.log"));
         let process = Process::start(&format!("pssd {id}"), &mut command, output);
@@ -242,6 +274,9 @@ impl Cell {
         let address = self.nbd(gateway);
         let mut command = self.bench.command("pss-nbd");
         command.args(["--listen", &address.to_string()]);
+        if self.layout.mischief.is_some() {
+            command.env("PSS_SERVERS", self.bench.path("gateway.conf"));
+        }
         let output = self.bench.path(&format!("pss-nbd{gateway}.log"));
         let mut process = Process::start(&format!("pss-nbd {gateway}"), &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {

@@ -63,6 +63,33 @@ pub enum SimBug {
     ForgetSessions,
 }
 
+/// Every deliberate bug.
+pub const BUGS: [SimBug; 13] = [
+    SimBug::Agreement(Bug::AcknowledgeBeforeSync),
+    SimBug::Agreement(Bug::CountOldBallots),
+    SimBug::Agreement(Bug::SkipBarrier),
+    SimBug::Agreement(Bug::SkipTail),
+    SimBug::Agreement(Bug::ReadWithoutLease),
+    SimBug::Agreement(Bug::IgnoreGrantedLease),
+    SimBug::Agreement(Bug::ApplyUnchosen),
+    SimBug::Agreement(Bug::PromiseBeforeSync),
+    SimBug::Agreement(Bug::SmallQuorum),
+    SimBug::Agreement(Bug::NoQuietTime),
+    SimBug::Agreement(Bug::SkipPreviousCheck),
+    SimBug::Agreement(Bug::DenyDamaged),
+    SimBug::ForgetSessions,
+];
+
+impl SimBug {
+    /// Its name on the command line.
+    pub fn name(&self) -> String {
+        match self {
+            SimBug::Agreement(bug) => format!("{bug:?}"),
+            SimBug::ForgetSessions => "ForgetSessions".to_owned(),
+        }
+    }
+}
+
 /// What a run did.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -266,6 +293,23 @@ pub fn run(config: SimConfig) -> Result<Report, Failure> {
     sim.run()?;
     sim.report.simulated_ms = sim.now / MS;
     Ok(sim.report)
+}
+
+/// Like [`run`]; an assertion of the product that fails is a broken promise as well.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_caught(config: SimConfig) -> Result<Report, Failure> {
+    let seed = config.seed;
+    match std::panic::catch_unwind(|| run(config)) {
+        Ok(result) => result,
+        Err(cause) => {
+            let text = cause.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| cause.downcast_ref::<&str>().map(|it| (*it).to_owned()));
+            let what = format!("assertion: {}", text.unwrap_or_default());
+            Err(Failure { seed, at: 0, what })
+        }
+    }
 }
 
 impl Sim {

@@ -4,249 +4,25 @@
 //!
 //! `PSS_TEST_SEED=N` makes other choices.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use pss_tests::checker::{Kind, Operation, Time, check};
-use pss_tests::nbd_client::{Command, NbdClient};
-use pss_tests::processes::{Cell, Layout, wait_until};
+use pss_tests::load::{LOAD_BYTES, Load};
+use pss_tests::processes::{Cell, Layout};
 use pss_tests::rng::Rng;
 
-const BLOCK: u64 = 4096;
-/// The blocks that are used are in runs, far apart, so that many chunks are written to.
-const RUNS: u64 = 10;
-const RUN_BLOCKS: u64 = 30;
-const RUN_STRIDE: u64 = 6 << 20;
-const VOLUME_BYTES: u64 = 64 << 20;
-const BLOCKS: u64 = RUNS * RUN_BLOCKS;
-/// Connections, half of them at home on each gateway, and requests that each has in flight.
+/// Connections, half of them at home on each gateway.
 const WORKERS: usize = 6;
-const DEPTH: usize = 4;
-/// Pause after each answer: the machine has other work to do.
-const THINK: Duration = Duration::from_millis(3);
-/// A connection to a gateway that is not the worker's own ends after so many requests.
-const GUEST_REQUESTS: u32 = 300;
 /// Service has returned by itself after this time at most. The gateways give up after 30 s.
 const RETURN: Duration = Duration::from_secs(25);
 /// Load between two faults.
 const CALM: Duration = Duration::from_millis(1500);
 
-fn offset(block: u64) -> u64 {
-    block / RUN_BLOCKS * RUN_STRIDE + block % RUN_BLOCKS * BLOCK
-}
-
-/// What the workers and the test share.
-struct Shared {
-    start: Instant,
-    stop: AtomicBool,
-    gateways: Vec<SocketAddr>,
-    /// For each worker, when the latest write was begun that was answered.
-    progress: Vec<AtomicU64>,
-}
-
-impl Shared {
-    fn now(&self) -> Time {
-        self.start.elapsed().as_nanos() as Time + 1
-    }
-}
-
-struct Pending {
-    begun: Time,
-    first: u64,
-    /// What each block becomes; none for a read.
-    values: Option<Vec<u64>>,
-}
-
-/// One client: connects, and connects again, for as long as the test lasts.
-struct Worker {
-    shared: Arc<Shared>,
-    number: usize,
-    rng: Rng,
-    next_value: u64,
-    pending: BTreeMap<u64, Pending>,
-    history: Vec<(u64, Operation)>,
-    broken: Vec<String>,
-    errors: BTreeMap<u32, u64>,
-    cut: u64,
-}
-
-impl Worker {
-    fn start(shared: &Arc<Shared>, number: usize, seed: u64) -> JoinHandle<Worker> {
-        let mut worker = Worker {
-            shared: Arc::clone(shared),
-            number,
-            rng: Rng::new(seed * 100 + number as u64),
-            next_value: (number as u64 + 1) << 40,
-            pending: BTreeMap::new(),
-            history: Vec::new(),
-            broken: Vec::new(),
-            errors: BTreeMap::new(),
-            cut: 0,
-        };
-        std::thread::spawn(move || {
-            worker.run();
-            worker
-        })
-    }
-
-    fn run(&mut self) {
-        let home = self.number % self.shared.gateways.len();
-        let mut gateway = home;
-        while !self.shared.stop.load(Ordering::Relaxed) {
-            let address = self.shared.gateways[gateway];
-            let client = NbdClient::connect(address, "v", RETURN * 3);
-            let used = client.and_then(|client| self.use_client(client, gateway == home));
-            // What is under way on a connection that was cut stays open for ever.
-            self.cut += self.pending.len() as u64;
-            for (_, pending) in std::mem::take(&mut self.pending) {
-                self.note(&pending, None);
-            }
-            gateway = match used {
-                Ok(()) => home,
-                Err(_) => {
-                    std::thread::sleep(Duration::from_millis(20));
-                    (gateway + 1) % self.shared.gateways.len()
-                }
-            };
-        }
-    }
-
-    fn use_client(&mut self, mut client: NbdClient, at_home: bool) -> io::Result<()> {
-        let mut left = if at_home { u32::MAX } else { GUEST_REQUESTS };
-        loop {
-            let ends = left == 0 || self.shared.stop.load(Ordering::Relaxed);
-            while !ends && client.in_flight() < DEPTH {
-                left = left.saturating_sub(1);
-                self.begin(&mut client)?;
-            }
-            if client.in_flight() == 0 {
-                return client.submit(Command::Disconnect, 0, 0, &[]).map(drop);
-            }
-            self.finish(&mut client)?;
-            std::thread::sleep(THINK);
-        }
-    }
-
-    fn begin(&mut self, client: &mut NbdClient) -> io::Result<()> {
-        let count = match self.rng.chance(150) {
-            true => self.rng.between(2, 4),
-            false => 1,
-        };
-        let run = self.rng.below(RUNS) * RUN_BLOCKS;
-        let first = run + self.rng.below(RUN_BLOCKS - count + 1);
-        let command = match self.rng.below(100) {
-            0..40 => Command::Read,
-            40..43 => Command::WriteZeroes,
-            43..46 => Command::Trim,
-            _ => Command::Write,
-        };
-        let mut payload = Vec::new();
-        let values = match command {
-            Command::Read => None,
-            Command::Write => {
-                let mut values = Vec::new();
-                for _ in 0..count {
-                    self.next_value += 1;
-                    values.push(self.next_value);
-                    for _ in 0..BLOCK / 8 {
-                        payload.extend_from_slice(&self.next_value.to_le_bytes());
-                    }
-                }
-                Some(values)
-            }
-            _ => Some(vec![0; count as usize]),
-        };
-        let begun = self.shared.now();
-        let length = (count * BLOCK) as u32;
-        let sent = client.submit(command, offset(first), length, &payload);
-        let pending = Pending {
-            begun,
-            first,
-            values,
-        };
-        match sent {
-            Ok(cookie) => {
-                self.pending.insert(cookie, pending);
-                Ok(())
-            }
-            Err(error) => {
-                self.note(&pending, None);
-                Err(error)
-            }
-        }
-    }
-
-    fn finish(&mut self, client: &mut NbdClient) -> io::Result<()> {
-        let mut reply = client.complete()?;
-        let now = self.shared.now();
-        let mut pending = self.pending.remove(&reply.cookie).expect("it was sent");
-        if reply.error != 0 {
-            *self.errors.entry(reply.error).or_default() += 1;
-            self.note(&pending, None);
-            return Ok(());
-        }
-        match pending.values {
-            None => pending.values = Some(self.values_of(&pending, &mut reply.data)),
-            Some(_) => {
-                self.note(&pending, Some(now));
-                self.shared.progress[self.number].fetch_max(pending.begun, Ordering::Relaxed);
-                return Ok(());
-            }
-        }
-        self.note_read(&pending, now);
-        Ok(())
-    }
-
-    fn values_of(&mut self, pending: &Pending, data: &mut [u8]) -> Vec<u64> {
-        let mut values = Vec::new();
-        for (index, block) in data.chunks_exact(BLOCK as usize).enumerate() {
-            let (words, _) = block.as_chunks::<8>();
-            let value = u64::from_le_bytes(words[0]);
-            if words.iter().any(|word| u64::from_le_bytes(*word) != value) {
-                let block = pending.first + index as u64;
-                self.broken.push(format!("block {block} is a mixture"));
-            }
-            values.push(value);
-        }
-        values
-    }
-
-    /// Writes a change down. A read without an answer says nothing.
-    fn note(&mut self, pending: &Pending, answered: Option<Time>) {
-        for (index, value) in pending.values.iter().flatten().enumerate() {
-            let operation = Operation {
-                begun: pending.begun,
-                answered,
-                kind: Kind::Write(*value),
-            };
-            self.history.push((pending.first + index as u64, operation));
-        }
-    }
-
-    fn note_read(&mut self, pending: &Pending, now: Time) {
-        for (index, value) in pending.values.iter().flatten().enumerate() {
-            let operation = Operation {
-                begun: pending.begun,
-                answered: Some(now),
-                kind: Kind::Read(*value),
-            };
-            self.history.push((pending.first + index as u64, operation));
-        }
-    }
-}
-
 /// The cell with its load.
 struct Chaos {
     cell: Cell,
-    shared: Arc<Shared>,
-    workers: Vec<JoinHandle<Worker>>,
+    load: Load,
     rng: Rng,
 }
 
@@ -257,17 +33,10 @@ impl Chaos {
             ..Layout::small(5)
         };
         let cell = Cell::started(layout, "64M --chunk-size 1M");
-        let shared = Arc::new(Shared {
-            start: Instant::now(),
-            stop: AtomicBool::new(false),
-            gateways: vec![cell.nbd(0), cell.nbd(1)],
-            progress: (0..WORKERS).map(|_| AtomicU64::new(0)).collect(),
-        });
-        let workers = (0..WORKERS).map(|number| Worker::start(&shared, number, seed));
+        let load = Load::start(vec![cell.nbd(0), cell.nbd(1)], WORKERS, seed);
         Chaos {
-            workers: workers.collect(),
             cell,
-            shared,
+            load,
             rng: Rng::new(seed),
         }
     }
@@ -282,30 +51,6 @@ impl Chaos {
         all
     }
 
-    /// Waits until every connection has had an answer to a write that began after `fault`.
-    fn service_returns(&self, what: &str, fault: Time) {
-        let mut first = None;
-        wait_until(&format!("service returns after: {what}"), RETURN, || {
-            let begun = self
-                .shared
-                .progress
-                .iter()
-                .map(|it| it.load(Ordering::Relaxed));
-            let served = begun.filter(|begun| *begun > fault).count();
-            if served > 0 && first.is_none() {
-                first = Some(self.shared.now());
-            }
-            served == WORKERS
-        });
-        let seconds = |time: Time| time.saturating_sub(fault) as f64 / 1e9;
-        println!(
-            "{:6.1} s: {what}: first write answered after {:.2} s, all connections after {:.2} s",
-            fault as f64 / 1e9,
-            seconds(first.unwrap_or(fault)),
-            seconds(self.shared.now())
-        );
-    }
-
     fn calm(&self) {
         std::thread::sleep(CALM);
     }
@@ -313,7 +58,7 @@ impl Chaos {
     /// SIGKILL; service returns without them; they are started again and catch up.
     fn kill(&mut self, what: &str, ids: &[u8]) {
         self.calm();
-        let fault = self.shared.now();
+        let fault = self.load.now();
         for id in ids {
             self.cell.signal(&[*id], "KILL");
         }
@@ -322,98 +67,55 @@ impl Chaos {
         }
         let what = format!("{what} {ids:?} killed");
         if ids.len() <= 2 {
-            self.service_returns(&what, fault);
+            self.load.wait_served(&what, fault, RETURN);
             self.calm();
         }
-        let again = self.shared.now();
+        let again = self.load.now();
         for id in ids {
             self.cell.start(*id);
         }
-        self.service_returns(&format!("{what}, started again"), again);
+        self.load
+            .wait_served(&format!("{what}, started again"), again, RETURN);
         self.cell.wait_current();
     }
 
     /// SIGSTOP for two to four seconds, then SIGCONT.
     fn pause(&mut self, what: &str, ids: &[u8]) {
         self.calm();
-        let fault = self.shared.now();
+        let fault = self.load.now();
         self.cell.signal(ids, "STOP");
         let until = Instant::now() + Duration::from_millis(self.rng.between(2000, 4000));
         let what = format!("{what} {ids:?} paused");
         if ids.len() <= 2 {
-            self.service_returns(&what, fault);
+            self.load.wait_served(&what, fault, RETURN);
         }
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
-        let again = self.shared.now();
+        let again = self.load.now();
         self.cell.signal(ids, "CONT");
-        self.service_returns(&format!("{what}, going on"), again);
+        self.load
+            .wait_served(&format!("{what}, going on"), again, RETURN);
         self.cell.wait_current();
     }
 
     /// SIGKILL of a gateway; its clients go to the other one.
     fn kill_gateway(&mut self, gateway: usize) {
         self.calm();
-        let fault = self.shared.now();
+        let fault = self.load.now();
         self.cell.gateways.remove(&gateway);
         let what = format!("gateway {gateway} killed");
-        self.service_returns(&what, fault);
+        self.load.wait_served(&what, fault, RETURN);
         self.calm();
         self.cell.start_gateway(gateway);
-        let again = self.shared.now();
-        self.service_returns(&format!("{what}, started again"), again);
-    }
-
-    /// Ends the load and gives the history of each block.
-    fn finish(&mut self) -> BTreeMap<u64, Vec<Operation>> {
-        self.shared.stop.store(true, Ordering::Relaxed);
-        let mut history: BTreeMap<u64, Vec<Operation>> = BTreeMap::new();
-        let (mut operations, mut cut) = (0, 0);
-        for worker in self.workers.drain(..) {
-            let worker = worker.join().expect("a worker does not panic");
-            assert!(worker.broken.is_empty(), "{:?}", worker.broken);
-            // A request that waits for a leader is answered in the end.
-            assert!(worker.errors.is_empty(), "errors: {:?}", worker.errors);
-            operations += worker.history.len();
-            cut += worker.cut;
-            for (block, operation) in worker.history {
-                history.entry(block).or_default().push(operation);
-            }
-        }
-        println!("{operations} operations on {BLOCKS} blocks; {cut} requests were cut");
-        history
-    }
-
-    /// Reads every block through a gateway, as part of the history.
-    fn read_all(&self, gateway: usize, history: &mut BTreeMap<u64, Vec<Operation>>) {
-        let mut client = self.cell.client(gateway);
-        assert_eq!(client.size(), VOLUME_BYTES);
-        for block in 0..BLOCKS {
-            let begun = self.shared.now();
-            let reply = client.request(Command::Read, offset(block), BLOCK as u32, &[]);
-            let reply = reply.expect("the cell works");
-            assert_eq!(reply.error, 0);
-            let (words, _) = reply.data.as_chunks::<8>();
-            assert!(words.iter().all(|word| *word == words[0]), "block {block}");
-            history.entry(block).or_default().push(Operation {
-                begun,
-                answered: Some(self.shared.now()),
-                kind: Kind::Read(u64::from_le_bytes(words[0])),
-            });
-        }
-    }
-}
-
-impl Drop for Chaos {
-    fn drop(&mut self) {
-        // Ends the workers even if the test fails; the cell's processes are killed with it.
-        self.shared.stop.store(true, Ordering::Relaxed);
+        let again = self.load.now();
+        self.load
+            .wait_served(&format!("{what}, started again"), again, RETURN);
     }
 }
 
 /// The volume as a stopped server has it.
 fn content(directory: &Path, chunk_bytes: usize) -> Vec<u8> {
     let mut content = Vec::new();
-    for chunk in 0..VOLUME_BYTES / chunk_bytes as u64 {
+    for chunk in 0..LOAD_BYTES / chunk_bytes as u64 {
         let [.., high, middle, low] = chunk.to_be_bytes();
         let path = directory.join(format!("{high:02x}/{middle:02x}/{low:02x}"));
         let mut bytes = fs::read(path).unwrap_or_default();
@@ -421,26 +123,6 @@ fn content(directory: &Path, chunk_bytes: usize) -> Vec<u8> {
         content.extend_from_slice(&bytes);
     }
     content
-}
-
-/// Whether a history would be refused if the last reads showed what was there before the last write.
-fn finds_a_lost_write(history: &BTreeMap<u64, Vec<Operation>>) -> bool {
-    let answered = |it: &&Operation| it.answered.is_some() && matches!(it.kind, Kind::Write(_));
-    history.values().any(|operations| {
-        let mut writes: Vec<_> = operations.iter().filter(answered).collect();
-        writes.sort_by_key(|it| it.answered);
-        let [.., before, last] = &writes[..] else {
-            return false;
-        };
-        let (Kind::Write(old), Kind::Write(new)) = (before.kind, last.kind) else {
-            return false;
-        };
-        let mut lost = operations.clone();
-        for read in lost.iter_mut().filter(|it| it.kind == Kind::Read(new)) {
-            read.kind = Kind::Read(old);
-        }
-        before.answered < Some(last.begun) && lost != *operations && check(&lost).is_err()
-    })
 }
 
 #[test]
@@ -476,37 +158,23 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
         chaos.kill("leader, again,", &[leader]);
     }
 
-    let mut history = chaos.finish();
-    chaos.read_all(0, &mut history);
-    chaos.read_all(1, &mut history);
-    assert_eq!(history.len() as u64, BLOCKS);
-    let begun = Instant::now();
-    for (block, operations) in &history {
-        if let Err(operation) = check(operations) {
-            let mut near: Vec<_> = operations
-                .iter()
-                .filter(|it| {
-                    it.answered
-                        .is_none_or(|end| end + 8_000_000_000 > operation.begun)
-                })
-                .filter(|it| it.begun < operation.answered.unwrap_or(u64::MAX))
-                .collect();
-            near.sort_by_key(|it| it.begun);
-            panic!("block {block}: nothing explains {operation:?} in {near:#?}");
-        }
-    }
-    println!("histories checked in {:?}", begun.elapsed());
-    assert!(finds_a_lost_write(&history), "the check is blind");
+    let Chaos { mut cell, load, .. } = chaos;
+    let mut history = load.finish();
+    // A request that waits for a leader is answered in the end.
+    assert!(history.errors.is_empty(), "errors: {:?}", history.errors);
+    history.read_all(&mut cell.client(0));
+    history.read_all(&mut cell.client(1));
+    history.check();
 
     // All copies are the same, to the byte.
-    chaos.cell.wait_current();
+    cell.wait_current();
     for id in 0..5 {
-        chaos.cell.stop(id);
+        cell.stop(id);
     }
-    let first = content(&chaos.cell.chunks(0, "v"), 1 << 20);
+    let first = content(&cell.chunks(0, "v"), 1 << 20);
     assert!(first.iter().any(|byte| *byte != 0));
     for id in 1..5 {
-        let other = content(&chaos.cell.chunks(id, "v"), 1 << 20);
+        let other = content(&cell.chunks(id, "v"), 1 << 20);
         assert!(
             other == first,
             "the copy of server {id} differs from that of server 0"

@@ -102,6 +102,32 @@ impl Replica {
         matches!(self.role, Role::Leader(_))
     }
 
+    /// Gives the leadership up at once, to a follower that has space, because this server cannot apply
+    /// what is chosen. Returns whether it did; if nobody is better off it goes on.
+    pub fn resign(&mut self, now: Instant) -> bool {
+        let Role::Leader(leader) = &self.role else {
+            return false;
+        };
+        let has_space = |server: &ServerId| {
+            let progress = self.peers.get(server).map(|peer| peer.progress);
+            progress.is_some_and(|it| it.free_bytes > 0 && !it.installing)
+        };
+        let lease = self.config.tuning.lease;
+        let able = leader.followers.iter().filter(|(server, follower)| {
+            let alive = follower.granted.is_some_and(|at| now.since(at) < lease);
+            alive && has_space(server)
+        });
+        // It need not have everything: phase 1 finds what is missing.
+        let Some((successor, _)) = able.max_by_key(|(_, follower)| follower.durable) else {
+            return false;
+        };
+        let (ballot, successor) = (leader.ballot, *successor);
+        self.step_down(now);
+        self.election_at = now + lease * 4;
+        self.send(successor, Message::HandOver { ballot });
+        true
+    }
+
     fn best_successor(&self, now: Instant) -> Option<ServerId> {
         let Role::Leader(leader) = &self.role else {
             return None;

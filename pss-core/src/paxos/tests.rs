@@ -959,6 +959,33 @@ fn handing_over_is_given_up() {
     assert!(server.replica.propose(vec![write(1)]).is_ok());
 }
 
+/// A leader whose disk is full leaves to a server with space, if there is one.
+#[test]
+fn a_leader_without_space_resigns() {
+    let free = |free_bytes| Message::HeartbeatAck {
+        ballot: ballot(2.0),
+        sent: Instant(1_500_000_000),
+        durable: Slot(1),
+        received: Slot(1),
+        progress: Progress {
+            free_bytes,
+            ..Progress::default()
+        },
+    };
+    let mut server = Server::leader(log([]));
+    server.gets(1, free(0));
+    assert!(!server.replica.resign(server.now), "full as well");
+    server.gets(2, free(1));
+    assert!(server.replica.resign(server.now));
+    let outputs = server.outputs();
+    assert_eq!(
+        outputs.last().map(String::as_str),
+        Some("2 <- hand-over 2.0")
+    );
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+    assert_eq!(server.wait(1900), NOTHING, "the other may win first");
+}
+
 /// A new leader whose peers have not told their free space does not take their disks for full.
 #[test]
 fn unknown_space_is_not_full() {

@@ -29,11 +29,25 @@ struct Arguments {
     /// Print what happens.
     #[arg(long)]
     trace: bool,
+    /// A deliberate bug, by name; ends with the first seed that finds it.
+    #[arg(long)]
+    bug: Option<String>,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let bug = match &arguments.bug {
+        None => None,
+        Some(name) => match sim::BUGS.iter().find(|bug| bug.name() == *name) {
+            Some(bug) => Some(*bug),
+            None => {
+                let names: Vec<String> = sim::BUGS.iter().map(sim::SimBug::name).collect();
+                eprintln!("there is no bug {name}; there are {}", names.join(", "));
+                return ExitCode::from(2);
+            }
+        },
+    };
     let jobs = arguments.jobs.unwrap_or(cores).max(1);
     let next = AtomicU64::new(arguments.seed);
     let end = arguments.seed + arguments.seeds;
@@ -45,17 +59,17 @@ fn main() -> ExitCode {
             scope.spawn(|| {
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end {
+                    if seed >= end || (bug.is_some() && failed.load(Ordering::Relaxed) > 0) {
                         return;
                     }
                     let config = SimConfig {
                         seed,
                         core: arguments.core,
                         operations: arguments.operations,
-                        bug: None,
+                        bug,
                         trace: arguments.trace,
                     };
-                    match sim::run(config) {
+                    match sim::run_caught(config) {
                         Ok(report) => {
                             let mut total = total.lock().expect("no thread panics with it");
                             total.add(&report);
