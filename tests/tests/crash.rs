@@ -1526,6 +1526,30 @@ fn damaged_copies_of_the_identity() {
     assert!(is_damaged, "{error}");
 }
 
+/// The power fails while a damaged copy is healed: the good one is not touched before that is done.
+#[test]
+fn healing_a_copy_of_the_checkpoint_can_be_stopped() {
+    use pss_core::storage::CheckpointFile;
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    // Longer than a sector, so that it can be torn.
+    for number in 0..40 {
+        apply_op(&mut world, create(&format!("v{number}"), 10)).unwrap();
+    }
+    checkpoint(&mut world);
+    for round in 0..100 {
+        let mut rng = Rng::new(round);
+        disk.process_crash();
+        assert!(disk.flip_bit(&format!("checkpoint.{}", round % 2), 700, 2));
+        disk.crash_at_op(disk.stats().mutating_ops + 1 + rng.below(8));
+        drop(CheckpointFile::open(disk.disk()));
+        disk.power_cut(&mut rng);
+        let (_, record) = CheckpointFile::open(disk.disk()).unwrap();
+        assert_eq!(record.applied, world.last());
+        assert_eq!(record.state, world.model.state);
+    }
+}
+
 #[test]
 fn directories_of_others_are_refused() {
     use pss_core::storage::{PairError, StorageError};
