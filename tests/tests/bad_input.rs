@@ -340,24 +340,28 @@ fn a_newer_log_or_checkpoint_is_left_alone() {
         .map(|entry| entry.unwrap().path())
         .find(|path| !path.to_str().unwrap().contains("spare"));
     let checkpoint = cell.path(0).join("checkpoint.0");
-    for (file, crc_of) in [(segment.unwrap(), 12..128), (checkpoint, 12..usize::MAX)] {
-        let whole = fs::read(&file).unwrap();
+    let segment = segment.unwrap();
+    for file in [&segment, &checkpoint] {
+        let whole = fs::read(file).unwrap();
         let mut newer = whole.clone();
         // docs/formats.md: CRC32C at 8, version at 12, in both.
         newer[12] = 9;
-        let length = u64::from_le_bytes(newer[24..32].try_into().unwrap()) as usize + 32;
-        let crc_of = crc_of.start..crc_of.end.min(length.max(128));
+        let end = match file == &segment {
+            true => 128,
+            false => 32 + u64::from_le_bytes(newer[24..32].try_into().unwrap()) as usize,
+        };
+        let crc_of = 12..end;
         let crc = crc32c::crc32c(&newer[crc_of]);
         newer[8..12].copy_from_slice(&crc.to_le_bytes());
-        fs::write(&file, &newer).unwrap();
+        fs::write(file, &newer).unwrap();
         let outcome = cell.bench.run(
             "pssd",
             "start --id 0 --segment-size 8M --checkpoint-size 8M",
         );
         let name = file.file_stem().unwrap().to_str().unwrap();
         outcome.fails(1, &[name, "format version 9", "newer pssd"]);
-        assert!(fs::read(&file).unwrap() == newer, "{name} was changed");
-        fs::write(&file, &whole).unwrap();
+        assert!(fs::read(file).unwrap() == newer, "{name} was changed");
+        fs::write(file, &whole).unwrap();
     }
     cell.start(0);
     cell.wait_current();
