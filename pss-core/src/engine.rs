@@ -347,6 +347,10 @@ impl Engine {
         if now >= self.housekeeping_at {
             self.housekeeping_at = now + HOUSEKEEPING;
             self.resume_applying(now);
+            if self.stalled.is_some() {
+                // Nobody is answered here; a server with space can answer.
+                self.replica.resign(now);
+            }
             self.expire_sessions(now);
             self.checkpoint_if_due(now);
         }

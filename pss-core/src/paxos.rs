@@ -89,7 +89,7 @@ impl Default for Tuning {
             election_spread: Duration::from_millis(150),
             window_bytes: 32 << 20,
             window_slots: 1024,
-            eager_slots: 2,
+            eager_slots: 1,
             entry_bytes: 1 << 20,
             entry_commands: 256,
             peer_window_bytes: 24 << 20,

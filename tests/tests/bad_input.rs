@@ -3,6 +3,8 @@
 //!
 //! Wrong files and flags are in `cli.rs` and `cli_running.rs`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};

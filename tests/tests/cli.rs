@@ -1,6 +1,8 @@
 //! The real programs with wrong input: every message names the place and what to do, exit codes are as
 //! documented, stdout stays clean, and nothing is lost.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

@@ -1,5 +1,7 @@
 //! The programs against servers that run: `pssd` by itself, and a cell under `pss-up`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::net::UnixDatagram;

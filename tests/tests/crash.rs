@@ -3,6 +3,8 @@
 //!
 //! `PSS_SEED=…` runs one seed, `PSS_SEEDS=…` so many of them.
 
+#![expect(clippy::unwrap_used, reason = "a test: what fails ends it")]
+
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -117,7 +119,7 @@ fn noop_entry(prev: EntryId, ballot: Ballot, blocks: usize, tag: u64) -> Entry {
             slot: prev.slot.next(),
         },
         prev: prev.ballot,
-        commands: vec![Command::internal(op)],
+        commands: [Command::internal(op)].into(),
     }
 }
 
@@ -551,7 +553,7 @@ fn guest_cannot_forge_records() {
     forged[24..32].copy_from_slice(&(4096u64 * 4).to_le_bytes());
     let data = Bytes::from(forged);
     let mut second = noop_entry(first.id, ballot(1), 0, 2);
-    second.commands = vec![Command::internal(write_op(VolumeId(1), 0, data))];
+    second.commands = [Command::internal(write_op(VolumeId(1), 0, data))].into();
     log.append(None, std::slice::from_ref(&second), Slot(0))
         .unwrap();
     // The header of the real one is damaged: nothing behind it is evidence of anything.
@@ -1255,7 +1257,7 @@ fn apply_op(world: &mut World, op: Op) -> Result<(), ApplyError> {
             slot: prev.slot.next(),
         },
         prev: prev.ballot,
-        commands: vec![Command::internal(op)],
+        commands: [Command::internal(op)].into(),
     };
     world
         .storage
@@ -1522,6 +1524,30 @@ fn damaged_copies_of_the_identity() {
         StorageError::Pair(PairError::Damaged { name: "identity" })
     );
     assert!(is_damaged, "{error}");
+}
+
+/// The power fails while a damaged copy is healed: the good one is not touched before that is done.
+#[test]
+fn healing_a_copy_of_the_checkpoint_can_be_stopped() {
+    use pss_core::storage::CheckpointFile;
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    // Longer than a sector, so that it can be torn.
+    for number in 0..40 {
+        apply_op(&mut world, create(&format!("v{number}"), 10)).unwrap();
+    }
+    checkpoint(&mut world);
+    for round in 0..100 {
+        let mut rng = Rng::new(round);
+        disk.process_crash();
+        assert!(disk.flip_bit(&format!("checkpoint.{}", round % 2), 700, 2));
+        disk.crash_at_op(disk.stats().mutating_ops + 1 + rng.below(8));
+        drop(CheckpointFile::open(disk.disk()));
+        disk.power_cut(&mut rng);
+        let (_, record) = CheckpointFile::open(disk.disk()).unwrap();
+        assert_eq!(record.applied, world.last());
+        assert_eq!(record.state, world.model.state);
+    }
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! A real file system image is copied into volumes with tools that others wrote while the leader is
 //! killed, and comes back byte for byte: over NBD, and from the files of a stopped server with `cat`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};

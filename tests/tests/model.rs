@@ -6,6 +6,8 @@
 //! they change no acceptor. Time stands still for the network and jumps for timeouts: a timeout may come at any moment, which covers
 //! every speed of clocks as far as safety goes without leases; leases are the simulator's business.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

@@ -1,5 +1,7 @@
 //! Seeded simulations of whole cells. A failing seed prints the line that replays it.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -91,7 +91,25 @@ impl ChunkStore {
             let presence = store.scan(volume)?;
             store.register(volume, presence);
         }
+        store.throw_away_unknown(volumes)?;
         Ok(store)
+    }
+
+    /// Puts directories aside that belong to no volume of the checkpoint: of volumes that were made
+    /// since, which entries to come make and write anew, or left over from copying another server's
+    /// chunks.
+    fn throw_away_unknown(&self, volumes: &[Volume]) -> Result<(), ChunkError> {
+        let known: BTreeSet<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
+        let entries = self
+            .disk
+            .read_dir(path::DATA)
+            .map_err(|source| ChunkError::io("read", path::DATA, source))?;
+        for entry in entries {
+            if entry.is_dir && !entry.name.starts_with('.') && !known.contains(&*entry.name) {
+                self.throw_away(&path::volume(&entry.name), "unknown")?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the directory of a new volume. Does nothing for a volume that is known.
@@ -439,7 +457,11 @@ impl ChunkStore {
     }
 
     /// Puts a directory aside, if it exists.
-    fn throw_away(&self, directory: &str, volume: VolumeId) -> Result<(), ChunkError> {
+    fn throw_away(
+        &self,
+        directory: &str,
+        volume: impl std::fmt::Display,
+    ) -> Result<(), ChunkError> {
         let number = self.next_trash.fetch_add(1, Ordering::Relaxed);
         let to = format!("{}/{volume}.{number}", path::TRASH);
         match self.disk.rename(directory, &to) {

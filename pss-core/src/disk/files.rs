@@ -173,7 +173,12 @@ impl DiskFile for PlainFile {
                 Ok(bytes) => done += bytes,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Direct IO behind an end that is not aligned.
-                Err(_) if done % ALIGN_BYTES != 0 && buf.len() % ALIGN_BYTES == 0 => break,
+                Err(_)
+                    if !done.is_multiple_of(ALIGN_BYTES)
+                        && buf.len().is_multiple_of(ALIGN_BYTES) =>
+                {
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -37,6 +37,8 @@ type ChunkName = (VolumeId, ChunkIndex);
 /// The receiving side.
 pub(super) struct Copying {
     stage: Stage,
+    /// A base is stored: our chunks are incomplete until all are copied. Before that they are only old.
+    installing: bool,
     donor: Option<ServerId>,
     /// Turns to the next donor when one does not answer.
     turn: usize,
@@ -68,6 +70,7 @@ impl Copying {
     fn new(donor: Option<ServerId>, stage: Stage, now: Instant) -> Copying {
         Copying {
             stage,
+            installing: false,
             donor,
             turn: 0,
             cursor: (VolumeId(0), ChunkIndex(0)),
@@ -81,7 +84,10 @@ impl Copying {
 
     /// Goes on after a restart: what was copied before is found equal and not copied again.
     pub(super) fn resume(now: Instant) -> Copying {
-        Copying::new(None, Stage::List, now)
+        Copying {
+            installing: true,
+            ..Copying::new(None, Stage::List, now)
+        }
     }
 
     /// Whether entries take effect on a chunk.
@@ -98,9 +104,9 @@ impl Copying {
         }
     }
 
-    /// Whether our chunks are incomplete. Before the base is stored they are only old.
+    /// Whether our chunks are incomplete.
     pub(super) fn is_installing(&self) -> bool {
-        matches!(self.stage, Stage::List | Stage::Chunks { .. })
+        self.installing
     }
 
     /// Whether a checkpoint made now could undo the stored base.
@@ -133,10 +139,17 @@ impl Copying {
 
 impl Engine {
     pub(super) fn start_copying(&mut self, now: Instant, donor: ServerId) {
-        if self.copying.is_none() {
-            self.copying = Some(Copying::new(Some(donor), Stage::Base, now));
-            self.copy_timeout(now);
+        match &mut self.copying {
+            None => self.copying = Some(Copying::new(Some(donor), Stage::Base, now)),
+            // The log has fallen behind again while chunks are copied: it needs another base.
+            Some(copying) if matches!(copying.stage, Stage::List | Stage::Chunks { .. }) => {
+                copying.give_up_question(now);
+                copying.stage = Stage::Base;
+                copying.donor = Some(donor);
+            }
+            Some(_) => return,
         }
+        self.copy_timeout(now);
     }
 
     pub(super) fn copy_timeout(&mut self, now: Instant) {
@@ -308,10 +321,16 @@ impl Engine {
         self.copying.as_ref().is_some_and(Copying::is_installing)
     }
 
-    /// Whether our chunks are what the entries up to our applied slot made.
+    /// Whether our state is what the entries up to our applied slot made, not something in between, and
+    /// the chunks for it are here.
+    fn is_whole(&self) -> bool {
+        !self.is_installing() && self.failure.is_none() && self.stalled.is_none()
+    }
+
+    /// Whether our chunks can be read as well.
     fn is_complete(&self) -> bool {
         let settled = self.state.applied() >= self.recovered_last.min(self.replica.last().slot);
-        !self.is_installing() && settled && self.failure.is_none()
+        self.is_whole() && settled
     }
 
     fn refuse(&mut self, to: ServerId) {
@@ -322,7 +341,8 @@ impl Engine {
     fn give_base(&mut self, to: ServerId) {
         let base = self.replica.entry_id(self.state.applied());
         match base {
-            Some(base) if self.is_complete() => {
+            // Without waiting for what was recovered to be chosen: that may need the one who asks.
+            Some(base) if self.is_whole() => {
                 let state = Bytes::from(self.state.encode());
                 let message = Message::Sync(SyncMessage::Base { base, state });
                 self.actions.push_back(Action::Send { to, message });
@@ -388,8 +408,7 @@ impl Engine {
         }
         if base.slot <= last {
             // Meanwhile the log has reached us.
-            self.copying = None;
-            return;
+            return self.no_base_needed(now);
         }
         if self.checkpoint_running {
             // It would be stored over the base.
@@ -404,6 +423,15 @@ impl Engine {
             state: Box::new(decoded),
         };
         self.actions.push_back(Action::StoreBase { base, state });
+    }
+
+    /// The log goes on without another base; chunks may still be incomplete because of an earlier one.
+    fn no_base_needed(&mut self, now: Instant) {
+        self.copying = self.copying.take().filter(Copying::is_installing);
+        if let Some(copying) = &mut self.copying {
+            copying.stage = Stage::List;
+            copying.give_up_question(now);
+        }
     }
 
     fn refuse_answer(&mut self, now: Instant) {
@@ -425,10 +453,12 @@ impl Engine {
         if base.slot <= self.replica.last().slot {
             // The log grew beyond the base while that was being stored. It is kept; the base stands on
             // disk as a checkpoint that the next one replaces.
-            self.copying = None;
-            self.checkpoint_now(now);
-            return;
+            self.no_base_needed(now);
+            return self.checkpoint_now(now);
         }
+        copying.installing = true;
+        // What was copied before has missed the entries up to the base.
+        copying.cursor = (VolumeId(0), ChunkIndex(0));
         if let Err(failure) = self.exchange_volumes(&state) {
             self.failure = Some(failure);
             return;

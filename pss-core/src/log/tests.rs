@@ -58,7 +58,7 @@ fn entry(prev: EntryId, number: u64, data: Bytes) -> Entry {
             slot: prev.slot.next(),
         },
         prev: prev.ballot,
-        commands: vec![Command::internal(op)],
+        commands: [Command::internal(op)].into(),
     }
 }
 

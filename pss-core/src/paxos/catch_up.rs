@@ -301,7 +301,7 @@ impl Replica {
             if expected {
                 self.turn_to_another();
                 let differs = self.tail.id(prev.slot).is_some_and(|own| own != prev);
-                if differs && prev.slot > self.chosen && !self.installing {
+                if differs && prev.slot > self.chosen {
                     // It has nothing from before this, see on_log_gone, and our log is another one.
                     self.outputs.push_back(Output::CopyChunks { donor: from });
                 }
@@ -335,7 +335,7 @@ impl Replica {
             }
         }
         // Only if even the log's first entries would leave a gap.
-        if first > self.tail.last().slot.next() && !self.installing {
+        if first > self.tail.last().slot.next() {
             self.outputs.push_back(Output::CopyChunks { donor: from });
         }
     }

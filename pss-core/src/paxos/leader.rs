@@ -102,6 +102,32 @@ impl Replica {
         matches!(self.role, Role::Leader(_))
     }
 
+    /// Gives the leadership up at once, to a follower that has space, because this server cannot apply
+    /// what is chosen. Returns whether it did; if nobody is better off it goes on.
+    pub fn resign(&mut self, now: Instant) -> bool {
+        let Role::Leader(leader) = &self.role else {
+            return false;
+        };
+        let has_space = |server: &ServerId| {
+            let progress = self.peers.get(server).map(|peer| peer.progress);
+            progress.is_some_and(|it| it.free_bytes > 0 && !it.installing)
+        };
+        let lease = self.config.tuning.lease;
+        let able = leader.followers.iter().filter(|(server, follower)| {
+            let alive = follower.granted.is_some_and(|at| now.since(at) < lease);
+            alive && has_space(server)
+        });
+        // It need not have everything: phase 1 finds what is missing.
+        let Some((successor, _)) = able.max_by_key(|(_, follower)| follower.durable) else {
+            return false;
+        };
+        let (ballot, successor) = (leader.ballot, *successor);
+        self.step_down(now);
+        self.election_at = now + lease * 4;
+        self.send(successor, Message::HandOver { ballot });
+        true
+    }
+
     fn best_successor(&self, now: Instant) -> Option<ServerId> {
         let Role::Leader(leader) = &self.role else {
             return None;
@@ -306,6 +332,7 @@ impl Replica {
         ballot: Ballot,
         resume_after: Slot,
     ) {
+        let base = self.tail.base().slot;
         let last = self.tail.last().slot;
         let pause = self.config.tuning.heartbeat / 2;
         let Role::Leader(leader) = &mut self.role else {
@@ -314,7 +341,13 @@ impl Replica {
         let Some(follower) = leader.followers.get_mut(&from) else {
             return;
         };
-        if ballot == leader.ballot && resume_after <= last {
+        if ballot != leader.ballot || resume_after > last {
+            return;
+        }
+        if resume_after < base {
+            // It goes on with the next answer to a heartbeat, if it has caught up by then.
+            follower.next = None;
+        } else {
             let next = resume_after.next();
             // Each entry behind a lost one is rejected; one of the rejections is enough.
             let again = |(at, when): (Slot, Instant)| at == next && now.since(when) < pause;
@@ -400,7 +433,7 @@ impl Replica {
 
     fn send_entries(&mut self, now: Instant) {
         let last = self.tail.last().slot;
-        let base = self.tail.base().slot;
+        let base = self.tail.base();
         let chosen = self.chosen;
         let tuning = &self.config.tuning;
         let Role::Leader(leader) = &mut self.role else {
@@ -410,12 +443,25 @@ impl Replica {
         for (server, follower) in &mut leader.followers {
             while let Some(next) = follower.next {
                 let after = Slot(next.0 - 1);
-                if after < base {
-                    // Not in memory any more: it fetches what is chosen from someone, see catch_up.
+                if after < base.slot {
+                    // Not in memory any more: it fetches what is chosen from someone, see catch_up. But
+                    // it may hold the base without knowing it to be chosen: ask, without entries.
                     follower.next = None;
+                    let message = Message::Accept {
+                        ballot,
+                        prev: base,
+                        entries: Vec::new(),
+                        chosen,
+                    };
+                    self.outputs.push_back(Output::Send {
+                        to: *server,
+                        message,
+                    });
                     break;
                 }
-                let unacknowledged = self.tail.weight_between(follower.durable.max(base), after);
+                let unacknowledged = self
+                    .tail
+                    .weight_between(follower.durable.max(base.slot), after);
                 if next > last || unacknowledged >= tuning.peer_window_bytes {
                     break;
                 }

@@ -906,6 +906,42 @@ fn lost_entries_are_sent_again() {
     }
 }
 
+/// A follower that needs entries which are not in memory any more catches up from someone; but it may hold
+/// them without knowing that they are chosen, and then nobody else can tell it.
+#[test]
+fn a_follower_far_behind_is_asked_whether_it_is() {
+    let tuning = Tuning {
+        tail_bytes: 0,
+        ..tuning()
+    };
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        tail: log([1.0]),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2], tuning, recovered);
+    server.pass(500);
+    server.elect(id(1, 1.0));
+    server.all_persisted();
+    server.gets(1, accepted(2.0, 2));
+    assert_eq!(server.slots(), (2, 2, 2));
+    let question = ["2 <- accept 2.0 behind 2@2.0 [] chosen 2"];
+    assert_eq!(server.gets(2, granted(2.0, server.now, 0)), question);
+    let no = Message::AcceptRejected {
+        ballot: ballot(2.0),
+        resume_after: Slot(0),
+    };
+    assert_eq!(server.gets(2, no), NOTHING, "not before it has caught up");
+    server.gets(2, granted(2.0, server.now, 2));
+    server.propose(vec![write(1)]);
+    assert_eq!(server.slots(), (2, 2, 3));
+
+    let mut follower = Server::awake(2.1, log([1.0, 2.1]));
+    let question = accept(2.1, id(2, 2.1), [], 2);
+    let learned = ["1 <- accepted 2.1 to 2", "apply [1@1.0 2@2.1]"];
+    assert_eq!(follower.gets(1, question), learned);
+}
+
 /// Handing over: the leader steps down, then the successor prepares, and the lease that the others have
 /// granted does not stand in its way.
 #[test]
@@ -957,6 +993,33 @@ fn handing_over_is_given_up() {
         server.gets(2, granted(2.0, server.now, 0));
     }
     assert!(server.replica.propose(vec![write(1)]).is_ok());
+}
+
+/// A leader whose disk is full leaves to a server with space, if there is one.
+#[test]
+fn a_leader_without_space_resigns() {
+    let free = |free_bytes| Message::HeartbeatAck {
+        ballot: ballot(2.0),
+        sent: Instant(1_500_000_000),
+        durable: Slot(1),
+        received: Slot(1),
+        progress: Progress {
+            free_bytes,
+            ..Progress::default()
+        },
+    };
+    let mut server = Server::leader(log([]));
+    server.gets(1, free(0));
+    assert!(!server.replica.resign(server.now), "full as well");
+    server.gets(2, free(1));
+    assert!(server.replica.resign(server.now));
+    let outputs = server.outputs();
+    assert_eq!(
+        outputs.last().map(String::as_str),
+        Some("2 <- hand-over 2.0")
+    );
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+    assert_eq!(server.wait(1900), NOTHING, "the other may win first");
 }
 
 /// A new leader whose peers have not told their free space does not take their disks for full.
