@@ -97,6 +97,7 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
     let runtime = tokio::runtime::Builder::new_current_thread()

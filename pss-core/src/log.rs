@@ -108,7 +108,7 @@ pub enum LogError {
     #[error("the log cannot be used after a failed write")]
     Poisoned,
     /// A segment of another format version.
-    #[error("log segment {path}: has format version {found}, this program knows version 1")]
+    #[error("log segment {path} has format version {found}, this program knows version 1")]
     Version {
         /// Which file.
         path: String,

@@ -98,6 +98,7 @@ impl StorageThreads {
             identity: parts.identity,
             chosen: parts.chosen,
             log_bytes_max: parts.log_bytes_max,
+            free_bytes: 0,
         };
         threads.spawn("log", &reporter, move || log.run())?;
         Ok(threads)

@@ -378,6 +378,20 @@ impl Cell {
         self.path(id).join("data").join(volume)
     }
 
+    /// A volume as a stopped server has it in its files.
+    pub fn content(&self, id: u8, volume: &str, chunk_bytes: usize, size_bytes: usize) -> Vec<u8> {
+        let mut content = Vec::with_capacity(size_bytes);
+        for chunk in 0..size_bytes.div_ceil(chunk_bytes) as u64 {
+            let [.., high, middle, low] = chunk.to_be_bytes();
+            let name = format!("{high:02x}/{middle:02x}/{low:02x}");
+            let mut bytes = fs::read(self.chunks(id, volume).join(name)).unwrap_or_default();
+            bytes.resize(chunk_bytes, 0);
+            content.extend_from_slice(&bytes);
+        }
+        content.truncate(size_bytes);
+        content
+    }
+
     /// Shows the end of what all have written, for a test that fails.
     pub fn dump(&self) {
         let Ok(entries) = fs::read_dir(self.bench.path("")) else {

@@ -4,10 +4,6 @@
 //!
 //! `PSS_TEST_SEED=N` makes other choices.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pss_tests::load::{LOAD_BYTES, Load};
@@ -114,19 +110,6 @@ impl Chaos {
     }
 }
 
-/// The volume as a stopped server has it.
-fn content(directory: &Path, chunk_bytes: usize) -> Vec<u8> {
-    let mut content = Vec::new();
-    for chunk in 0..LOAD_BYTES / chunk_bytes as u64 {
-        let [.., high, middle, low] = chunk.to_be_bytes();
-        let path = directory.join(format!("{high:02x}/{middle:02x}/{low:02x}"));
-        let mut bytes = fs::read(path).unwrap_or_default();
-        bytes.resize(chunk_bytes, 0);
-        content.extend_from_slice(&bytes);
-    }
-    content
-}
-
 #[test]
 fn servers_and_gateways_are_killed_and_paused_under_load() {
     let seed = std::env::var("PSS_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
@@ -173,10 +156,10 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
     for id in 0..5 {
         cell.stop(id);
     }
-    let first = content(&cell.chunks(0, "v"), 1 << 20);
+    let first = cell.content(0, "v", 1 << 20, LOAD_BYTES as usize);
     assert!(first.iter().any(|byte| *byte != 0));
     for id in 1..5 {
-        let other = content(&cell.chunks(id, "v"), 1 << 20);
+        let other = cell.content(id, "v", 1 << 20, LOAD_BYTES as usize);
         assert!(
             other == first,
             "the copy of server {id} differs from that of server 0"

@@ -532,7 +532,7 @@ fn device_error(error: &ReplyError) -> DeviceError {
         ReplyError::NotLeader { .. } => DeviceError::Unavailable,
         ReplyError::NoSpace => DeviceError::NoSpace,
         ReplyError::Miscompare(at) => DeviceError::Miscompare(*at),
-        // We made the request, so it was valid: it was damaged on its way.
+        // We made the request, so it was valid; what was damaged on its way is sent again.
         ReplyError::Invalid | ReplyError::Io => DeviceError::Io,
         ReplyError::Refused(refusal) => match refusal {
             Refusal::StaleSession => DeviceError::Fenced,

@@ -34,7 +34,8 @@ const SILENCE_DOUBTED: Duration = Duration::from_secs(2);
 const DOUBT_AGAIN: Duration = Duration::from_secs(1);
 /// And one that still seems to lead gets a new connection after this.
 const SILENCE_BROKEN: Duration = Duration::from_secs(10);
-/// After a server has said that it does not lead, so long until the next search.
+/// After a server has said that it does not lead, or that data were damaged, so long until the next
+/// search.
 const NOT_LEADER_PAUSE: Duration = Duration::from_millis(50);
 /// How long the last requests and the end of the session may take when all handles are gone.
 const CLOSING_MAX: Duration = Duration::from_secs(2);
@@ -344,6 +345,7 @@ impl Driver {
                 Event::Fenced(target) => self.fail(target, DeviceError::Fenced),
                 Event::SessionLost => self.attach_again(),
                 Event::NotLeader(leader) => self.leave(leader),
+                Event::Damaged => self.send_again(),
                 Event::Ended => {
                     if let Some(closing) = &mut self.closing {
                         closing.is_ended = true;
@@ -475,6 +477,16 @@ impl Driver {
     fn leave(&mut self, leader: Option<crate::types::ServerId>) {
         if let Link::Up(connection) = &self.link {
             tracing::info!(server = %connection.server, ?leader, "server leads no more");
+            self.link = Link::Pausing(Box::pin(tokio::time::sleep(NOT_LEADER_PAUSE)));
+            self.doubt = None;
+        }
+    }
+
+    /// After data were damaged on their way; until their deadline. With a pause, in case it is not the
+    /// network.
+    fn send_again(&mut self) {
+        if let Link::Up(connection) = &self.link {
+            tracing::warn!(server = %connection.server, "data were damaged on their way, sending them again");
             self.link = Link::Pausing(Box::pin(tokio::time::sleep(NOT_LEADER_PAUSE)));
             self.doubt = None;
         }

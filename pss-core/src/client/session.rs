@@ -58,6 +58,8 @@ pub(super) enum Event<T> {
     SessionLost,
     /// The server does not lead (any more).
     NotLeader(Option<ServerId>),
+    /// Data were damaged on their way to the server: everything is to be sent again on a new connection.
+    Damaged,
     /// The session was ended as we asked.
     Ended,
 }
@@ -270,7 +272,12 @@ impl<T> Session<T> {
                     self.lose(events);
                     return;
                 }
-                if let Some(pending) = self.numbered.take(tag & NUMBER_MASK) {
+                let number = tag & NUMBER_MASK;
+                if reply.body == Err(ReplyError::Invalid) && self.numbered.has_data(number) {
+                    events.push(Event::Damaged);
+                    return;
+                }
+                if let Some(pending) = self.numbered.take(number) {
                     answer(pending, reply.body, events);
                 }
             }
@@ -347,6 +354,19 @@ impl<T> Numbered<T> {
         self.bytes += cost;
         self.under_way.push_back(self.waiting.pop_front());
         Some(self.first + self.under_way.len() as u64 - 1)
+    }
+
+    /// Whether the request is under way and carries data.
+    fn has_data(&self, number: u64) -> bool {
+        let index = number.checked_sub(self.first);
+        let pending = index.and_then(|index| self.under_way.get(index as usize));
+        matches!(
+            pending,
+            Some(Some(Pending {
+                body: RequestBody::Write { .. } | RequestBody::CompareAndWrite { .. },
+                ..
+            }))
+        )
     }
 
     fn take(&mut self, number: u64) -> Option<Pending<T>> {

@@ -9,6 +9,7 @@ use std::sync::mpsc::channel;
 use clap::Args;
 use pss_core::disk::files::FileDisk;
 use pss_core::key::CellId;
+use pss_core::log::LogError;
 use pss_core::size::parse_size;
 use pss_core::storage::{Identity, PairError, StorageError};
 use pss_core::types::ServerId;
@@ -149,7 +150,8 @@ fn remedy(error: &StartError, id: ServerId, path: &Path, cell: CellId) -> Option
             StorageError::Pair(PairError::Missing { .. }) => format!(
                 "; if this is its first start, and its file system is mounted, prepare it with 'pssd format --id {id}'"
             ),
-            StorageError::Pair(PairError::Version { .. }) => {
+            StorageError::Pair(PairError::Version { .. })
+            | StorageError::Log(LogError::Version { .. }) => {
                 "; start a newer pssd on it".to_owned()
             }
             StorageError::OtherServer { found, .. } => {

@@ -20,6 +20,11 @@ use crate::storage::queue::{Queue, Waited};
 const IDLE: Duration = Duration::from_millis(100);
 /// How often it is reported how full the disk is.
 const REPORT: Duration = Duration::from_secs(1);
+/// The same while it is written to and little is left: until the leader knows that nothing is left, it
+/// lets writes in, for which the reserve has to suffice.
+const REPORT_LOW: Duration = Duration::from_millis(10);
+/// What is little: what a fast disk takes in two seconds.
+const LOW_BYTES: u64 = 4 << 30;
 
 /// What the log thread does.
 pub(crate) enum LogJob {
@@ -47,6 +52,8 @@ pub(super) struct LogThread {
     pub(super) chosen: Arc<AtomicU64>,
     /// What the log may grow to; so much of the disk's free space is not for chunks.
     pub(super) log_bytes_max: u64,
+    /// As it was reported last.
+    pub(super) free_bytes: u64,
 }
 
 type Append<'a> = (Option<Slot>, &'a [Entry], Slot);
@@ -61,18 +68,23 @@ impl LogThread {
     fn work(&mut self) -> Result<(), ServerError> {
         let mut jobs = Vec::new();
         let mut unmarked = false;
-        let mut report_at = Instant::now();
+        self.report()?;
+        let mut reported = Instant::now();
         loop {
-            let until_report = report_at.saturating_duration_since(Instant::now());
+            let until_report = REPORT.saturating_sub(reported.elapsed());
             let patience = if unmarked {
                 until_report.min(IDLE)
             } else {
                 until_report
             };
+            let mut report_every = REPORT;
             match self.queue.take_all(&mut jobs, Some(patience)) {
                 Waited::Closed => return Ok(()),
                 Waited::Jobs => {
                     unmarked = true;
+                    if self.free_bytes < LOW_BYTES {
+                        report_every = REPORT_LOW;
+                    }
                     self.perform(&jobs)?;
                     jobs.clear();
                 }
@@ -83,9 +95,9 @@ impl LogThread {
                     }
                 }
             }
-            if Instant::now() >= report_at {
-                report_at = Instant::now() + REPORT;
+            if reported.elapsed() >= report_every {
                 self.report()?;
+                reported = Instant::now();
             }
         }
     }
@@ -149,11 +161,12 @@ impl LogThread {
         Ok(())
     }
 
-    fn report(&self) -> Result<(), ServerError> {
+    fn report(&mut self) -> Result<(), ServerError> {
         let (free_bytes, total_bytes) = self.disk.space().map_err(ServerError::Space)?;
         let growth = self.log_bytes_max.saturating_sub(self.log.bytes());
+        self.free_bytes = free_bytes.saturating_sub(growth);
         self.reporter.inbox.push(Event::Space {
-            free_bytes: free_bytes.saturating_sub(growth),
+            free_bytes: self.free_bytes,
             total_bytes,
             log_first: self.log.first_slot(),
         });

@@ -128,6 +128,27 @@ fn numbers(requests: &[Request]) -> Vec<(u64, u64)> {
 const STALE: Result<ReplyBody, ReplyError> = Err(ReplyError::Refused(Refusal::StaleSession));
 
 #[test]
+fn damaged_data_are_sent_again() {
+    let mut driver = Driver::open();
+    driver.write(1, 1);
+    driver.write(2, 1);
+    let sent = driver.pump();
+    assert_eq!(
+        driver.reply(sent[0].tag, Err(ReplyError::Invalid)),
+        ["Damaged"]
+    );
+    let again = driver.reconnect();
+    assert_eq!(numbers(&again), numbers(&sent));
+    assert_eq!(again[0].body, sent[0].body);
+    let events = driver.reply(again[0].tag, Ok(ReplyBody::Done));
+    assert_eq!(events, ["1 answered Ok(Done)"]);
+    // Nobody waits any more: what does nothing carries no data.
+    driver.expire(100);
+    let events = driver.reply(sent[1].tag, Err(ReplyError::Invalid));
+    assert!(events.is_empty(), "{events:?}");
+}
+
+#[test]
 fn settled_below_stops_at_the_first_without_an_answer() {
     let mut driver = Driver::open();
     (1..=3).for_each(|target| driver.write(target, 1));
