@@ -4,7 +4,10 @@
 //! * `table` — the checksummed table behind a chunk's data
 //! * `image` — a chunk as it travels to another server
 //! * `cache` — chunks in memory, open files
-//! * [`ChunkStore`] — read, write, zero; volumes
+//! * `file` — the file of one chunk: loaded, made, removed
+//! * `blocks` — blocks of one chunk: written, zeroed, read
+//! * [`ChunkStore`] — read, write, zero over chunks; volumes
+//! * `transfer` — lists, exports and imports chunks
 //! * [`Checkpoint`] — makes what was written durable
 //!
 //! A chunk file starts with the plain data of the chunk; what was never written, or was trimmed, is a
@@ -15,8 +18,10 @@
 //! still holds every entry since the last checkpoint, and applying entries again, in order, ends in
 //! the same blocks whatever was there before. Nothing is read before that has been done.
 
+mod blocks;
 mod cache;
 mod checkpoint;
+mod file;
 mod image;
 mod path;
 mod store;

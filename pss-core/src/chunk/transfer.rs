@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::blocks::Snapshot;
 use super::cache::{Chunk, lock};
-use super::store::{ChunkStore, Snapshot, allocated};
+use super::file::allocated;
+use super::store::ChunkStore;
 use super::{ChunkError, ReadError, image, path, table};
 use crate::paxos::message::ChunkSummary;
 use crate::state::Volume;
