@@ -4,7 +4,6 @@
 //! Wrong files and flags are in `cli.rs` and `cli_running.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::BTreeMap;
 use std::fs;
