@@ -114,9 +114,13 @@ impl Copying {
         matches!(self.stage, Stage::Storing { .. })
     }
 
-    /// Whether a list or chunks are on their way here.
+    /// Whether a list, chunks or another base are on their way here.
     fn is_waiting(&self) -> bool {
-        self.is_installing() && (self.list_asked || !self.asked.is_empty())
+        let asked = match self.stage {
+            Stage::Base | Stage::Storing { .. } => true,
+            Stage::List | Stage::Chunks { .. } => self.list_asked || !self.asked.is_empty(),
+        };
+        self.is_installing() && asked
     }
 
     /// The question was not answered in time, or not as hoped; asks another server next.
@@ -189,8 +193,9 @@ impl Engine {
 
     /// Whether chosen entries wait for chunks that are on their way here.
     pub(super) fn holds_back(&self) -> bool {
-        let waits = self.copying.as_ref().is_some_and(Copying::is_waiting);
-        waits && self.backlog_bytes < BACKLOG_BYTES_MAX
+        let waits = |it: &Copying| it.is_waiting() && self.backlog_bytes < BACKLOG_BYTES_MAX;
+        let holds = |it: &Copying| it.is_storing() || waits(it);
+        self.copying.as_ref().is_some_and(holds)
     }
 
     /// Asks for what is needed next.
@@ -414,6 +419,13 @@ impl Engine {
             // It would be stored over the base.
             return self.refuse_answer(now);
         }
+        if self.chunks.dirty_count() > 0 {
+            // A chunk can have been copied newer than the entries that were applied to it since. After a
+            // power cut its data may then be older than its checksums, which are equal to the donor's; and
+            // from the new base on nothing is applied again that would put it right.
+            self.start_checkpoint(now);
+            return self.refuse_answer(now);
+        }
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -432,6 +444,7 @@ impl Engine {
             copying.stage = Stage::List;
             copying.give_up_question(now);
         }
+        self.apply_backlog(now);
     }
 
     fn refuse_answer(&mut self, now: Instant) {
