@@ -97,6 +97,8 @@ pub struct Client {
     /// Requests whose outcome stays open.
     pub lost: u64,
     next_tag: u64,
+    /// Answers to what was asked before the last start are not for us.
+    first_tag: u64,
     depth: usize,
     think_until: Time,
 }
@@ -115,6 +117,7 @@ impl Client {
             answered: 0,
             lost: 0,
             next_tag: 1,
+            first_tag: 0,
             depth,
             think_until: 0,
         }
@@ -140,6 +143,7 @@ impl Client {
         self.session = None;
         self.opening = None;
         self.next_number = 1;
+        self.first_tag = self.next_tag + 1;
     }
 
     /// What to send now.
@@ -302,6 +306,9 @@ impl Client {
 
     /// An answer has come in.
     pub fn take(&mut self, now: Time, from: ServerId, reply: Reply, history: &mut History) {
+        if reply.tag < self.first_tag {
+            return;
+        }
         match reply.body {
             Ok(ReplyBody::Session(session)) if self.session.is_none() => {
                 self.session = Some(session);
