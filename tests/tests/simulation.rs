@@ -78,11 +78,12 @@ fn a_thousand_cells_keep_every_promise() {
 /// Within so many seeds a deliberate bug must be found.
 const FOUND_WITHIN: u64 = 1000;
 
-/// These two need a rare order of events that the simulator does not find in so few seeds. They are
-/// kept for long runs by hand (`simulate --bug NAME`); the unit tests of the agreement cover their rules.
-const RARE: [SimBug; 2] = [
+/// These need a rare order of events that the simulator does not find in so few seeds. They are kept for
+/// long runs by hand (`simulate --bug NAME`); the unit tests of the agreement cover their rules.
+const RARE: [SimBug; 3] = [
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
+    SimBug::Agreement(Bug::DenyDamaged),
 ];
 
 #[test]
