@@ -58,8 +58,12 @@ pub struct LogParams {
     pub segment_bytes: u64,
     /// So much is kept when the log is trimmed, to feed servers that lag.
     pub retain_bytes: u64,
-    /// So many files are kept ready to become segments.
+    /// So many files are made ready to become segments.
     pub spares: usize,
+    /// Segments that are given up become spares, up to so many: those that one trim gives up are needed
+    /// again before the next, and to remove them and fill others with zeros would cost as much as
+    /// writing the log once more.
+    pub spares_max: usize,
 }
 
 impl LogParams {
@@ -71,6 +75,7 @@ impl LogParams {
             segment_bytes: 128 << 20,
             retain_bytes: 512 << 20,
             spares: 2,
+            spares_max: 8,
         }
     }
 }
@@ -368,10 +373,12 @@ impl Log {
         index.last
     }
 
-    /// Bytes of all segments.
+    /// Bytes of all segments and spares.
     pub fn bytes(&self) -> u64 {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.segments.iter().map(|segment| segment.bytes).sum()
+        let segments: u64 = index.segments.iter().map(|segment| segment.bytes).sum();
+        drop(index);
+        segments + self.spares.bytes()
     }
 
     /// Bytes that were appended since the log was opened.
@@ -652,6 +659,7 @@ pub struct Spares {
     disk: Arc<dyn Disk>,
     segment_bytes: u64,
     wanted: usize,
+    most: usize,
     ready: Mutex<VecDeque<String>>,
     next_name: AtomicU64,
 }
@@ -667,6 +675,7 @@ impl Spares {
             disk,
             segment_bytes: params.segment_bytes,
             wanted: params.spares,
+            most: params.spares_max.max(params.spares),
             ready: Mutex::default(),
             next_name: AtomicU64::new(0),
         };
@@ -704,7 +713,7 @@ impl Spares {
     /// Makes a spare of a file that is no segment any more, or removes it.
     fn recycle(&self, path: &str, bytes: u64) -> Result<(), LogError> {
         let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
-        if bytes != self.segment_bytes || ready.len() >= self.wanted {
+        if bytes != self.segment_bytes || ready.len() >= self.most {
             return self
                 .disk
                 .remove_file(path)
@@ -716,6 +725,11 @@ impl Spares {
             .map_err(|source| LogError::io("rename", path, source))?;
         ready.push_back(spare);
         Ok(())
+    }
+
+    fn bytes(&self) -> u64 {
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        ready.len() as u64 * self.segment_bytes
     }
 
     fn new_name(&self) -> String {

@@ -38,6 +38,7 @@ fn params() -> StorageParams {
             segment_bytes: SEGMENT_BYTES,
             retain_bytes: SEGMENT_BYTES,
             spares: 1,
+            spares_max: 1,
         },
         chunks: ChunkParams {
             group: GroupId(0),

@@ -192,6 +192,8 @@ fn open_storage(config: &ServerConfig, disk: &Arc<dyn Disk>) -> Result<Storage, 
         log: LogParams {
             segment_bytes: config.tuning.segment_bytes,
             retain_bytes: config.tuning.log_retain_bytes,
+            // What one trim gives up: what was written between two checkpoints, and while one was made.
+            spares_max: (config.tuning.checkpoint_bytes / config.tuning.segment_bytes) as usize + 2,
             ..LogParams::new(config.cell.0)
         },
         chunks: Default::default(),
