@@ -172,10 +172,13 @@ impl Connection {
         if self.broken || !self.transmission.wants_bytes(&self.input) {
             return false;
         }
-        let read = if let Some((buffer, left)) = self.transmission.own_buffer() {
+        let read = if let Some(buffer) = self.transmission.own_buffer() {
             self.reads_long = true;
-            let mut limited = buffer.limit(left);
-            pin!(self.stream.read_buf(&mut limited)).poll(cx)
+            let read = pin!(self.stream.read(buffer.spare())).poll(cx);
+            if let Poll::Ready(Ok(count)) = read {
+                buffer.advance(count);
+            }
+            read
         } else {
             let most = match self.reads_long {
                 true => RECEIVE_BEHIND_PAYLOAD,

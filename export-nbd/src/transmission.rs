@@ -7,7 +7,8 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
+use pss_core::payload::{LARGE_PAYLOAD_BYTES, Payload};
 use pss_core::volume::device::{DeviceError, DeviceReply, DeviceRequest, DeviceResult, Extent};
 
 use crate::error::{NbdError, device_error};
@@ -22,10 +23,6 @@ use crate::wire::{
 pub const REQUESTS_IN_FLIGHT_MAX: usize = 512;
 /// Most payload of one connection in either direction, bytes: two of the longest requests.
 pub const BYTES_IN_FLIGHT_MAX: usize = 2 * PAYLOAD_BYTES_MAX as usize;
-/// Payloads of this length get a buffer of their own, aligned so that a log can write it without
-/// copying. Shorter ones are slices of the receive buffer.
-pub const OWN_BUFFER_BYTES_MIN: u32 = 64 << 10;
-const OWN_BUFFER_ALIGNMENT: usize = 4096;
 
 /// What the client and the server agreed on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -86,10 +83,10 @@ enum Receiving {
     Header,
     /// Payload of a write that goes into the receive buffer.
     Payload(Write),
-    /// Payload of a write that has a buffer of its own.
+    /// Payload of a write that has memory of its own.
     OwnBuffer {
         write: Write,
-        buffer: BytesMut,
+        buffer: Payload,
     },
     /// Payload of a refused write; the reply follows it, as simple clients send all before they read.
     Refused {
@@ -187,26 +184,21 @@ impl Transmission {
         self.ending.is_none() && !waits_for_room()
     }
 
-    /// Where the next bytes of the client belong if not into the receive buffer, and how many.
-    pub fn own_buffer(&mut self) -> Option<(&mut BytesMut, usize)> {
+    /// Where the next bytes of the client belong if not into the receive buffer.
+    pub fn own_buffer(&mut self) -> Option<&mut Payload> {
         match &mut self.receiving {
-            Receiving::OwnBuffer { write, buffer } => {
-                let left = write.length_bytes as usize - buffer.len();
-                Some((buffer, left))
-            }
+            Receiving::OwnBuffer { buffer, .. } => Some(buffer),
             _ => None,
         }
     }
 
     /// Says that [`Transmission::own_buffer`] has more bytes.
     pub fn handle_own_buffer(&mut self) {
-        if let Receiving::OwnBuffer { write, buffer } = &mut self.receiving {
-            if buffer.len() < write.length_bytes as usize {
-                return;
+        match std::mem::replace(&mut self.receiving, Receiving::Header) {
+            Receiving::OwnBuffer { write, buffer } if buffer.is_full() => {
+                self.submit_write(write, buffer.freeze());
             }
-            let (write, data) = (*write, buffer.split().freeze());
-            self.receiving = Receiving::Header;
-            self.submit_write(write, data);
+            incomplete => self.receiving = incomplete,
         }
     }
 
@@ -240,12 +232,10 @@ impl Transmission {
                     self.receiving = Receiving::Header;
                     self.submit_write(write, data);
                 }
-                Receiving::OwnBuffer { write, buffer } => {
-                    let left = write.length_bytes as usize - buffer.len();
-                    let taken = left.min(input.len());
-                    buffer.extend_from_slice(&input[..taken]);
+                Receiving::OwnBuffer { buffer, .. } => {
+                    let taken = buffer.fill(input);
                     input.advance(taken);
-                    if taken < left {
+                    if !buffer.is_full() {
                         return;
                     }
                     self.handle_own_buffer();
@@ -433,17 +423,14 @@ impl Transmission {
     }
 
     fn receive_payload(&mut self, write: Write) {
-        if write.length_bytes < OWN_BUFFER_BYTES_MIN {
-            self.receiving = Receiving::Payload(write);
-            return;
-        }
-        // The pages of a buffer that a client announces and never fills are never touched.
         let length = write.length_bytes as usize;
-        let mut buffer = BytesMut::with_capacity(length + OWN_BUFFER_ALIGNMENT);
-        let skipped = buffer.as_ptr().align_offset(OWN_BUFFER_ALIGNMENT);
-        buffer.put_bytes(0, skipped);
-        buffer.advance(skipped);
-        self.receiving = Receiving::OwnBuffer { write, buffer };
+        self.receiving = match length < LARGE_PAYLOAD_BYTES {
+            true => Receiving::Payload(write),
+            false => Receiving::OwnBuffer {
+                write,
+                buffer: Payload::with_length(length),
+            },
+        };
     }
 
     fn submit_write(&mut self, write: Write, data: Bytes) {

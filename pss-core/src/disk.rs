@@ -95,7 +95,7 @@ pub fn is_full(error: &io::Error) -> bool {
 }
 
 /// Memory that starts at a multiple of [`ALIGN_BYTES`], as direct IO needs it.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct AlignedBuf {
     memory: Vec<u8>,
     start: usize,

@@ -12,6 +12,7 @@ pub mod entry;
 pub mod key;
 pub mod log;
 pub mod paxos;
+pub mod payload;
 pub mod servers;
 pub mod size;
 pub mod state;

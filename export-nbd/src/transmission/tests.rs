@@ -564,9 +564,9 @@ fn long_payload_gets_an_aligned_buffer() {
     driver
         .feed(&request(0, 1, 7, 100_000))
         .feed(&data[..10_000]);
-    let (buffer, left) = driver.transmission.own_buffer().unwrap();
-    assert_eq!(left, 90_000);
-    buffer.extend_from_slice(&data[10_000..]);
+    let buffer = driver.transmission.own_buffer().unwrap();
+    assert_eq!(buffer.spare().len(), 90_000);
+    buffer.fill(&data[10_000..]);
     driver.transmission.handle_own_buffer();
     driver.feed(b"");
     let DeviceRequest::Write { data: got, .. } = &driver.submits[0].request else {

@@ -4,11 +4,14 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
+
 use super::cache::{Chunk, ChunkState, VolumeChunks, lock};
 use super::store::{BLOCK, ChunkStore};
 use super::{ChunkError, ReadError};
 use crate::disk::DiskFile;
 use crate::entry::block_checksum;
+use crate::payload::{LARGE_PAYLOAD_BYTES, Payload};
 use crate::types::{BLOCK_BYTES, Slot};
 use crate::volume::device::ReadPart;
 use crate::volume::map::ChunkRange;
@@ -145,7 +148,7 @@ impl ChunkStore {
                 add_hole(parts, run as u32);
             } else {
                 let data = self.read_run(&chunk, &snapshot, next, run, nowait)?;
-                parts.push(ReadPart::Data(data.into()));
+                parts.push(ReadPart::Data(data));
             }
             next += run;
         }
@@ -160,26 +163,46 @@ impl ChunkStore {
         first: usize,
         blocks: usize,
         nowait: bool,
-    ) -> Result<Vec<u8>, ReadError> {
-        let mut data = vec![0; blocks * BLOCK_BYTES];
+    ) -> Result<Bytes, ReadError> {
+        let bytes = blocks * BLOCK_BYTES;
+        if bytes < LARGE_PAYLOAD_BYTES {
+            let mut data = vec![0; bytes];
+            self.read_into(chunk, snapshot, first, &mut data, nowait)?;
+            return Ok(data.into());
+        }
+        let mut data = Payload::with_length(bytes);
+        self.read_into(chunk, snapshot, first, data.spare(), nowait)?;
+        data.advance(bytes);
+        Ok(data.freeze())
+    }
+
+    /// The same; all of `data` is read and verified when it returns without an error.
+    fn read_into(
+        &self,
+        chunk: &Chunk,
+        snapshot: &Snapshot,
+        first: usize,
+        data: &mut [u8],
+        nowait: bool,
+    ) -> Result<(), ReadError> {
         if nowait {
             let file = snapshot.file.as_deref().ok_or(ReadError::WouldBlock)?;
             // Whatever is wrong is found out by a read that may wait.
-            file.read_at_nowait(&mut data, first as u64 * BLOCK)
-                .map_err(|_| ReadError::WouldBlock)?;
-            return match snapshot.verify(chunk, first, &data) {
-                Ok(()) => Ok(data),
-                Err(_) => Err(ReadError::WouldBlock),
+            let read = file.read_at_nowait(data, first as u64 * BLOCK);
+            let all = matches!(read, Ok(count) if count == data.len());
+            return match all && snapshot.verify(chunk, first, data).is_ok() {
+                true => Ok(()),
+                false => Err(ReadError::WouldBlock),
             };
         }
-        if snapshot.read(chunk, first, &mut data).is_err() {
+        if snapshot.read(chunk, first, data).is_err() {
             for (at, data) in (first..).zip(data.chunks_exact_mut(BLOCK_BYTES)) {
                 if snapshot.verify(chunk, at, data).is_err() {
                     self.read_again(chunk, at, data)?;
                 }
             }
         }
-        Ok(data)
+        Ok(())
     }
 
     /// Reads a block that did not match: it may just have been written. Under the chunk's lock it is

@@ -21,6 +21,7 @@ use std::io::IoSlice;
 use bytes::{Bytes, BytesMut};
 
 use crate::entry::ENTRY_PAYLOAD_MAX;
+use crate::payload::{LARGE_PAYLOAD_BYTES, Payload};
 use crate::state::CHUNK_BYTES_MAX;
 use crate::types::GroupId;
 use crate::wire::client::REQUEST_BYTES_MAX;
@@ -34,11 +35,6 @@ pub const FRAME_HEAD_BYTES: usize = 32;
 /// A receive buffer. Small frames are slices of it, so each keeps the whole of it alive: larger would
 /// waste memory, smaller would cost system calls.
 pub const RECEIVE_BYTES: usize = 128 << 10;
-/// From this size on a payload is received into memory of its own, aligned to [`PAYLOAD_ALIGN`], from
-/// where it can be written to disk without a copy.
-pub const LARGE_PAYLOAD_BYTES: usize = 64 << 10;
-/// Alignment in memory of large payloads: what `O_DIRECT` asks for at most.
-pub const PAYLOAD_ALIGN: usize = 4096;
 /// Payload below this size is copied behind its header: a slice of its own would cost more.
 pub const COPY_BELOW_BYTES: usize = 1024;
 
@@ -227,8 +223,7 @@ pub struct FrameReader {
 struct Large {
     head: Head,
     header: Bytes,
-    payload: BytesMut,
-    filled: usize,
+    payload: Payload,
 }
 
 impl FrameReader {
@@ -256,7 +251,7 @@ impl FrameReader {
             self.make_room();
         }
         match &mut self.large {
-            Some(large) => &mut large.payload[large.filled..],
+            Some(large) => large.payload.spare(),
             None => &mut self.buffer[self.filled..],
         }
     }
@@ -264,10 +259,7 @@ impl FrameReader {
     /// The first `count` bytes of [`FrameReader::spare`] have been received.
     pub fn filled(&mut self, count: usize) {
         match &mut self.large {
-            Some(large) => {
-                large.filled += count;
-                assert!(large.filled <= large.payload.len(), "filled within spare");
-            }
+            Some(large) => large.payload.advance(count),
             None => {
                 self.filled += count;
                 assert!(self.filled <= self.buffer.len(), "filled within spare");
@@ -353,17 +345,15 @@ impl FrameReader {
     }
 
     fn poll_large(&mut self) -> Option<Frame> {
-        let large = self
-            .large
-            .take_if(|large| large.filled == large.payload.len())?;
+        let large = self.large.take_if(|large| large.payload.is_full())?;
         Some(large.head.frame(large.header, large.payload.freeze()))
     }
 
     fn start_large(&mut self, head: Head) {
-        let mut payload = aligned(head.payload_bytes);
+        let mut payload = Payload::with_length(head.payload_bytes);
         let front = self.buffer.split_to(head.front_bytes()).freeze();
         let filled = self.filled - head.front_bytes();
-        payload[..filled].copy_from_slice(&self.buffer[..filled]);
+        payload.fill(&self.buffer[..filled]);
         // The bytes behind are unused; nobody shares them, so the next frames may have them.
         self.filled = 0;
         self.wanted = FRAME_HEAD_BYTES;
@@ -372,7 +362,6 @@ impl FrameReader {
             head,
             header: front.slice(FRAME_HEAD_BYTES..),
             payload,
-            filled,
         });
     }
 
@@ -398,17 +387,6 @@ impl Head {
             payload,
         }
     }
-}
-
-/// Zeros that start at a multiple of [`PAYLOAD_ALIGN`] in memory.
-fn aligned(bytes: usize) -> BytesMut {
-    let mut memory = BytesMut::zeroed(bytes + PAYLOAD_ALIGN - 1);
-    let skip = memory.as_ptr().align_offset(PAYLOAD_ALIGN);
-    // `align_offset` may give up (it does not, outside constant evaluation); alignment is only a
-    // matter of speed.
-    let _ = memory.split_to(skip.min(PAYLOAD_ALIGN - 1));
-    memory.truncate(bytes);
-    memory
 }
 
 fn frame_checksum(head: &[u8; FRAME_HEAD_BYTES], header: &[u8]) -> u32 {

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::disk::ALIGN_BYTES;
 
 fn flat(queue: &SendQueue) -> Vec<u8> {
     let mut slices = [IoSlice::new(&[]); 64];
@@ -117,7 +118,7 @@ fn large_payload_is_aligned_and_not_moved() {
     let frames = read_all(&bytes, 100_000).unwrap();
     assert_eq!(frames.len(), 3);
     assert_eq!(frames[1].payload, payload);
-    assert_eq!(frames[1].payload.as_ptr().align_offset(PAYLOAD_ALIGN), 0);
+    assert_eq!(frames[1].payload.as_ptr().align_offset(ALIGN_BYTES), 0);
     assert_eq!(&frames[2].header[..], b"third");
 }
 
