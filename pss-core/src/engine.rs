@@ -210,6 +210,7 @@ pub struct Engine {
     reads_waiting: VecDeque<(ClientId, Request)>,
     /// Answers that hold only if we still have the lease now that the data were read.
     reads_done: Vec<(ClientId, Reply)>,
+    reads_done_bytes: usize,
     heard: HashMap<SessionId, Instant>,
     /// Volumes as the applied state has them, shared with reads on other threads.
     volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
@@ -261,6 +262,7 @@ impl Engine {
             next_ticket: 1,
             reads_waiting: VecDeque::new(),
             reads_done: Vec::new(),
+            reads_done_bytes: 0,
             heard: HashMap::new(),
             volumes: HashMap::new(),
             housekeeping_at: now + HOUSEKEEPING,

@@ -41,6 +41,9 @@ const NOT_LEADER_PAUSE: Duration = Duration::from_millis(50);
 const CLOSING_MAX: Duration = Duration::from_secs(2);
 /// Reads from the socket before other tasks get a turn.
 const FILLS_PER_TURN: usize = 16;
+/// So much is taken from the socket before other tasks get a turn: front ends send it on while the leader
+/// sends more.
+const BYTES_PER_TURN: usize = 256 << 10;
 
 /// Something for the task.
 pub(super) enum Item {
@@ -297,13 +300,17 @@ impl Driver {
 
     /// Receives what has arrived. Gives whether more may be there.
     fn receive(&mut self, cx: &mut Context<'_>, now: Instant) -> bool {
+        let mut bytes = 0;
         for _ in 0..FILLS_PER_TURN {
             let Link::Up(connection) = &mut self.link else {
                 return false;
             };
             match connection.poll_fill(cx) {
                 Poll::Pending => return false,
-                Poll::Ready(Ok(())) => self.heard = now,
+                Poll::Ready(Ok(count)) => {
+                    self.heard = now;
+                    bytes += count;
+                }
                 Poll::Ready(Err(error)) => {
                     self.disconnect(&error);
                     return true;
@@ -313,6 +320,9 @@ impl Driver {
             if let Err(error) = self.take_replies() {
                 self.disconnect(&error);
                 return true;
+            }
+            if bytes >= BYTES_PER_TURN {
+                break;
             }
         }
         true

@@ -272,8 +272,8 @@ impl Connection {
         self.reader.poll_frame()
     }
 
-    /// Receives once, after [`Connection::poll_frame`] gave nothing.
-    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
+    /// Receives once, after [`Connection::poll_frame`] gave nothing. Gives how many bytes came.
+    pub(super) fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, ServerError>> {
         let mut buffer = ReadBuf::new(self.reader.spare());
         ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buffer))?;
         let count = buffer.filled().len();
@@ -281,7 +281,7 @@ impl Connection {
             return Poll::Ready(Err(ServerError::Closed));
         }
         self.reader.filled(count);
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(count))
     }
 
     /// Sends until nothing waits.

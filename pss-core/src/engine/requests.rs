@@ -114,6 +114,11 @@ impl Engine {
         !self.reads_done.is_empty()
     }
 
+    /// Bytes that the finished reads have brought.
+    pub fn finished_read_bytes(&self) -> usize {
+        self.reads_done_bytes
+    }
+
     /// Answers the reads that are done, if the lease still holds at `now`, which must have been taken
     /// after the last input was handled.
     pub fn finish_reads(&mut self, now: Instant) {
@@ -121,6 +126,7 @@ impl Engine {
             return;
         }
         let holds = self.replica.may_read(now);
+        self.reads_done_bytes = 0;
         for (client, reply) in std::mem::take(&mut self.reads_done) {
             let body = if holds {
                 reply.body
@@ -164,6 +170,9 @@ impl Engine {
     }
 
     fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
+        if let Ok(ReplyBody::Data(parts)) = &body {
+            self.reads_done_bytes += parts.iter().map(ReadPart::data_bytes).sum::<usize>();
+        }
         self.reads_done
             .push((client, crate::wire::client::Reply { tag, body }));
     }

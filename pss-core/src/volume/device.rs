@@ -146,6 +146,16 @@ pub enum ReadPart {
     Hole(u32),
 }
 
+impl ReadPart {
+    /// Bytes that it holds in memory.
+    pub fn data_bytes(&self) -> usize {
+        match self {
+            ReadPart::Data(data) => data.len(),
+            ReadPart::Hole(_) => 0,
+        }
+    }
+}
+
 /// A run of a volume that is allocated or not.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Extent {

@@ -29,6 +29,9 @@ const CONNECTION_BYTES_PER_TURN: usize = 1 << 20;
 const BYTES_PER_TURN: usize = 4 << 20;
 /// After this time nothing more is read in a turn: what was read before had to wait for the disk.
 const TURN_TIME: Duration = Duration::from_millis(20);
+/// Reads are answered when they have brought so much, not only at the end of a turn: the client sends it on
+/// while more is read.
+const READ_BYTES_PER_ANSWER: usize = 256 << 10;
 /// Callers that a turn accepts.
 const ACCEPTS_PER_TURN: usize = 64;
 /// After the kernel ran out of descriptors.
@@ -317,6 +320,9 @@ impl Node {
                         Ok(request) => {
                             load.begin(&request);
                             self.engine.handle_request(now, slot.id, request);
+                            if self.engine.finished_read_bytes() >= READ_BYTES_PER_ANSWER {
+                                self.answer_reads(now);
+                            }
                         }
                         Err(ClientDecodeError {
                             tag: Some(tag),

@@ -225,12 +225,7 @@ impl Node {
         self.timers(now);
         self.engine.finish_batch(now);
         self.carry_out(now);
-        if self.engine.has_finished_reads() {
-            // The lease must hold after the data were read.
-            let now = clock::now();
-            self.engine.finish_reads(now);
-            self.carry_out(now);
-        }
+        self.finish_reads();
         let flow = self.stop_if_done(now);
         self.send();
         if let Some(failure) = self.engine.failure() {
@@ -239,6 +234,25 @@ impl Node {
         self.chosen
             .store(self.engine.replica().chosen().0, Ordering::Relaxed);
         Ok(flow)
+    }
+
+    /// Answers the reads that are done.
+    fn finish_reads(&mut self) {
+        if self.engine.has_finished_reads() {
+            // The lease must hold after the data were read.
+            let now = clock::now();
+            self.engine.finish_reads(now);
+            self.carry_out(now);
+        }
+    }
+
+    /// Answers the reads that are done in the middle of a turn. Requests before them may have proposed
+    /// something, which does not wait for the end of the turn either.
+    pub(super) fn answer_reads(&mut self, now: Instant) {
+        self.engine.finish_batch(now);
+        self.carry_out(now);
+        self.finish_reads();
+        self.send();
     }
 
     /// Notes what the kernel reports.
