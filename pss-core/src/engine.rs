@@ -422,7 +422,7 @@ impl Engine {
             Output::Persist { write, what } => {
                 self.actions.push_back(Action::Persist { write, what });
             }
-            Output::Apply { entries } => self.apply(now, entries),
+            Output::Apply { entries } => self.keep_chosen(entries),
             Output::ReadLog {
                 to,
                 after,
@@ -444,10 +444,23 @@ impl Engine {
         }
     }
 
-    fn apply(&mut self, now: Instant, entries: Vec<Entry>) {
+    fn keep_chosen(&mut self, entries: Vec<Entry>) {
         self.backlog_bytes += entries.iter().map(Entry::weight_bytes).sum::<usize>();
         self.backlog.extend(entries);
-        self.apply_backlog(now);
+    }
+
+    /// Whether [`Engine::apply_chosen`] has something to do.
+    pub fn has_chosen(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
+    /// Applies what is chosen and answers whoever waits for it. To be called after every batch of inputs,
+    /// when the actions that they led to are under way: the log and the other servers do not wait for it.
+    pub fn apply_chosen(&mut self, now: Instant) {
+        if self.has_chosen() {
+            self.apply_backlog(now);
+            self.drain(now);
+        }
     }
 
     /// Applies what waits, unless the disk is full or chunks are on their way here.

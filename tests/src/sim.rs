@@ -568,7 +568,14 @@ impl Sim {
                 actions.push(action);
             }
             if actions.is_empty() {
-                break;
+                if !running.engine.has_chosen() {
+                    break;
+                }
+                let applied = running.engine.state().applied();
+                running.engine.apply_chosen(now);
+                if running.engine.state().applied() == applied {
+                    break;
+                }
             }
             for action in actions {
                 self.act(index, action)?;

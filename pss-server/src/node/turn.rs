@@ -225,6 +225,12 @@ impl Node {
         self.timers(now);
         self.engine.finish_batch(now);
         self.carry_out(now);
+        if self.engine.has_chosen() {
+            // The other servers and our log need not wait until it is applied.
+            self.send();
+            self.engine.apply_chosen(now);
+            self.carry_out(now);
+        }
         self.finish_reads();
         let flow = self.stop_if_done(now);
         self.send();
