@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
+use std::io::Write;
 use std::net::UdpSocket;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use pss_tests::binaries;
+use pss_tests::nbd_client::{Command, NbdClient};
 use pss_tests::programs::{Bench, Running};
 use serde_json::Value;
 
@@ -302,4 +304,89 @@ fn up_again_on_the_same_data() {
     assert_eq!(names, ["kept", "vol001"]);
     up.running.signal("TERM");
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+}
+
+#[test]
+fn a_second_interrupt_ends_at_once() {
+    let mut up = Up::new("127.0.3.14");
+    up.status_is("All 3 copies current.");
+    // Without a majority the end of the gateway's session, which a clean stop waits for, takes seconds.
+    up.bench.run("pss", "server shutdown 1").done();
+    up.bench.run("pss", "server shutdown 2 --yes").done();
+    let mut client = NbdClient::connect(up.nbd.parse().unwrap(), "vol001", SOON).unwrap();
+    client.submit(Command::Write, 0, 4096, &[1; 4096]).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    up.running.signal("INT");
+    std::thread::sleep(Duration::from_millis(100));
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(130), "{}", up.running.output());
+
+    // It is as after a power cut: nothing that was answered is lost.
+    (up.running, up.nbd) = Up::start(&up.bench);
+    up.status_is("All 3 copies current.");
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+}
+
+#[test]
+fn deletion_asks_on_a_terminal() {
+    let up = Up::new("127.0.3.15");
+    up.bench.run("pss", "volume create small 1M").done();
+    let delete = |answer: &str| {
+        let mut command = up.bench.command("pss");
+        command.args(["volume", "delete", "small"]);
+        let (mut running, mut person) = Running::start_on_terminal(&mut command);
+        running.wait_for("Type yes to go on", SOON);
+        assert!(running.output().contains("Delete volume small of 1M"));
+        person.write_all(answer.as_bytes()).unwrap();
+        let code = running.ends(SOON);
+        (code, running.output().to_owned())
+    };
+    // The last one is Ctrl-D: no answer.
+    for answer in ["no\n", "\n", "y\n", "yes, please\n", "\u{4}"] {
+        let (code, said) = delete(answer);
+        assert_eq!(code, Some(1), "{answer:?}: {said}");
+        assert!(said.contains("nothing was done"), "{answer:?}: {said}");
+        up.bench.run("pss", "volume show small").done();
+    }
+    let (code, said) = delete("yes\n");
+    assert_eq!(code, Some(0), "{said}");
+    up.bench
+        .run("pss", "volume show small")
+        .fails(3, &["small"]);
+    // Half a terminal is none: nobody would see the question.
+    let (_person, program) = pss_tests::programs::terminal();
+    up.bench.run("pss", "volume create small 1M").done();
+    let mut command = up.bench.command("pss");
+    command.args(["volume", "delete", "small"]).stdin(program);
+    let outcome = pss_tests::programs::Outcome(command.output().unwrap());
+    outcome.fails(2, &["Delete volume small", "--yes"]);
+}
+
+#[test]
+fn status_is_watched() {
+    let up = Up::new("127.0.3.16");
+    up.status_is("All 3 copies current.");
+    let mut command = up.bench.command("pss");
+    let mut text = Running::start(command.args(["status", "--watch"]));
+    let mut command = up.bench.command("pss");
+    let mut json = Running::start(command.args(["status", "--watch", "--json"]));
+    for _ in 0..2 {
+        text.wait_for("All 3 copies current. Any 1 server may fail.", SOON);
+        json.wait_for("\"works\": true", SOON);
+    }
+    up.bench.run("pss", "server shutdown 2").done();
+    text.wait_for("Server 2 ", SOON);
+    up.bench.run("pss", "server shutdown 1 --yes").done();
+    // Without a majority it goes on: it is there to see the servers come back.
+    text.wait_for("No majority: 1 of 3 core servers answers", SOON);
+    json.wait_for("\"works\": false", SOON);
+    text.wait_for("No majority: 1 of 3 core servers answers", SOON);
+    text.signal("INT");
+    assert_eq!(text.ends(SOON), None, "ended by the signal");
+    assert!(!text.output().contains('\u{1b}'), "no terminal, no colours");
+
+    let mut command = up.bench.command("pss");
+    let (mut screen, _person) = Running::start_on_terminal(command.args(["status", "--watch"]));
+    screen.wait_for("\u{1b}[H\u{1b}[2JNo majority", SOON);
 }
