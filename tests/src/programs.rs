@@ -1,7 +1,7 @@
 //! The command line programs as a test runs them.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::FromRawFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -172,9 +172,15 @@ impl Running {
         let (sender, lines) = channel();
         let reader = person.try_clone().expect("a descriptor can be doubled");
         std::thread::spawn(move || {
-            // A question has no end of line.
-            for part in BufReader::new(reader).split(b':').map_while(Result::ok) {
-                let _ = sender.send(String::from_utf8_lossy(&part).into_owned());
+            // A question ends with a colon and no end of line. A terminal whose program has ended gives an
+            // error instead of an end.
+            let mut part = Vec::new();
+            for byte in BufReader::new(reader).bytes().map_while(Result::ok) {
+                part.push(byte);
+                if matches!(byte, b':' | b'\n') {
+                    let _ = sender.send(String::from_utf8_lossy(&part).into_owned());
+                    part.clear();
+                }
             }
         });
         let running = Running {

@@ -310,10 +310,10 @@ fn up_again_on_the_same_data() {
 fn a_second_interrupt_ends_at_once() {
     let mut up = Up::new("127.0.3.14");
     up.status_is("All 3 copies current.");
+    let mut client = NbdClient::connect(up.nbd.parse().unwrap(), "vol001", SOON).unwrap();
     // Without a majority the end of the gateway's session, which a clean stop waits for, takes seconds.
     up.bench.run("pss", "server shutdown 1").done();
     up.bench.run("pss", "server shutdown 2 --yes").done();
-    let mut client = NbdClient::connect(up.nbd.parse().unwrap(), "vol001", SOON).unwrap();
     client.submit(Command::Write, 0, 4096, &[1; 4096]).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     up.running.signal("INT");
