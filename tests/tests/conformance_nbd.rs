@@ -43,7 +43,7 @@ enum Served {
         thread: Option<JoinHandle<()>>,
     },
     /// `pss-nbd`, over a cell.
-    Cell { gateway: Process, _cell: Box<Cell> },
+    Cell { gateway: Process, cell: Box<Cell> },
 }
 
 /// Runs a test against the server over memory and against a cell.
@@ -124,19 +124,25 @@ impl Fixture {
             directory,
             served: Served::Cell {
                 gateway,
-                _cell: Box::new(cell),
+                cell: Box::new(cell),
             },
             tcp: format!("nbd://{address}/"),
         }
     }
 
-    fn is_memory(&self) -> bool {
-        matches!(self.served, Served::Memory { .. })
-    }
-
-    /// Of `vol`.
-    fn description(&self) -> &'static str {
-        if self.is_memory() { "a disk" } else { "" }
+    /// What clients are told about an export.
+    fn description(&self, export: &str) -> String {
+        match (&self.served, export) {
+            (Served::Memory { .. }, "vol") => "a disk".to_owned(),
+            (Served::Memory { .. }, _) => String::new(),
+            (Served::Cell { cell, .. }, _) => {
+                let outcome = cell
+                    .bench
+                    .run("pss", &format!("volume show {export} --json"));
+                let shown: Value = serde_json::from_slice(&outcome.done().0.stdout).unwrap();
+                format!("PSS volume {}", shown["uuid"].as_str().unwrap())
+            }
+        }
     }
 
     fn uri(&self, export: &str) -> String {
@@ -249,7 +255,7 @@ fn nbdinfo_of_an_export() {
         let export = &info["exports"][0];
         for (key, value) in [
             ("export-size", Value::from(SIZE)),
-            ("description", fixture.description().into()),
+            ("description", fixture.description("vol").into()),
             ("contexts", vec!["base:allocation"].into()),
             ("block_size_minimum", 1.into()),
             ("block_size_preferred", 4096.into()),
@@ -310,7 +316,7 @@ fn nbdinfo_list() {
             .collect();
         assert_eq!(names, ["other", "ro", "vol"]);
         let description = exports[2]["description"].as_str();
-        assert_eq!(description.unwrap_or_default(), fixture.description());
+        assert_eq!(description.unwrap_or_default(), fixture.description("vol"));
         assert_eq!(exports[1]["is_read_only"], true);
         let listed = run("nbdinfo", &["--list", &fixture.tcp_uri("")]);
         assert!(listed.contains("export=\"other\":"), "{listed}");
@@ -797,7 +803,7 @@ h.connect_uri('UNIX')
 assert h.get_protocol() == 'newstyle-fixed'
 found = []
 assert h.opt_list(lambda name, text: found.append((name, text))) == 3
-assert found == [('other', ''), ('ro', ''), ('vol', 'DESCRIPTION')], found
+assert found == [('other', 'OTHER'), ('ro', 'RO'), ('vol', 'DESCRIPTION')], found
 
 def no_export(option):
     try:
@@ -853,7 +859,9 @@ fn option_haggling() {
     both(|fixture| {
         let script = HAGGLING
             .replace("UNIX", &fixture.uri(""))
-            .replace("DESCRIPTION", fixture.description())
+            .replace("'OTHER'", &format!("'{}'", fixture.description("other")))
+            .replace("'RO'", &format!("'{}'", fixture.description("ro")))
+            .replace("DESCRIPTION", &fixture.description("vol"))
             .replace("TCP", &fixture.tcp_uri("vol"));
         run("nbdsh", &["-c", &script]);
     });
@@ -873,6 +881,29 @@ for round in range(200):
         a.flush()
     assert b.pread(4096, round * 512) == data
 ";
+
+#[test]
+fn pss_nbd_started_by_its_client() {
+    let fixture = Fixture::cell();
+    let Served::Cell { cell, .. } = &fixture.served else {
+        unreachable!("it was made so");
+    };
+    let program = pss_tests::binaries::path("pss-nbd").display().to_string();
+    let servers = cell.bench.path("server.conf").display().to_string();
+    let command = [&program, "--servers", &servers, "--default-export", "vol"];
+    // Socket activation, with LISTEN_FDS.
+    let bracketed = [&["--size", "--", "["], &command[..], &["]"]].concat();
+    assert_eq!(run("nbdinfo", &bracketed).trim(), SIZE.to_string());
+    let script = format!(
+        "h.connect_command({:?})\n\
+         h.pwrite(b'on stdin', 1000)\n\
+         assert h.pread(10, 999) == b'\\0on stdin\\0'\n\
+         h.shutdown()",
+        [&command[..], &["--stdio"]].concat()
+    );
+    run("nbdsh", &["-c", &script]);
+    assert_eq!(fixture.content()[1000..1008], *b"on stdin");
+}
 
 #[test]
 fn flushed_data_are_seen_by_other_connections() {
