@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::UdpSocket;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
@@ -91,10 +91,22 @@ fn start_on_a_directory_in_use() {
 fn start_with_a_taken_port() {
     let bench = single("127.0.3.3");
     bench.run("pssd", "format --id 0 --path data").done();
-    let _taken = UdpSocket::bind("127.0.3.3:4000").unwrap();
+    let taken = UdpSocket::bind("127.0.3.3:4000").unwrap();
     bench
         .run("pssd", "start --id 0 --path data")
         .fails(1, &["127.0.3.3:4000"]);
+    drop(taken);
+    let _taken = TcpListener::bind("127.0.3.3:4010").unwrap();
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["127.0.3.3:4010"]);
+    let _taken = TcpListener::bind("127.0.3.3:10809").unwrap();
+    for program in ["pss-nbd --listen", "pss-up --dir up --nbd"] {
+        let (program, flags) = program.split_once(' ').unwrap();
+        bench
+            .run(program, &format!("{flags} 127.0.3.3:10809"))
+            .fails(1, &["127.0.3.3:10809", "in use"]);
+    }
 }
 
 #[test]
@@ -389,4 +401,34 @@ fn status_is_watched() {
     let mut command = up.bench.command("pss");
     let (mut screen, _person) = Running::start_on_terminal(command.args(["status", "--watch"]));
     screen.wait_for("\u{1b}[H\u{1b}[2JNo majority", SOON);
+}
+
+#[test]
+fn up_chooses_other_ports_and_says_so() {
+    let bench = Bench::new();
+    // If somebody else has the usual port already, so much the better.
+    let _taken = TcpListener::bind("127.0.0.1:10809");
+    let host = "127.0.3.17";
+    bench.servers(format!("0 {host} {}\n", bench.path("server0").display()));
+    bench.run("pss", "key new cell.key").done();
+    let _udp = UdpSocket::bind((host, 4000)).unwrap();
+    let mut command = bench.command("pss-up");
+    command.args(["--dir", ".", "--volume", "a:1M", "--volume", "b c:2M"]);
+    let mut running = Running::start(&mut command);
+    running.wait_for("127.0.3.17:4000 is taken", SOON);
+    let said = running.wait_for("127.0.0.1:10809 is taken", SOON);
+    assert!(said.contains("NBD uses 127.0.0.1:108"), "{said}");
+    let said = running.wait_for("PSS cell of 1 server at 127.0.", SOON);
+    assert!(!said.contains(host), "{said}");
+    running.wait_for("Volume a of 1M at nbd://127.0.0.1:108", SOON);
+    let said = running.wait_for("Volume b c of 2M at nbd://127.0.0.1:108", SOON);
+    let uri = format!("nbd://{}", said.split_once("nbd://").unwrap().1);
+    let nbdinfo = binaries::tool("nbdinfo", "libnbd-bin");
+    let output = std::process::Command::new(nbdinfo)
+        .args(["--size", &uri])
+        .output()
+        .unwrap();
+    assert_eq!(output.stdout, b"2097152\n", "{uri}");
+    running.signal("INT");
+    assert_eq!(running.ends(SOON), Some(0), "{}", running.output());
 }
