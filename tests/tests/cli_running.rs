@@ -105,7 +105,14 @@ fn start_with_a_taken_port() {
         let (program, flags) = program.split_once(' ').unwrap();
         bench
             .run(program, &format!("{flags} 127.0.3.3:10809"))
-            .fails(1, &["127.0.3.3:10809", "in use"]);
+            .fails(
+                1,
+                &[
+                    "127.0.3.3:10809",
+                    "in use",
+                    flags.split(' ').next_back().unwrap(),
+                ],
+            );
     }
 }
 
@@ -304,6 +311,9 @@ fn up_again_on_the_same_data() {
     other.fails(1, &["another 'pss up' runs there", "--dir"]);
     up.running.signal("INT");
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+
+    let said = up.running.output();
+    assert!(!said.contains("WARN") && !said.contains("ERROR"), "{said}");
 
     (up.running, up.nbd) = Up::start(&up.bench);
     let list = up.json("volume list");

@@ -386,7 +386,7 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
             sent: Instant(6),
             durable: slot,
             received: slot,
-            progress: progress.clone(),
+            progress,
         },
         Message::HandOver { ballot },
         Message::FetchTail {
