@@ -41,6 +41,9 @@ if ((${#missing[@]} > 0)); then
     exit 1
 fi
 export PATH="$PATH:/usr/sbin:/sbin"
+if [[ $(id -u) != 0 ]]; then
+    echo "== not root: the tests of full and of failing disks will fail (they mount and trace); run this with sudo env \"PATH=\$PATH\"" >&2
+fi
 
 started=$SECONDS
 echo "== cargo fmt"

@@ -226,3 +226,24 @@ impl AsyncWrite for Stream {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn connections_have_no_delay_and_are_kept_alive() {
+        let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.uri();
+        let address = address.trim_start_matches("nbd://").trim_end_matches('/');
+        let _client = TcpStream::connect(address).await.unwrap();
+        let (stream, peer) = listener.accept().await.unwrap();
+        assert_eq!(peer, Peer::Ip([127, 0, 0, 1].into()));
+        let Stream::Tcp(stream) = stream else {
+            panic!("not TCP");
+        };
+        // "TCP_NODELAY SHOULD be set" on both sides.
+        assert!(stream.nodelay().unwrap());
+        assert!(SockRef::from(&stream).keepalive().unwrap());
+    }
+}

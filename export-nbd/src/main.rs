@@ -1,8 +1,10 @@
 //! `pss-nbd`: serves the volumes of a cell to NBD clients.
 
 use std::future::Future;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,8 +93,18 @@ fn connect(args: &Args) -> anyhow::Result<Arc<Cell>> {
     }))
 }
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line for the person who typed the command; nothing can be done if stderr is gone.
+            let _ = writeln!(std::io::stderr(), "pss-nbd: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).context("--log")?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -144,7 +156,9 @@ fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
     let default = listeners.is_empty() && args.listen.is_empty();
     for address in args.listen.iter().chain(default.then_some(&DEFAULT_LISTEN)) {
         let listener = Listener::tcp(*address);
-        listeners.push(listener.with_context(|| format!("cannot listen on {address}"))?);
+        listeners.push(listener.with_context(|| {
+            format!("cannot listen on {address} (choose another with --listen)")
+        })?);
     }
     Ok(listeners)
 }

@@ -135,7 +135,11 @@ fn mistakes_are_told_with_the_place() {
     assert!(text.contains("none.conf"), "{text}");
     let (code, text) = run(&["--unix", "none/s"]);
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("none/s"), "{text}");
+    assert!(
+        text.starts_with("pss-nbd: ") && text.contains("none/s"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 1, "{text}");
     let (code, text) = run(&["--stdio"]);
     assert_eq!(code, Some(1), "{text}");
     assert!(text.contains("standard input is not a socket"), "{text}");

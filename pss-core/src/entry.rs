@@ -276,7 +276,7 @@ impl Entry {
         })
     }
 
-    /// Checks every payload block against its checksum.
+    /// Checks every payload block against its checksum. Blocks past the last number there is match none.
     ///
     /// # Errors
     /// [`EntryError::Checksum`] names the first block that differs.
@@ -291,16 +291,14 @@ impl Entry {
             else {
                 continue;
             };
-            let blocks = payload
-                .chunks_exact(BLOCK_BYTES)
-                .zip(checksums)
-                .zip(*first_block..);
-            for ((data, checksum), block) in blocks {
-                if block_checksum(*volume, block, data) != *checksum {
+            let blocks = payload.chunks_exact(BLOCK_BYTES).zip(checksums);
+            for ((data, checksum), number) in blocks.zip(0..) {
+                let block = first_block.checked_add(number);
+                if block.map(|block| block_checksum(*volume, block, data)) != Some(*checksum) {
                     return Err(EntryError::Checksum {
                         slot: self.id.slot,
                         volume: *volume,
-                        block,
+                        block: block.unwrap_or(u64::MAX),
                     });
                 }
             }
@@ -572,6 +570,41 @@ mod tests {
         let back = Entry::decode(&header, payload.into()).unwrap();
         assert_eq!(back, entry);
         back.verify().unwrap();
+    }
+
+    #[test]
+    fn blocks_past_the_last_number_match_no_checksum() {
+        let payload = Bytes::from(vec![1; 2 * BLOCK_BYTES]);
+        let write = |first_block| Entry {
+            commands: [Command::internal(Op::Write {
+                volume: VolumeId(1),
+                first_block,
+                checksums: (0..2)
+                    .map(|at| {
+                        block_checksum(
+                            VolumeId(1),
+                            first_block.wrapping_add(at),
+                            &payload[..BLOCK_BYTES],
+                        )
+                    })
+                    .collect(),
+                payload: payload.clone(),
+            })]
+            .into(),
+            ..sample()
+        };
+        assert!(write(u64::MAX - 1).verify().is_ok());
+        let error = write(u64::MAX).verify().unwrap_err();
+        assert!(
+            matches!(
+                error,
+                EntryError::Checksum {
+                    block: u64::MAX,
+                    ..
+                }
+            ),
+            "{error}"
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use syslog::{Facility, Formatter3164, Logger, LoggerBackend};
 use tracing::{Level, Metadata};
+use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -95,6 +96,24 @@ pub fn init(target: LogTarget, level: LogLevel, tag: &str) -> Result<(), LogErro
         }
     }
     Ok(())
+}
+
+/// Installs the log of a whole cell in one process, on stderr.
+///
+/// Its servers start and stop together: that each of them misses the others for a moment is no news, and
+/// reads like a failure. Who asks for more than warnings gets it all.
+pub fn init_cell(level: LogLevel) {
+    let level = LevelFilter::from(level);
+    let directives = match level {
+        LevelFilter::WARN => "warn,pss_server::peers=error".to_owned(),
+        level => level.to_string(),
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(directives))
+        .with_target(false)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .with_writer(io::stderr)
+        .init();
 }
 
 /// Writes lines as RFC 3164 datagrams to the local syslog.

@@ -33,7 +33,7 @@ use tokio::sync::watch;
 use crate::cli::cell::{connect, explain};
 use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
 use crate::config::{CellFiles, ServerConfig, Tuning};
-use crate::logging::{self, LogLevel, LogTarget};
+use crate::logging::{self, LogLevel};
 use crate::node::ServerHandle;
 
 /// Flags of `pss up`.
@@ -277,7 +277,7 @@ fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<S
 pub fn run(args: &UpArgs) -> Result<(), CliError> {
     let volumes = volumes(args)?;
     let dir = open_dir(&args.dir)?;
-    logging::init(LogTarget::Stderr, args.log_level, "pss-up").map_err(failed)?;
+    logging::init_cell(args.log_level);
     let _locked = lock(&dir)?;
     let plan = plan(args, dir)?;
     write_files(&plan)?;

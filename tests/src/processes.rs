@@ -162,12 +162,14 @@ impl Cell {
         static HOSTS: AtomicU8 = AtomicU8::new(0);
         // Cells of processes that run at the same time must not meet.
         let [.., high, low] = std::process::id().to_be_bytes();
+        let host = HOSTS.fetch_add(1, Ordering::Relaxed);
+        assert!(host < 36, "no addresses are left for cells of this process");
         let mut cell = Cell {
             bench: Bench::new(),
             servers: BTreeMap::new(),
             gateways: BTreeMap::new(),
-            network: [127, 192 + high % 63, low],
-            first_host: 1 + 20 * HOSTS.fetch_add(1, Ordering::Relaxed),
+            network: [127, 64 * (3 - host / 12) + high % 63, low],
+            first_host: 1 + 20 * (host % 12),
             proxies: Vec::new(),
             layout,
         };

@@ -1,7 +1,8 @@
 //! The command line programs as a test runs them.
 
-use std::fs;
-use std::io::{BufRead, BufReader};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::FromRawFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -104,6 +105,22 @@ impl Outcome {
     }
 }
 
+/// A terminal: the end of the person, and that of the program.
+///
+/// # Panics
+/// If the system has none to give.
+pub fn terminal() -> (File, File) {
+    let (mut person, mut program) = (-1, -1);
+    #[expect(unsafe_code, reason = "there is no safe way to open a terminal")]
+    // SAFETY: openpty writes two descriptors, which nobody else owns, and takes null for the rest.
+    unsafe {
+        let null = std::ptr::null_mut();
+        let result = libc::openpty(&mut person, &mut program, null, null.cast(), null.cast());
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+        (File::from_raw_fd(person), File::from_raw_fd(program))
+    }
+}
+
 /// A program that runs; killed when dropped.
 pub struct Running {
     child: Child,
@@ -137,6 +154,41 @@ impl Running {
             lines,
             seen: String::new(),
         }
+    }
+
+    /// Starts a program on a terminal; what it says there is read line by line.
+    pub fn start_on_terminal(command: &mut Command) -> (Running, File) {
+        let (person, program) = terminal();
+        let clone = || program.try_clone().expect("a descriptor can be doubled");
+        let child = command
+            .stdin(clone())
+            .stdout(clone())
+            .stderr(clone())
+            .spawn()
+            .expect("the program can be run");
+        // The command holds copies, without which the terminal ends with the program.
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(Stdio::null());
+        let (sender, lines) = channel();
+        let reader = person.try_clone().expect("a descriptor can be doubled");
+        std::thread::spawn(move || {
+            // A question ends with a colon and no end of line. A terminal whose program has ended gives an
+            // error instead of an end.
+            let mut part = Vec::new();
+            for byte in BufReader::new(reader).bytes().map_while(Result::ok) {
+                part.push(byte);
+                if matches!(byte, b':' | b'\n') {
+                    let _ = sender.send(String::from_utf8_lossy(&part).into_owned());
+                    part.clear();
+                }
+            }
+        });
+        let running = Running {
+            child,
+            lines,
+            seen: String::new(),
+        };
+        (running, person)
     }
 
     /// Process id.

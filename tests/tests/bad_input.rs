@@ -26,10 +26,14 @@ const MIB: u32 = 1 << 20;
 /// The cell serves everybody again after this time at most.
 const RETURN: Duration = Duration::from_secs(25);
 
-/// Whether this runs as root. What needs rights is skipped without them, aloud; as root it must work.
-fn is_root() -> bool {
+/// Fails without root: a test that cannot be done is no test that has passed.
+#[track_caller]
+fn need_root(what: &str) {
     let output = Program::new("id").arg("-u").output().unwrap();
-    output.stdout.starts_with(b"0\n")
+    assert!(
+        output.stdout.starts_with(b"0\n"),
+        "this test {what}, which needs root: run it as root, as in 'sudo env PATH=\"$PATH\" ./run-tests.sh'"
+    );
 }
 
 /// Memory of a process, bytes.
@@ -379,12 +383,9 @@ struct SmallDisks {
 }
 
 impl SmallDisks {
-    /// ext4 in files if there are loop devices, or else tmpfs. Nothing without the right to mount.
-    fn new(count: u8, mib: u32) -> Option<SmallDisks> {
-        if !is_root() {
-            println!("SKIPPED: full disks need root, which may mount");
-            return None;
-        }
+    /// ext4 in files if there are loop devices, or else tmpfs.
+    fn new(count: u8, mib: u32) -> SmallDisks {
+        need_root("mounts small disks to fill them");
         let mut disks = SmallDisks {
             mounts: Vec::new(),
             directory: tempfile::tempdir().unwrap(),
@@ -419,7 +420,7 @@ impl SmallDisks {
             }
             disks.mounts.push(mount);
         }
-        Some(disks)
+        disks
     }
 
     fn layout(&self, layout: Layout) -> Layout {
@@ -527,9 +528,7 @@ fn thrifty(servers: u8) -> Layout {
 
 #[test]
 fn full_disks_refuse_writes_and_nothing_else() {
-    let Some(disks) = SmallDisks::new(3, 256) else {
-        return;
-    };
+    let disks = SmallDisks::new(3, 256);
     let mut cell = Cell::started(disks.layout(thrifty(3)), "1G --chunk-size 1M");
     let mut client = cell.client(0);
     let mut written = Written::new();
@@ -585,9 +584,7 @@ fn ballast(mount: &Path, mib: Option<u64>) -> PathBuf {
 
 #[test]
 fn disks_that_others_have_filled() {
-    let Some(disks) = SmallDisks::new(3, 192) else {
-        return;
-    };
+    let disks = SmallDisks::new(3, 192);
     let mut cell = Cell::started(disks.layout(thrifty(3)), "1G --chunk-size 1M");
     let mut client = cell.client(0);
     let mut written = Written::new();
@@ -640,9 +637,7 @@ fn disks_that_others_have_filled() {
 
 #[test]
 fn one_full_disk_holds_nobody_up() {
-    let Some(disks) = SmallDisks::new(1, 320) else {
-        return;
-    };
+    let disks = SmallDisks::new(1, 320);
     let mut layout = thrifty(3);
     layout.paths.insert(1, disks.mounts[0].join("pss"));
     let mut cell = Cell::started(layout, "1G --chunk-size 1M");
@@ -682,26 +677,20 @@ fn one_full_disk_holds_nobody_up() {
 
 // ---- failing disks ----
 
-/// Makes system calls of a server fail from now on. Nothing without the right to do that.
-fn inject(cell: &Cell, id: u8, calls: &str) -> Option<Process> {
-    if !is_root() {
-        println!("SKIPPED: failing system calls need root, which may trace other processes");
-        return None;
-    }
+/// Makes system calls of a server fail from now on.
+fn inject(cell: &Cell, id: u8, calls: &str) -> Process {
     let pid = cell.servers[&id].pid().to_string();
     let mut command = Program::new(tool("strace", "strace"));
     command.args(["-f", "-qq", "-o", "/dev/null", "-p", &pid]);
     command.args(["-e", &format!("trace={calls}")]);
     command.args(["-e", &format!("inject={calls}:error=EIO")]);
     let output = cell.bench.path("strace.out");
-    Some(Process::start("strace", &mut command, output))
+    Process::start("strace", &mut command, output)
 }
 
 /// A server whose disk fails stops, says so, and catches up when it is started again.
 fn fails_and_returns(cell: &mut Cell, load: &Load, id: u8, calls: &str, says: &str) {
-    let Some(mut strace) = inject(cell, id, calls) else {
-        return;
-    };
+    let mut strace = inject(cell, id, calls);
     let fault = load.now();
     let mut bulk = cell.client(0);
     // Brings a checkpoint about.
@@ -726,6 +715,7 @@ fn fails_and_returns(cell: &mut Cell, load: &Load, id: u8, calls: &str, says: &s
 
 #[test]
 fn a_failing_disk_stops_its_server_and_nobody_else() {
+    need_root("makes the system calls of a server fail with strace");
     let mut cell = Cell::started(Layout::small(3), "128M --chunk-size 1M");
     let load = Load::start(vec![cell.nbd(0)], 4, 5);
     load.wait_served("the start", load.now(), RETURN);

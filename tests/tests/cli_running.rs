@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::net::UdpSocket;
+use std::io::Write;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use pss_tests::binaries;
+use pss_tests::nbd_client::{Command, NbdClient};
 use pss_tests::programs::{Bench, Running};
 use serde_json::Value;
 
@@ -89,10 +91,29 @@ fn start_on_a_directory_in_use() {
 fn start_with_a_taken_port() {
     let bench = single("127.0.3.3");
     bench.run("pssd", "format --id 0 --path data").done();
-    let _taken = UdpSocket::bind("127.0.3.3:4000").unwrap();
+    let taken = UdpSocket::bind("127.0.3.3:4000").unwrap();
     bench
         .run("pssd", "start --id 0 --path data")
         .fails(1, &["127.0.3.3:4000"]);
+    drop(taken);
+    let _taken = TcpListener::bind("127.0.3.3:4010").unwrap();
+    bench
+        .run("pssd", "start --id 0 --path data")
+        .fails(1, &["127.0.3.3:4010"]);
+    let _taken = TcpListener::bind("127.0.3.3:10809").unwrap();
+    for program in ["pss-nbd --listen", "pss-up --dir up --nbd"] {
+        let (program, flags) = program.split_once(' ').unwrap();
+        bench
+            .run(program, &format!("{flags} 127.0.3.3:10809"))
+            .fails(
+                1,
+                &[
+                    "127.0.3.3:10809",
+                    "in use",
+                    flags.split(' ').next_back().unwrap(),
+                ],
+            );
+    }
 }
 
 #[test]
@@ -291,6 +312,9 @@ fn up_again_on_the_same_data() {
     up.running.signal("INT");
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
 
+    let said = up.running.output();
+    assert!(!said.contains("WARN") && !said.contains("ERROR"), "{said}");
+
     (up.running, up.nbd) = Up::start(&up.bench);
     let list = up.json("volume list");
     let names: Vec<_> = list["volumes"]
@@ -302,4 +326,119 @@ fn up_again_on_the_same_data() {
     assert_eq!(names, ["kept", "vol001"]);
     up.running.signal("TERM");
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+}
+
+#[test]
+fn a_second_interrupt_ends_at_once() {
+    let mut up = Up::new("127.0.3.14");
+    up.status_is("All 3 copies current.");
+    let mut client = NbdClient::connect(up.nbd.parse().unwrap(), "vol001", SOON).unwrap();
+    // Without a majority the end of the gateway's session, which a clean stop waits for, takes seconds.
+    up.bench.run("pss", "server shutdown 1").done();
+    up.bench.run("pss", "server shutdown 2 --yes").done();
+    client.submit(Command::Write, 0, 4096, &[1; 4096]).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    up.running.signal("INT");
+    std::thread::sleep(Duration::from_millis(100));
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(130), "{}", up.running.output());
+
+    // It is as after a power cut: nothing that was answered is lost.
+    (up.running, up.nbd) = Up::start(&up.bench);
+    up.status_is("All 3 copies current.");
+    up.running.signal("INT");
+    assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
+}
+
+#[test]
+fn deletion_asks_on_a_terminal() {
+    let up = Up::new("127.0.3.15");
+    up.bench.run("pss", "volume create small 1M").done();
+    let delete = |answer: &str| {
+        let mut command = up.bench.command("pss");
+        command.args(["volume", "delete", "small"]);
+        let (mut running, mut person) = Running::start_on_terminal(&mut command);
+        running.wait_for("Type yes to go on", SOON);
+        assert!(running.output().contains("Delete volume small of 1M"));
+        person.write_all(answer.as_bytes()).unwrap();
+        let code = running.ends(SOON);
+        (code, running.output().to_owned())
+    };
+    // The last one is Ctrl-D: no answer.
+    for answer in ["no\n", "\n", "y\n", "yes, please\n", "\u{4}"] {
+        let (code, said) = delete(answer);
+        assert_eq!(code, Some(1), "{answer:?}: {said}");
+        assert!(said.contains("nothing was done"), "{answer:?}: {said}");
+        up.bench.run("pss", "volume show small").done();
+    }
+    let (code, said) = delete("yes\n");
+    assert_eq!(code, Some(0), "{said}");
+    up.bench
+        .run("pss", "volume show small")
+        .fails(3, &["small"]);
+    // Half a terminal is none: nobody would see the question.
+    let (_person, program) = pss_tests::programs::terminal();
+    up.bench.run("pss", "volume create small 1M").done();
+    let mut command = up.bench.command("pss");
+    command.args(["volume", "delete", "small"]).stdin(program);
+    let outcome = pss_tests::programs::Outcome(command.output().unwrap());
+    outcome.fails(2, &["Delete volume small", "--yes"]);
+}
+
+#[test]
+fn status_is_watched() {
+    let up = Up::new("127.0.3.16");
+    up.status_is("All 3 copies current.");
+    let mut command = up.bench.command("pss");
+    let mut text = Running::start(command.args(["status", "--watch"]));
+    let mut command = up.bench.command("pss");
+    let mut json = Running::start(command.args(["status", "--watch", "--json"]));
+    for _ in 0..2 {
+        text.wait_for("All 3 copies current. Any 1 server may fail.", SOON);
+        json.wait_for("\"works\": true", SOON);
+    }
+    up.bench.run("pss", "server shutdown 2").done();
+    text.wait_for("Server 2 ", SOON);
+    up.bench.run("pss", "server shutdown 1 --yes").done();
+    // Without a majority it goes on: it is there to see the servers come back.
+    text.wait_for("No majority: 1 of 3 core servers answers", SOON);
+    json.wait_for("\"works\": false", SOON);
+    text.wait_for("No majority: 1 of 3 core servers answers", SOON);
+    text.signal("INT");
+    assert_eq!(text.ends(SOON), None, "ended by the signal");
+    assert!(!text.output().contains('\u{1b}'), "no terminal, no colours");
+
+    let mut command = up.bench.command("pss");
+    let (mut screen, _person) = Running::start_on_terminal(command.args(["status", "--watch"]));
+    screen.wait_for("\u{1b}[H\u{1b}[2JNo majority", SOON);
+}
+
+#[test]
+fn up_chooses_other_ports_and_says_so() {
+    let bench = Bench::new();
+    // If somebody else has the usual port already, so much the better.
+    let _taken = TcpListener::bind("127.0.0.1:10809");
+    let host = "127.0.3.17";
+    bench.servers(format!("0 {host} {}\n", bench.path("server0").display()));
+    bench.run("pss", "key new cell.key").done();
+    let _udp = UdpSocket::bind((host, 4000)).unwrap();
+    let mut command = bench.command("pss-up");
+    command.args(["--dir", ".", "--volume", "a:1M", "--volume", "b c:2M"]);
+    let mut running = Running::start(&mut command);
+    running.wait_for("127.0.3.17:4000 is taken", SOON);
+    let said = running.wait_for("127.0.0.1:10809 is taken", SOON);
+    assert!(said.contains("NBD uses 127.0.0.1:108"), "{said}");
+    let said = running.wait_for("PSS cell of 1 server at 127.0.", SOON);
+    assert!(!said.contains(host), "{said}");
+    running.wait_for("Volume a of 1M at nbd://127.0.0.1:108", SOON);
+    let said = running.wait_for("Volume b c of 2M at nbd://127.0.0.1:108", SOON);
+    let uri = format!("nbd://{}", said.split_once("nbd://").unwrap().1);
+    let nbdinfo = binaries::tool("nbdinfo", "libnbd-bin");
+    let output = std::process::Command::new(nbdinfo)
+        .args(["--size", &uri])
+        .output()
+        .unwrap();
+    assert_eq!(output.stdout, b"2097152\n", "{uri}");
+    running.signal("INT");
+    assert_eq!(running.ends(SOON), Some(0), "{}", running.output());
 }

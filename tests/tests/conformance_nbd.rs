@@ -1,11 +1,13 @@
 //! The NBD server against clients that others wrote: libnbd's tools, qemu, fio and nbd-client.
 //!
-//! The server runs in this process over a volume in memory, on a unix socket and on a loopback port of
-//! its own. Debian packages: libnbd-bin python3-libnbd nbdkit qemu-utils fio nbd-client.
+//! What runs is the NBD server in this process over a volume in memory, and then the same against
+//! `pss-nbd` with a cell of three `pssd`; each on a unix socket and on a port of its own. Debian packages:
+//! libnbd-bin python3-libnbd nbdkit qemu-utils fio nbd-client.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::collections::BTreeMap;
+use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -17,6 +19,7 @@ use export_nbd::export::{Exports, Policy};
 use export_nbd::listen::Listener;
 use export_nbd::memory::{MemoryDevice, MemoryVolumes};
 use export_nbd::server::{Limits, Server};
+use pss_tests::processes::{Cell, Layout, PATIENCE, Process, wait_until};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -24,17 +27,35 @@ const SIZE: u64 = 64 << 20;
 /// No tool takes this long; a server that hangs is found by it.
 const TOOL_SECONDS: &str = "60";
 
-/// Exports `vol` (with a description, the default), `ro` (read-only, 4 MiB) and `other`.
+/// Exports `vol` (the default), `ro` (read-only, 4 MiB) and `other`.
 struct Fixture {
     directory: TempDir,
-    volumes: Arc<MemoryVolumes>,
-    server: Arc<Server>,
+    served: Served,
     tcp: String,
-    thread: Option<JoinHandle<()>>,
+}
+
+/// Who serves.
+enum Served {
+    /// The library, over memory; `vol` has a description.
+    Memory {
+        volumes: Arc<MemoryVolumes>,
+        server: Arc<Server>,
+        thread: Option<JoinHandle<()>>,
+    },
+    /// `pss-nbd`, over a cell.
+    Cell { gateway: Process, cell: Box<Cell> },
+}
+
+/// Runs a test against the server over memory and against a cell.
+fn both(test: impl Fn(&Fixture)) {
+    println!("the server over memory:");
+    test(&Fixture::memory());
+    println!("pss-nbd with a cell:");
+    test(&Fixture::cell());
 }
 
 impl Fixture {
-    fn new() -> Fixture {
+    fn memory() -> Fixture {
         let directory = tempfile::tempdir().unwrap();
         let volumes = MemoryVolumes::new([
             MemoryDevice::new("vol", SIZE).described("a disk"),
@@ -66,10 +87,61 @@ impl Fixture {
         });
         Fixture {
             directory,
-            volumes,
-            server,
+            served: Served::Memory {
+                volumes,
+                server,
+                thread: Some(thread),
+            },
             tcp: address,
-            thread: Some(thread),
+        }
+    }
+
+    fn cell() -> Fixture {
+        let directory = tempfile::tempdir().unwrap();
+        let mut cell = Cell::new(Layout::small(3));
+        for id in 0..3 {
+            cell.start(id);
+        }
+        cell.wait_current();
+        for volume in ["vol 64M", "ro 4M", "other 1M"] {
+            let create = format!("volume create {volume} --chunk-size 1M");
+            cell.bench.run("pss", &create).done();
+        }
+        let policy = directory.path().join("policy");
+        std::fs::write(&policy, "ro read-only\n*\n").unwrap();
+        let (socket, address) = (directory.path().join("s"), cell.nbd(0).to_string());
+        let mut command = cell.bench.command("pss-nbd");
+        command.arg("--unix").arg(&socket);
+        command.args(["--listen", &address, "--default-export", "vol"]);
+        command.arg("--export-policy").arg(&policy);
+        let output = cell.bench.path("pss-nbd.log");
+        let mut gateway = Process::start("pss-nbd", &mut command, output);
+        wait_until("the gateway listens", PATIENCE, || {
+            assert!(gateway.runs(), "{}", gateway.text());
+            socket.exists() && TcpStream::connect(&address).is_ok()
+        });
+        Fixture {
+            directory,
+            served: Served::Cell {
+                gateway,
+                cell: Box::new(cell),
+            },
+            tcp: format!("nbd://{address}/"),
+        }
+    }
+
+    /// What clients are told about an export.
+    fn description(&self, export: &str) -> String {
+        match (&self.served, export) {
+            (Served::Memory { .. }, "vol") => "a disk".to_owned(),
+            (Served::Memory { .. }, _) => String::new(),
+            (Served::Cell { cell, .. }, _) => {
+                let outcome = cell
+                    .bench
+                    .run("pss", &format!("volume show {export} --json"));
+                let shown: Value = serde_json::from_slice(&outcome.done().0.stdout).unwrap();
+                format!("PSS volume {}", shown["uuid"].as_str().unwrap())
+            }
         }
     }
 
@@ -85,8 +157,14 @@ impl Fixture {
         self.directory.path().join(name)
     }
 
+    /// Of `vol`.
     fn content(&self) -> Vec<u8> {
-        self.volumes.get("vol").unwrap().content()
+        if let Served::Memory { volumes, .. } = &self.served {
+            return volumes.get("vol").unwrap().content();
+        }
+        let copy = self.path("content");
+        run("nbdcopy", &[&self.uri("vol"), copy.to_str().unwrap()]);
+        std::fs::read(&copy).unwrap()
     }
 
     /// A sparse file as long as `vol`, runs of data with holes between them, and its content.
@@ -107,10 +185,17 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        self.server.stop();
-        if let Some(thread) = self.thread.take() {
-            let ended = thread.join();
-            assert!(ended.is_ok() || std::thread::panicking());
+        match &mut self.served {
+            Served::Memory { server, thread, .. } => {
+                server.stop();
+                let ended = thread.take().map(JoinHandle::join);
+                assert!(ended.is_none_or(|ended| ended.is_ok()) || std::thread::panicking());
+            }
+            Served::Cell { gateway, .. } if !std::thread::panicking() => {
+                gateway.signal("TERM");
+                assert_eq!(gateway.ends(PATIENCE), Some(0), "{}", gateway.text());
+            }
+            Served::Cell { .. } => {}
         }
     }
 }
@@ -163,251 +248,260 @@ fn json(name: &str, arguments: &[&str]) -> Value {
 
 #[test]
 fn nbdinfo_of_an_export() {
-    let fixture = Fixture::new();
-    let info = json("nbdinfo", &["--json", &fixture.uri("vol")]);
-    assert_eq!(info["protocol"], "newstyle-fixed");
-    assert_eq!(info["structured"], true);
-    let export = &info["exports"][0];
-    for (key, value) in [
-        ("export-size", Value::from(SIZE)),
-        ("description", "a disk".into()),
-        ("contexts", vec!["base:allocation"].into()),
-        ("block_size_minimum", 1.into()),
-        ("block_size_preferred", 4096.into()),
-        ("block_size_maximum", (32 << 20).into()),
-        ("is_read_only", false.into()),
-        ("is_rotational", false.into()),
-        ("can_cache", true.into()),
-        ("can_df", true.into()),
-        ("can_fast_zero", true.into()),
-        ("can_flush", true.into()),
-        ("can_fua", true.into()),
-        ("can_multi_conn", true.into()),
-        ("can_trim", true.into()),
-        ("can_zero", true.into()),
-    ] {
-        assert_eq!(export[key], value, "{key} in {export}");
-    }
-    let size = run("nbdinfo", &["--size", &fixture.tcp_uri("")]);
-    assert_eq!(size.trim(), SIZE.to_string());
+    both(|fixture| {
+        let info = json("nbdinfo", &["--json", &fixture.uri("vol")]);
+        assert_eq!(info["protocol"], "newstyle-fixed");
+        assert_eq!(info["structured"], true);
+        let export = &info["exports"][0];
+        for (key, value) in [
+            ("export-size", Value::from(SIZE)),
+            ("description", fixture.description("vol").into()),
+            ("contexts", vec!["base:allocation"].into()),
+            ("block_size_minimum", 1.into()),
+            ("block_size_preferred", 4096.into()),
+            ("block_size_maximum", (32 << 20).into()),
+            ("is_read_only", false.into()),
+            ("is_rotational", false.into()),
+            ("can_cache", true.into()),
+            ("can_df", true.into()),
+            ("can_fast_zero", true.into()),
+            ("can_flush", true.into()),
+            ("can_fua", true.into()),
+            ("can_multi_conn", true.into()),
+            ("can_trim", true.into()),
+            ("can_zero", true.into()),
+        ] {
+            assert_eq!(export[key], value, "{key} in {export}");
+        }
+        let size = run("nbdinfo", &["--size", &fixture.tcp_uri("")]);
+        assert_eq!(size.trim(), SIZE.to_string());
+    });
 }
 
 #[test]
 fn nbdinfo_can_and_is() {
-    let fixture = Fixture::new();
-    let (vol, ro) = (fixture.uri("vol"), fixture.uri("ro"));
-    let code = |what: &[&str]| tool("nbdinfo", what).status.code();
-    for (what, of_ro) in [
-        ("connect", 0),
-        ("read", 0),
-        ("multi-conn", 0),
-        ("flush", 0),
-        ("fua", 0),
-        ("cache", 0),
-        ("df", 0),
-        ("write", 2),
-        ("zero", 2),
-        ("trim", 2),
-        ("fast-zero", 2),
-    ] {
-        assert_eq!(code(&["--can", what, &vol]), Some(0), "{what}");
-        assert_eq!(code(&["--can", what, &ro]), Some(of_ro), "{what} of ro");
-    }
-    assert_eq!(code(&["--is", "read-only", &ro]), Some(0));
-    assert_eq!(code(&["--is", "read-only", &vol]), Some(2));
-    assert_eq!(code(&[&fixture.uri("none")]), Some(1));
+    both(|fixture| {
+        let (vol, ro) = (fixture.uri("vol"), fixture.uri("ro"));
+        let code = |what: &[&str]| tool("nbdinfo", what).status.code();
+        for (what, of_ro) in [
+            ("connect", 0),
+            ("read", 0),
+            ("multi-conn", 0),
+            ("flush", 0),
+            ("fua", 0),
+            ("cache", 0),
+            ("df", 0),
+            ("write", 2),
+            ("zero", 2),
+            ("trim", 2),
+            ("fast-zero", 2),
+        ] {
+            assert_eq!(code(&["--can", what, &vol]), Some(0), "{what}");
+            assert_eq!(code(&["--can", what, &ro]), Some(of_ro), "{what} of ro");
+        }
+        assert_eq!(code(&["--is", "read-only", &ro]), Some(0));
+        assert_eq!(code(&["--is", "read-only", &vol]), Some(2));
+        assert_eq!(code(&[&fixture.uri("none")]), Some(1));
+    });
 }
 
 #[test]
 fn nbdinfo_list() {
-    let fixture = Fixture::new();
-    let listed = json("nbdinfo", &["--list", "--json", &fixture.uri("")]);
-    let exports = listed["exports"].as_array().unwrap();
-    let names: Vec<_> = exports
-        .iter()
-        .map(|export| &export["export-name"])
-        .collect();
-    assert_eq!(names, ["other", "ro", "vol"]);
-    assert_eq!(exports[2]["description"], "a disk");
-    assert_eq!(exports[1]["is_read_only"], true);
-    let listed = run("nbdinfo", &["--list", &fixture.tcp_uri("")]);
-    assert!(listed.contains("export=\"other\":"), "{listed}");
+    both(|fixture| {
+        let listed = json("nbdinfo", &["--list", "--json", &fixture.uri("")]);
+        let exports = listed["exports"].as_array().unwrap();
+        let names: Vec<_> = exports
+            .iter()
+            .map(|export| &export["export-name"])
+            .collect();
+        assert_eq!(names, ["other", "ro", "vol"]);
+        let description = exports[2]["description"].as_str();
+        assert_eq!(description.unwrap_or_default(), fixture.description("vol"));
+        assert_eq!(exports[1]["is_read_only"], true);
+        let listed = run("nbdinfo", &["--list", &fixture.tcp_uri("")]);
+        assert!(listed.contains("export=\"other\":"), "{listed}");
+    });
 }
 
 #[test]
 fn nbd_client_list() {
-    let fixture = Fixture::new();
-    let address = fixture
-        .tcp
-        .trim_start_matches("nbd://")
-        .trim_end_matches('/');
-    let (host, port) = address.split_once(':').unwrap();
-    let listed = run("nbd-client", &["-l", host, port]);
-    for name in ["other", "ro", "vol"] {
-        assert!(
-            listed.lines().any(|line| line.starts_with(name)),
-            "{listed}"
-        );
-    }
+    both(|fixture| {
+        let address = fixture
+            .tcp
+            .trim_start_matches("nbd://")
+            .trim_end_matches('/');
+        let (host, port) = address.split_once(':').unwrap();
+        let listed = run("nbd-client", &["-l", host, port]);
+        for name in ["other", "ro", "vol"] {
+            assert!(
+                listed.lines().any(|line| line.starts_with(name)),
+                "{listed}"
+            );
+        }
+    });
 }
 
 #[test]
 fn nbdcopy_there_and_back() {
-    let fixture = Fixture::new();
-    let (source, expected) = fixture.image();
-    let (source, uri) = (&source, fixture.uri("vol"));
-    run("nbdcopy", &[source, &uri]);
-    assert!(fixture.content() == expected);
+    both(|fixture| {
+        let (source, expected) = fixture.image();
+        let (source, uri) = (&source, fixture.uri("vol"));
+        run("nbdcopy", &[source, &uri]);
+        assert!(fixture.content() == expected);
 
-    let map = run("nbdinfo", &["--map", &uri]);
-    let data = map.lines().filter(|line| line.ends_with("data"));
-    assert_eq!(data.count(), 3, "{map}");
-    let totals = run("nbdinfo", &["--map", "--totals", &fixture.tcp_uri("vol")]);
-    assert!(totals.contains("hole,zero"), "{totals}");
+        let map = run("nbdinfo", &["--map", &uri]);
+        let data = map.lines().filter(|line| line.ends_with("data"));
+        assert_eq!(data.count(), 3, "{map}");
+        let totals = run("nbdinfo", &["--map", "--totals", &fixture.tcp_uri("vol")]);
+        assert!(totals.contains("hole,zero"), "{totals}");
 
-    let back = fixture.path("back");
-    run(
-        "nbdcopy",
-        &[&fixture.tcp_uri("vol"), back.to_str().unwrap()],
-    );
-    assert!(std::fs::read(&back).unwrap() == expected);
-    let allocated = std::fs::metadata(&back).unwrap().blocks() * 512;
-    assert!(allocated < 16 << 20, "holes became holes again");
+        let back = fixture.path("back");
+        run(
+            "nbdcopy",
+            &[&fixture.tcp_uri("vol"), back.to_str().unwrap()],
+        );
+        assert!(std::fs::read(&back).unwrap() == expected);
+        let allocated = std::fs::metadata(&back).unwrap().blocks() * 512;
+        assert!(allocated < 16 << 20, "holes became holes again");
 
-    // All of it, written in full, by four connections.
-    let many = [
-        "--allocated",
-        "--flush",
-        "--connections=4",
-        "--requests=64",
-        source,
-        &uri,
-    ];
-    run("nbdcopy", &many);
-    assert!(fixture.content() == expected);
-    run(
-        "nbdcopy",
-        &["--connections=4", "--requests=64", &uri, "null:"],
-    );
+        // All of it, written in full, by four connections.
+        let many = [
+            "--allocated",
+            "--flush",
+            "--connections=4",
+            "--requests=64",
+            source,
+            &uri,
+        ];
+        run("nbdcopy", &many);
+        assert!(fixture.content() == expected);
+        run(
+            "nbdcopy",
+            &["--connections=4", "--requests=64", &uri, "null:"],
+        );
+    });
 }
 
 #[test]
 fn qemu_img_reads_writes_and_compares() {
-    let fixture = Fixture::new();
-    let (source, expected) = fixture.image();
-    let (source, uri) = (&source, fixture.uri("vol"));
-    let raw = ["convert", "-n", "-f", "raw", "-O", "raw"];
-    run("qemu-img", &[&raw[..], &[source, &uri]].concat());
-    assert!(fixture.content() == expected);
-    run(
-        "qemu-img",
-        &["compare", "-f", "raw", "-F", "raw", source, &uri],
-    );
+    both(|fixture| {
+        let (source, expected) = fixture.image();
+        let (source, uri) = (&source, fixture.uri("vol"));
+        let raw = ["convert", "-n", "-f", "raw", "-O", "raw"];
+        run("qemu-img", &[&raw[..], &[source, &uri]].concat());
+        assert!(fixture.content() == expected);
+        run(
+            "qemu-img",
+            &["compare", "-f", "raw", "-F", "raw", source, &uri],
+        );
 
-    let info = json(
-        "qemu-img",
-        &["info", "--output=json", &fixture.tcp_uri("vol")],
-    );
-    assert_eq!(info["virtual-size"], SIZE);
-    let map = json("qemu-img", &["map", "--output=json", "-f", "raw", &uri]);
-    let parts = map.as_array().unwrap();
-    let data = parts.iter().filter(|part| part["data"] == true);
-    let data: u64 = data.map(|part| part["length"].as_u64().unwrap()).sum();
-    assert!(((4 << 20) + 12345..5 << 20).contains(&data), "{map}");
+        let info = json(
+            "qemu-img",
+            &["info", "--output=json", &fixture.tcp_uri("vol")],
+        );
+        assert_eq!(info["virtual-size"], SIZE);
+        let map = json("qemu-img", &["map", "--output=json", "-f", "raw", &uri]);
+        let parts = map.as_array().unwrap();
+        let data = parts.iter().filter(|part| part["data"] == true);
+        let data: u64 = data.map(|part| part["length"].as_u64().unwrap()).sum();
+        assert!(((4 << 20) + 12345..5 << 20).contains(&data), "{map}");
 
-    let back = fixture.path("back");
-    let raw = ["convert", "-f", "raw", "-O", "raw", &uri];
-    run("qemu-img", &[&raw[..], &[back.to_str().unwrap()]].concat());
-    assert!(std::fs::read(&back).unwrap() == expected);
-    let bench = ["bench", "-f", "raw", "-c", "2000", "-d", "16"];
-    run("qemu-img", &[&bench[..], &["-w", &uri]].concat());
-    run("qemu-img", &[&bench[..], &["-s", "65536", &uri]].concat());
+        let back = fixture.path("back");
+        let raw = ["convert", "-f", "raw", "-O", "raw", &uri];
+        run("qemu-img", &[&raw[..], &[back.to_str().unwrap()]].concat());
+        assert!(std::fs::read(&back).unwrap() == expected);
+        let bench = ["bench", "-f", "raw", "-c", "2000", "-d", "16"];
+        run("qemu-img", &[&bench[..], &["-w", &uri]].concat());
+        run("qemu-img", &[&bench[..], &["-s", "65536", &uri]].concat());
+    });
 }
 
 #[test]
 fn qemu_io_commands() {
-    let fixture = Fixture::new();
-    let mut arguments = vec!["-f", "raw", "-d", "unmap"];
-    for command in [
-        "write -P 0xab 1M 64k",
-        "read -P 0xab 1M 64k",
-        "write -P 0x11 2M 4M",
-        "write -z 2M 1M",
-        "write -z -u 3M 1M",
-        "discard 4M 1M",
-        "write -f -P 0x22 7M 4k",
-        "aio_write -P 0x33 8M 1M",
-        "aio_write -P 0x44 9M 1M",
-        "aio_flush",
-        "flush",
-        "read -P 0 2M 3M",
-        "read -P 0x11 5M 1M",
-        "read -P 0x22 7M 4k",
-        "read -P 0x33 8M 1M",
-        "read -P 0x44 9M 1M",
-        // Aligned to neither sectors nor blocks.
-        "write -P 0x55 10000001 777",
-        "read -P 0x55 10000001 777",
-        "map",
-    ] {
-        arguments.extend(["-c", command]);
-    }
-    let uri = fixture.uri("vol");
-    arguments.push(&uri);
-    let output = tool("qemu-io", &arguments);
-    let text = text(&output);
-    assert!(output.status.success(), "{text}");
-    for sign in ["verification failed", "failed:", "error"] {
-        assert!(!text.contains(sign), "{text}");
-    }
-    let ro = fixture.uri("ro");
-    let read = tool("qemu-io", &["-r", "-f", "raw", "-c", "read 0 4M", &ro]);
-    assert!(read.status.success());
-    let write = tool("qemu-io", &["-f", "raw", "-c", "write 0 4k", &ro]);
-    assert!(!write.status.success(), "a read-only export takes no write");
+    both(|fixture| {
+        let mut arguments = vec!["-f", "raw", "-d", "unmap"];
+        for command in [
+            "write -P 0xab 1M 64k",
+            "read -P 0xab 1M 64k",
+            "write -P 0x11 2M 4M",
+            "write -z 2M 1M",
+            "write -z -u 3M 1M",
+            "discard 4M 1M",
+            "write -f -P 0x22 7M 4k",
+            "aio_write -P 0x33 8M 1M",
+            "aio_write -P 0x44 9M 1M",
+            "aio_flush",
+            "flush",
+            "read -P 0 2M 3M",
+            "read -P 0x11 5M 1M",
+            "read -P 0x22 7M 4k",
+            "read -P 0x33 8M 1M",
+            "read -P 0x44 9M 1M",
+            // Aligned to neither sectors nor blocks.
+            "write -P 0x55 10000001 777",
+            "read -P 0x55 10000001 777",
+            "map",
+        ] {
+            arguments.extend(["-c", command]);
+        }
+        let uri = fixture.uri("vol");
+        arguments.push(&uri);
+        let output = tool("qemu-io", &arguments);
+        let text = text(&output);
+        assert!(output.status.success(), "{text}");
+        for sign in ["verification failed", "failed:", "error"] {
+            assert!(!text.contains(sign), "{text}");
+        }
+        let ro = fixture.uri("ro");
+        let read = tool("qemu-io", &["-r", "-f", "raw", "-c", "read 0 4M", &ro]);
+        assert!(read.status.success());
+        let write = tool("qemu-io", &["-f", "raw", "-c", "write 0 4k", &ro]);
+        assert!(!write.status.success(), "a read-only export takes no write");
+    });
 }
 
 #[test]
 fn fio_verifies_what_it_wrote() {
-    let fixture = Fixture::new();
-    let fio = |jobs: &[&str]| {
-        let common = ["--ioengine=nbd", "--verify_fatal=1", "--do_verify=1"];
-        run("fio", &[&common[..], jobs].concat())
-    };
-    let uri = format!("--uri={}", fixture.uri("vol"));
-    fio(&[
-        "--name=random",
-        "--rw=randwrite",
-        "--bs=4k",
-        "--size=16M",
-        "--iodepth=32",
-        "--verify=crc32c",
-        &uri,
-    ]);
-    // Lengths and offsets of any alignment, over TCP.
-    let tcp = format!("--uri={}", fixture.tcp_uri("vol"));
-    fio(&[
-        "--name=uneven",
-        "--rw=randwrite",
-        "--bsrange=512-300k",
-        "--bs_unaligned",
-        "--size=32M",
-        "--iodepth=16",
-        "--verify=crc32c",
-        &tcp,
-    ]);
-    // Four connections.
-    fio(&[
-        "--name=jobs",
-        "--rw=randwrite",
-        "--bs=4k",
-        "--size=8M",
-        "--offset_increment=8M",
-        "--numjobs=4",
-        "--iodepth=8",
-        "--verify=sha1",
-        &uri,
-    ]);
+    both(|fixture| {
+        let fio = |jobs: &[&str]| {
+            let common = ["--ioengine=nbd", "--verify_fatal=1", "--do_verify=1"];
+            run("fio", &[&common[..], jobs].concat())
+        };
+        let uri = format!("--uri={}", fixture.uri("vol"));
+        fio(&[
+            "--name=random",
+            "--rw=randwrite",
+            "--bs=4k",
+            "--size=16M",
+            "--iodepth=32",
+            "--verify=crc32c",
+            &uri,
+        ]);
+        // Lengths and offsets of any alignment, over TCP.
+        let tcp = format!("--uri={}", fixture.tcp_uri("vol"));
+        fio(&[
+            "--name=uneven",
+            "--rw=randwrite",
+            "--bsrange=512-300k",
+            "--bs_unaligned",
+            "--size=32M",
+            "--iodepth=16",
+            "--verify=crc32c",
+            &tcp,
+        ]);
+        // Four connections.
+        fio(&[
+            "--name=jobs",
+            "--rw=randwrite",
+            "--bs=4k",
+            "--size=8M",
+            "--offset_increment=8M",
+            "--numjobs=4",
+            "--iodepth=8",
+            "--verify=sha1",
+            &uri,
+        ]);
+    });
 }
 
 /// A server to compare ourselves with.
@@ -635,22 +729,22 @@ const SIMPLE_PROBES: &[Probe] = &[
     ),
 ];
 
-/// Runs tables against us and against nbdkit. Expectations are from proto.md; what nbdkit does otherwise
+/// Runs tables against us, over memory and with a cell, and against nbdkit. Expectations are from proto.md; what nbdkit does otherwise
 /// is written down, so that a mistake of ours in reading proto.md shows.
 fn compare(setup: &str, tables: &[&[Probe]]) {
-    let fixture = Fixture::new();
-    let nbdkit = Nbdkit::start();
+    let (memory, cell, nbdkit) = (Fixture::memory(), Fixture::cell(), Nbdkit::start());
     let rows: Vec<Probe> = tables.concat();
     let probes = || rows.iter().map(|row| (row.0, row.1));
-    let ours = probe(&fixture.uri("vol"), setup, probes());
+    let ours = [("memory", &memory), ("cell", &cell)]
+        .map(|(who, fixture)| (who, probe(&fixture.uri("vol"), setup, probes())));
     let theirs = probe(&nbdkit.uri, setup, probes());
     let mut wrong = Vec::new();
     for (name, expression, expected, nbdkit) in rows {
-        if ours[name] != expected {
-            wrong.push(format!(
-                "{expression}: {} instead of {expected}",
-                ours[name]
-            ));
+        for (who, results) in &ours {
+            if results[name] != expected {
+                let result = &results[name];
+                wrong.push(format!("{expression}: {who} says {result}, not {expected}"));
+            }
         }
         if theirs[name] != nbdkit.unwrap_or(expected) {
             wrong.push(format!("{expression}: nbdkit says {}", theirs[name]));
@@ -681,23 +775,24 @@ fn probes_without_fixed_newstyle() {
 
 #[test]
 fn probes_of_a_read_only_export() {
-    let fixture = Fixture::new();
-    let setup = "h.add_meta_context('base:allocation')";
-    let rows = [
-        ("read", "h.pread(512, 0)", "ok"),
-        ("flush", "h.flush()", "ok"),
-        ("write", "h.pwrite(b'x', 0)", "EPERM"),
-        ("long write", "h.pwrite(b'x' * 1000000, 0)", "EPERM"),
-        ("zero", "h.zero(512, 0)", "EPERM"),
-        ("trim", "h.trim(512, 0)", "EPERM"),
-        ("extents", "extents(size, 0)", "[4194304, 3]"),
-        ("cache", "h.cache(512, 0)", "ok"),
-    ];
-    let probes = rows.iter().map(|row| (row.0, row.1));
-    let results = probe(&fixture.uri("ro"), setup, probes);
-    for (name, _, expected) in rows {
-        assert_eq!(results[name], expected, "{name}");
-    }
+    both(|fixture| {
+        let setup = "h.add_meta_context('base:allocation')";
+        let rows = [
+            ("read", "h.pread(512, 0)", "ok"),
+            ("flush", "h.flush()", "ok"),
+            ("write", "h.pwrite(b'x', 0)", "EPERM"),
+            ("long write", "h.pwrite(b'x' * 1000000, 0)", "EPERM"),
+            ("zero", "h.zero(512, 0)", "EPERM"),
+            ("trim", "h.trim(512, 0)", "EPERM"),
+            ("extents", "extents(size, 0)", "[4194304, 3]"),
+            ("cache", "h.cache(512, 0)", "ok"),
+        ];
+        let probes = rows.iter().map(|row| (row.0, row.1));
+        let results = probe(&fixture.uri("ro"), setup, probes);
+        for (name, _, expected) in rows {
+            assert_eq!(results[name], expected, "{name}");
+        }
+    });
 }
 
 const HAGGLING: &str = r"
@@ -708,7 +803,7 @@ h.connect_uri('UNIX')
 assert h.get_protocol() == 'newstyle-fixed'
 found = []
 assert h.opt_list(lambda name, text: found.append((name, text))) == 3
-assert found == [('other', ''), ('ro', ''), ('vol', 'a disk')], found
+assert found == [('other', 'OTHER'), ('ro', 'RO'), ('vol', 'DESCRIPTION')], found
 
 def no_export(option):
     try:
@@ -746,7 +841,7 @@ h.clear_meta_contexts()
 h.add_meta_context('base:allocation')
 h.opt_info()
 before = facts()
-assert before[1:] == ['vol', 'a disk', 1, 4096, 32 << 20, True, True, False], before
+assert before[1:] == ['vol', 'DESCRIPTION', 1, 4096, 32 << 20, True, True, False], before
 h.opt_go()
 assert facts() == before, facts()
 assert h.can_meta_context('base:allocation')
@@ -761,11 +856,15 @@ h.opt_abort()
 
 #[test]
 fn option_haggling() {
-    let fixture = Fixture::new();
-    let script = HAGGLING
-        .replace("UNIX", &fixture.uri(""))
-        .replace("TCP", &fixture.tcp_uri("vol"));
-    run("nbdsh", &["-c", &script]);
+    both(|fixture| {
+        let script = HAGGLING
+            .replace("UNIX", &fixture.uri(""))
+            .replace("'OTHER'", &format!("'{}'", fixture.description("other")))
+            .replace("'RO'", &format!("'{}'", fixture.description("ro")))
+            .replace("DESCRIPTION", &fixture.description("vol"))
+            .replace("TCP", &fixture.tcp_uri("vol"));
+        run("nbdsh", &["-c", &script]);
+    });
 }
 
 const TWO_CONNECTIONS: &str = r"
@@ -784,14 +883,38 @@ for round in range(200):
 ";
 
 #[test]
-fn flushed_data_are_seen_by_other_connections() {
-    // CAN_MULTI_CONN: "the effects of NBD_CMD_FLUSH and NBD_CMD_FLAG_FUA MUST be visible across all
-    // connections when the server sends its reply".
-    let fixture = Fixture::new();
-    let script = TWO_CONNECTIONS
-        .replace("UNIX", &fixture.uri("vol"))
-        .replace("TCP", &fixture.tcp_uri("vol"));
+fn pss_nbd_started_by_its_client() {
+    let fixture = Fixture::cell();
+    let Served::Cell { cell, .. } = &fixture.served else {
+        unreachable!("it was made so");
+    };
+    let program = pss_tests::binaries::path("pss-nbd").display().to_string();
+    let servers = cell.bench.path("server.conf").display().to_string();
+    let command = [&program, "--servers", &servers, "--default-export", "vol"];
+    // Socket activation, with LISTEN_FDS.
+    let bracketed = [&["--size", "--", "["], &command[..], &["]"]].concat();
+    assert_eq!(run("nbdinfo", &bracketed).trim(), SIZE.to_string());
+    let script = format!(
+        "h.connect_command({:?})\n\
+         h.pwrite(b'on stdin', 1000)\n\
+         assert h.pread(10, 999) == b'\\0on stdin\\0'\n\
+         h.shutdown()",
+        [&command[..], &["--stdio"]].concat()
+    );
     run("nbdsh", &["-c", &script]);
+    assert_eq!(fixture.content()[1000..1008], *b"on stdin");
+}
+
+#[test]
+fn flushed_data_are_seen_by_other_connections() {
+    both(|fixture| {
+        // CAN_MULTI_CONN: "the effects of NBD_CMD_FLUSH and NBD_CMD_FLAG_FUA MUST be visible across all
+        // connections when the server sends its reply".
+        let script = TWO_CONNECTIONS
+            .replace("UNIX", &fixture.uri("vol"))
+            .replace("TCP", &fixture.tcp_uri("vol"));
+        run("nbdsh", &["-c", &script]);
+    });
 }
 
 const IN_FLIGHT: &str = r"
@@ -815,9 +938,10 @@ for a, b in zip(source, target):
 
 #[test]
 fn more_requests_than_may_be_in_flight() {
-    let fixture = Fixture::new();
-    let script = IN_FLIGHT.replace("TCP", &fixture.tcp_uri("vol"));
-    run("nbdsh", &["-c", &script]);
+    both(|fixture| {
+        let script = IN_FLIGHT.replace("TCP", &fixture.tcp_uri("vol"));
+        run("nbdsh", &["-c", &script]);
+    });
 }
 
 const STOPPED: &str = r"
@@ -836,7 +960,11 @@ else:
 
 #[test]
 fn stopped_server_closes_and_never_says_shutdown() {
-    let fixture = Fixture::new();
+    stop_under_a_client(Fixture::memory());
+    stop_under_a_client(Fixture::cell());
+}
+
+fn stop_under_a_client(fixture: Fixture) {
     let mut child = Command::new(find("nbdsh"))
         .args(["-c", &STOPPED.replace("UNIX", &fixture.uri("vol"))])
         .env("PATH", "/usr/bin:/bin")

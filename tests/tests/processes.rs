@@ -108,6 +108,20 @@ impl Chaos {
         self.load
             .wait_served(&format!("{what}, started again"), again, RETURN);
     }
+
+    /// SIGSTOP of a gateway: its clients wait, those of the other one do not; then SIGCONT.
+    fn pause_gateway(&mut self, gateway: usize) {
+        self.calm();
+        self.cell.gateways[&gateway].signal("STOP");
+        let other = 1 - gateway;
+        let client = self.cell.client(other);
+        drop(client);
+        std::thread::sleep(Duration::from_millis(self.rng.between(2000, 4000)));
+        let again = self.load.now();
+        self.cell.gateways[&gateway].signal("CONT");
+        let what = format!("gateway {gateway} paused, going on");
+        self.load.wait_served(&what, again, RETURN);
+    }
 }
 
 #[test]
@@ -130,6 +144,7 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
     chaos.kill("leader and another", &[leader, other]);
     chaos.kill("all", &[0, 1, 2, 3, 4]);
     chaos.kill_gateway(1);
+    chaos.pause_gateway(0);
     chaos.pause("all", &[0, 1, 2, 3, 4]);
     let leader = chaos.cell.leader();
     let other = (leader + 1 + chaos.rng.below(4) as u8) % 5;

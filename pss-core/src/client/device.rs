@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use crate::client::driver::{Handle, Item, Target};
 use crate::entry::WRITE_BLOCKS_MAX;
+use crate::key::CellId;
 use crate::state::{Refusal, Volume};
 use crate::types::{BLOCK_BYTES, VolumeId};
 use crate::volume::device::{
@@ -156,7 +157,8 @@ impl BlockDevice for Device {
 fn device_info(name: &str, uuid: [u8; 16]) -> DeviceInfo {
     DeviceInfo {
         name: name.to_owned(),
-        description: String::new(),
+        // The name can be given to another volume, this cannot.
+        description: format!("PSS volume {}", CellId(uuid)),
         size_bytes: 0,
         read_only: false,
         minimum_block_bytes: 1,

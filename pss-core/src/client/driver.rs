@@ -14,7 +14,7 @@ use crate::client::device::{DeviceState, Join, device_result};
 use crate::client::leader::{Connection, Dialer, find_leader};
 use crate::client::session::{Event, Pending, Session};
 use crate::state::Refusal;
-use crate::types::VolumeId;
+use crate::types::{ServerId, VolumeId};
 use crate::volume::device::{Completion, DeviceError, DeviceResult, Fate};
 use crate::wire::client::{Reply, ReplyBody, ReplyError, RequestBody, VolumeStatus};
 use crate::wire::frame::FrameKind;
@@ -34,8 +34,9 @@ const SILENCE_DOUBTED: Duration = Duration::from_secs(2);
 const DOUBT_AGAIN: Duration = Duration::from_secs(1);
 /// And one that still seems to lead gets a new connection after this.
 const SILENCE_BROKEN: Duration = Duration::from_secs(10);
-/// After a server has said that it does not lead, or that data were damaged, so long until the next
-/// search.
+/// After a server has said that it does not lead and names nobody, or that data were damaged, so long
+/// until the next search. A named leader is asked at once, but no oftener than this: servers that name
+/// each other are not worth a loop.
 const NOT_LEADER_PAUSE: Duration = Duration::from_millis(50);
 /// How long the last requests and the end of the session may take when all handles are gone.
 const CLOSING_MAX: Duration = Duration::from_secs(2);
@@ -199,6 +200,8 @@ pub(super) struct Driver {
     heard: Instant,
     /// When the session last sent something.
     sent: Instant,
+    /// When the connection was last left for a leader that was named.
+    followed: Option<Instant>,
     polled: Instant,
     is_poll_under_way: bool,
     items: Vec<Item>,
@@ -235,6 +238,7 @@ impl Driver {
             is_resting: false,
             heard: now,
             sent: now,
+            followed: None,
             polled: now,
             is_poll_under_way: false,
             items: Vec::new(),
@@ -484,12 +488,24 @@ impl Driver {
         self.doubt = None;
     }
 
-    fn leave(&mut self, leader: Option<crate::types::ServerId>) {
-        if let Link::Up(connection) = &self.link {
-            tracing::info!(server = %connection.server, ?leader, "server leads no more");
-            self.link = Link::Pausing(Box::pin(tokio::time::sleep(NOT_LEADER_PAUSE)));
-            self.doubt = None;
-        }
+    fn leave(&mut self, leader: Option<ServerId>) {
+        let Link::Up(connection) = &self.link else {
+            return;
+        };
+        let server = connection.server;
+        tracing::info!(%server, ?leader, "server leads no more");
+        let now = Instant::now();
+        let is_due = self
+            .followed
+            .is_none_or(|last| now.duration_since(last) >= NOT_LEADER_PAUSE);
+        self.link = match leader.filter(|named| *named != server && is_due) {
+            Some(named) => {
+                self.followed = Some(now);
+                Link::Searching(self.search(Some(named)))
+            }
+            None => Link::Pausing(Box::pin(tokio::time::sleep(NOT_LEADER_PAUSE))),
+        };
+        self.doubt = None;
     }
 
     /// After data were damaged on their way; until their deadline. With a pause, in case it is not the
@@ -513,7 +529,7 @@ impl Driver {
             let is_needed = self.needs_link();
             match &mut self.link {
                 Link::Down if !is_needed => return false,
-                Link::Down => self.link = Link::Searching(self.search()),
+                Link::Down => self.link = Link::Searching(self.search(None)),
                 Link::Pausing(pause) => match pause.as_mut().poll(cx) {
                     Poll::Pending => return false,
                     Poll::Ready(()) => self.link = Link::Down,
@@ -530,8 +546,8 @@ impl Driver {
         }
     }
 
-    fn search(&self) -> Search {
-        Box::pin(find_leader(Arc::clone(&self.dialer)))
+    fn search(&self, named: Option<ServerId>) -> Search {
+        Box::pin(find_leader(Arc::clone(&self.dialer), named))
     }
 
     fn connected(&mut self, mut connection: Connection, now: Instant) {
@@ -606,7 +622,7 @@ impl Driver {
         let is_due = now.duration_since(self.doubted) >= DOUBT_AGAIN && self.doubt.is_none();
         if is_silent && is_due && self.session.is_awaiting() {
             self.doubted = now;
-            self.doubt = Some(self.search());
+            self.doubt = Some(self.search(None));
         }
     }
 

@@ -170,7 +170,7 @@ impl Dialer {
             }
             is_first = false;
             sleep(pause).await;
-            pause = (pause * 3 / 2).min(ASK_AGAIN_MAX);
+            pause = (pause * 5 / 4).min(ASK_AGAIN_MAX);
         }
     }
 
@@ -194,7 +194,9 @@ struct Report {
 }
 
 /// Asks all servers at once, again and again, until one says that it leads.
-pub(super) async fn find_leader(dialer: Arc<Dialer>) -> Connection {
+///
+/// `named` is the server that another one has called the leader: if it agrees, nobody else is heard.
+pub(super) async fn find_leader(dialer: Arc<Dialer>, named: Option<ServerId>) -> Connection {
     let servers = dialer.config.servers.clone();
     let (sender, mut reports) = mpsc::channel(2 * servers.len().max(1));
     let mut searches = JoinSet::new();
@@ -209,6 +211,9 @@ pub(super) async fn find_leader(dialer: Arc<Dialer>) -> Connection {
         let report = reports.recv().await;
         answered += 1;
         best = report.and_then(|report| report.claim);
+    }
+    if let Some((connection, _)) = best.take_if(|(found, _)| named == Some(found.server)) {
+        return connection;
     }
     let rivals = async {
         while answered < servers.len()
