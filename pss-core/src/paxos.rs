@@ -28,7 +28,7 @@ use std::time::Duration;
 use crate::entry::Entry;
 pub use crate::paxos::catch_up::LogRead;
 use crate::paxos::catch_up::{CatchUp, Feeding};
-use crate::paxos::election::Candidate;
+use crate::paxos::election::{Candidate, Promised};
 use crate::paxos::leader::Leader;
 use crate::paxos::message::{Message, Progress};
 use crate::paxos::output::{Output, Persist, WriteId};
@@ -112,6 +112,8 @@ pub struct Recovered {
     pub chosen: Slot,
     /// The log was acknowledged up to this entry, though it cannot be read so far.
     pub evidence: Option<EntryId>,
+    /// It may have been acknowledged up to this one.
+    pub doubt: Option<EntryId>,
     /// First slot that the log on disk holds.
     pub log_first: Slot,
     /// Chunks are being copied to this server; its data are not complete.
@@ -201,8 +203,11 @@ pub struct Replica {
     promised: Ballot,
     promised_durable: Ballot,
     tail: Tail,
-    /// The last entry that it held and that was not replaced; beyond `tail` only if damage has taken it.
+    /// The last entry that it may have held and that was not replaced; beyond `tail` only if damage has
+    /// taken it.
     claimed: EntryId,
+    /// The last one that it is certain to have held.
+    certain: EntryId,
     log_first: Slot,
     durable: Slot,
     writes: VecDeque<(WriteId, PendingWrite)>,
@@ -245,15 +250,15 @@ impl Replica {
             tail.push(entry);
         }
         let last = tail.last();
+        let evidence = recovered.evidence.unwrap_or_default();
         let alone = config.members.core == [config.id];
         let mut replica = Replica {
             rng: config.seed ^ 0x9e37_79b9_7f4a_7c15,
             bug: None,
             promised: recovered.promised,
             promised_durable: recovered.promised,
-            claimed: recovered
-                .evidence
-                .map_or(last, |evidence| evidence.max(last)),
+            claimed: last.max(evidence).max(recovered.doubt.unwrap_or_default()),
+            certain: last.max(evidence),
             log_first: recovered.log_first,
             durable: last.slot,
             writes: VecDeque::new(),
@@ -310,7 +315,7 @@ impl Replica {
             self.election_at = Instant(0);
         }
         if bug == Bug::DenyDamaged {
-            self.claimed = self.tail.last();
+            self.give_up_claims();
         }
     }
 
@@ -335,10 +340,17 @@ impl Replica {
             Message::Promise {
                 ballot,
                 last,
+                certain,
                 have,
                 chosen,
             } => {
-                self.on_promise(now, from, ballot, last, have, chosen);
+                let promised = Promised {
+                    last,
+                    certain,
+                    have,
+                    chosen,
+                };
+                self.on_promise(now, from, ballot, promised);
             }
             Message::Nack { ballot, promised } => self.on_nack(now, ballot, promised),
             Message::Accept {
@@ -483,7 +495,7 @@ impl Replica {
         // Whose chunks are incomplete must not lead: not even if it is about to win.
         self.step_down(now);
         self.tail = Tail::new(base);
-        self.claimed = self.claimed.max(base);
+        self.claim(base);
         self.durable = base.slot;
         self.chosen = base.slot;
         self.applying = base.slot;
@@ -667,6 +679,11 @@ impl Replica {
     /// Slot up to which its log is durable.
     pub fn durable(&self) -> Slot {
         self.durable
+    }
+
+    /// The last entry that it does not deny to have held: beyond [`Replica::last`] if damage has taken some.
+    pub fn claimed(&self) -> EntryId {
+        self.claimed_last()
     }
 
     /// First slot of its log on disk.

@@ -103,6 +103,8 @@ pub struct Report {
     pub slots: u64,
     /// Power cuts and restarts.
     pub crashes: u64,
+    /// Bits that rotted in a log.
+    pub rots: u64,
     /// Times that a server copied chunks.
     pub copies: u64,
     /// Ballots that led.
@@ -119,6 +121,7 @@ impl Report {
         self.events += other.events;
         self.slots += other.slots;
         self.crashes += other.crashes;
+        self.rots += other.rots;
         self.copies += other.copies;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
@@ -254,6 +257,13 @@ struct Node {
     seen_chosen: Slot,
     /// What its log holds on the disk.
     disk_log: BTreeMap<Slot, EntryId>,
+    /// What it held and damage has taken. It must not deny these.
+    rotted: BTreeMap<Slot, EntryId>,
+    /// A bit has rotted since the server stopped.
+    rot_pending: bool,
+    /// When it stopped: the end of its log, and behind which slot it was being cut.
+    stopped_at: (String, u64),
+    cut_pending: Option<Slot>,
 }
 
 /// A cell with its clients and faults.
@@ -332,6 +342,10 @@ impl Sim {
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
                 disk_log: BTreeMap::new(),
+                rotted: BTreeMap::new(),
+                rot_pending: false,
+                stopped_at: (String::new(), 0),
+                cut_pending: None,
             })
             .collect();
         let count = nodes.len();
@@ -481,7 +495,7 @@ impl Sim {
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
         );
-        node.disk_log = sim_storage::ids(&storage);
+        let ids = sim_storage::ids(&storage);
         let parts = sim_storage::Parts::new(storage, node.disk.disk());
         let chunks = Arc::clone(&parts.chunks);
         let mut engine = Engine::new(config, recovered, state, chunks, now);
@@ -491,6 +505,7 @@ impl Sim {
             None => {}
         }
         let lower = promised < node.promised;
+        let denied = node.find_denied(ids, engine.replica().claimed());
         node.seen_chosen = Slot(0);
         node.running = Some(Running {
             engine,
@@ -507,6 +522,11 @@ impl Sim {
         });
         if lower {
             return self.fail(format!("server {id} forgot a promise"));
+        }
+        if let Some((entry, claimed)) = denied {
+            return self.fail(format!(
+                "server {id} denies {entry}, which it reported durable: it claims {claimed}"
+            ));
         }
         self.after(index)
     }
@@ -533,6 +553,9 @@ impl Sim {
             return;
         };
         self.report.crashes += 1;
+        node.stopped_at = running.storage.log_end();
+        let cut = cut_of(&running.log_queue);
+        node.cut_pending = node.cut_pending.into_iter().chain(cut).min();
         // Writes that were under way reach the disk in part.
         if !running.log_queue.is_empty() && self.rng.chance(700) {
             let operations = node.disk.stats().mutating_ops;
@@ -814,7 +837,7 @@ impl Sim {
         let now = self.clock(index);
         let life_now = self.nodes[index].life;
         let node = &mut self.nodes[index];
-        let disk_log = &mut node.disk_log;
+        let (disk_log, rotted) = (&mut node.disk_log, &mut node.rotted);
         let Some(running) = &mut node.running else {
             return Ok(());
         };
@@ -839,15 +862,18 @@ impl Sim {
                 let batch: Vec<_> = running.log_queue.drain(..).collect();
                 running.log_busy = false;
                 if let Err(error) = running.storage.persist(&batch) {
+                    // Any part of it may have happened.
+                    let cut = cut_of(&batch);
+                    self.nodes[index].cut_pending = cut;
                     return self.disk_failed(index, &error);
                 }
                 for (write, what) in batch {
-                    note_durable(disk_log, &what);
+                    note_durable(disk_log, rotted, &what);
                     running.engine.handle_persisted(now, write);
                 }
                 self.after(index)?;
                 self.start_log(index);
-                return Ok(());
+                return self.mark_idle(index);
             }
             Event::Stored { life, .. } if life == life_now => return self.store(index),
             Event::Work { life, work, .. } if life == life_now => {
@@ -856,6 +882,22 @@ impl Sim {
             _ => return Ok(()),
         }
         self.after(index)
+    }
+
+    /// A log that has nothing to do says so now and then.
+    fn mark_idle(&mut self, index: usize) -> Checked<()> {
+        let marks = self.rng.chance(200);
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        if !marks || running.log_busy {
+            return Ok(());
+        }
+        let chosen = running.engine.replica().chosen();
+        match running.storage.mark_idle(chosen) {
+            Ok(()) => Ok(()),
+            Err(error) => self.disk_failed(index, &error),
+        }
     }
 
     fn do_work(&mut self, index: usize, work: Work) -> Checked<()> {
@@ -1097,15 +1139,32 @@ impl Sim {
         self.damage_log(index);
     }
 
-    /// Bit rot in the log, on one server only, so that there is always a good copy.
+    /// Bit rot in the log. The faults have a budget: damage takes copies on one server only, so that of
+    /// every chosen entry it takes fewer than others may lose by being away; and that server's next bit
+    /// rots only after it has got back what the last one took, because a record and all traces of it
+    /// gone together are more than one fault.
     fn damage_log(&mut self, index: usize) {
-        if index == 0 && self.config.seed.is_multiple_of(4) && self.rng.chance(200) {
-            let rot = self.nodes[index]
-                .disk
-                .flip_random_bit("log/", &mut self.rng);
-            let id = self.nodes[index].id;
-            self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
+        let seed = self.config.seed;
+        let victim = (seed / 4) as usize % self.core;
+        let node = &mut self.nodes[index];
+        let may = node.running.is_none() && !node.rot_pending && node.rotted.is_empty();
+        if !seed.is_multiple_of(4) || index != victim || !may || !self.rng.chance(300) {
+            return;
         }
+        let (path, end) = &node.stopped_at;
+        let rot = if self.rng.chance(500) && *end > 0 {
+            // What was written last is what matters most.
+            let back = self.rng.below((*end).min(24 << 10));
+            let at = *end - 1 - back;
+            let hit = node.disk.flip_bit(path, at, self.rng.below(8) as u8);
+            hit.then(|| (path.clone(), at))
+        } else {
+            node.disk.flip_random_bit("log/", &mut self.rng)
+        };
+        node.rot_pending = rot.is_some();
+        self.report.rots += u64::from(rot.is_some());
+        let id = node.id;
+        self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
     }
 
     fn partition(&mut self) {
@@ -1166,10 +1225,12 @@ impl Sim {
         }
     }
 
-    /// What a leader calls chosen lies on the disks of a majority.
+    /// What a leader calls chosen lies on the disks of a majority. A copy that has rotted counts: it was
+    /// there when the server said so.
     fn check_majority(&self, slot: Slot, entry: EntryId) -> Checked<()> {
         let core = &self.nodes[..self.core];
         let holds = |node: &&Node| match node.disk_log.get(&slot) {
+            _ if node.rotted.get(&slot) == Some(&entry) => true,
             Some(held) => *held == entry,
             // Its log begins later: the entry is in its chunks.
             None => node
@@ -1354,6 +1415,35 @@ impl Sim {
 }
 
 impl Node {
+    /// Takes what the log holds after a start. Gives the entry that the server denies, and what it
+    /// claims: whatever was reported durable must be there, or be claimed if a bit has rotted.
+    fn find_denied(
+        &mut self,
+        ids: BTreeMap<Slot, EntryId>,
+        claimed: EntryId,
+    ) -> Option<(EntryId, EntryId)> {
+        let rots = std::mem::take(&mut self.rot_pending);
+        let cut = self.cut_pending.take();
+        let mut before = std::mem::replace(&mut self.disk_log, ids);
+        // If it was being cut, what was cut off was not chosen.
+        if let Some(cut) = cut {
+            before.split_off(&cut.next());
+            self.rotted.split_off(&cut.next());
+        }
+        let held = self.disk_log.values().max().copied().unwrap_or_default();
+        let had = before.values().max().copied().unwrap_or_default();
+        if had > held && !rots && self.rotted.is_empty() {
+            return Some((had, held));
+        }
+        if rots {
+            let gone = |(slot, _): &(Slot, EntryId)| !self.disk_log.contains_key(slot);
+            self.rotted.extend(before.into_iter().filter(gone));
+        }
+        self.rotted.retain(|_, id| *id > held);
+        let lost = self.rotted.values().max().copied().unwrap_or_default();
+        (lost > claimed).then_some((lost, claimed))
+    }
+
     fn leads(&self) -> bool {
         let role = self.running.as_ref().map(|it| it.engine.replica().role());
         matches!(role, Some(RoleKind::Leader { .. }))
@@ -1384,7 +1474,20 @@ fn new_disk(seed: u64, id: u8) -> SimDisk {
     disk
 }
 
-fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
+/// Behind which slot the queue cuts the log.
+fn cut_of<'a>(queue: impl IntoIterator<Item = &'a (WriteId, Persist)>) -> Option<Slot> {
+    let cuts = queue.into_iter().filter_map(|(_, what)| match what {
+        Persist::Append { truncate_after, .. } => *truncate_after,
+        _ => None,
+    });
+    cuts.min()
+}
+
+fn note_durable(
+    log: &mut BTreeMap<Slot, EntryId>,
+    rotted: &mut BTreeMap<Slot, EntryId>,
+    what: &Persist,
+) {
     match what {
         Persist::Append {
             truncate_after,
@@ -1393,12 +1496,17 @@ fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
         } => {
             if let Some(slot) = truncate_after {
                 log.split_off(&slot.next());
+                rotted.split_off(&slot.next());
             }
             log.extend(entries.iter().map(|entry| (entry.id.slot, entry.id)));
+            // What is here again, and what a later leader did without, needs no claim.
+            let held = entries.last().map(|entry| entry.id).unwrap_or_default();
+            rotted.retain(|_, id| *id > held);
         }
         Persist::Reset { base } => {
             log.clear();
             log.insert(base.slot, *base);
+            rotted.retain(|_, id| *id > *base);
         }
         Persist::Promise(_) => {}
     }

@@ -95,6 +95,7 @@ impl Replica {
         let promise = Message::Promise {
             ballot: self.promised,
             last: self.claimed_last(),
+            certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
         };
@@ -211,10 +212,10 @@ impl Replica {
         }
         let last = self.tail.last();
         // What is replaced was not chosen and never will be, nor what followed it, readable or not.
-        self.claimed = match replaces {
-            true => last,
-            false => self.claimed.max(last),
-        };
+        match replaces {
+            true => self.give_up_claims(),
+            false => self.claim(last),
+        }
         let chosen = self.chosen.max(chosen_hint.min(last.slot));
         let append = Persist::Append {
             truncate_after: replaces.then_some(before.slot),
@@ -241,8 +242,20 @@ impl Replica {
     /// everything that is chosen: either they are here again, or they were not chosen.
     pub(super) fn settle_claim(&mut self) {
         if self.equal_to_leader() >= self.claimed.slot {
-            self.claimed = self.tail.last();
+            self.give_up_claims();
         }
+    }
+
+    /// It holds this entry.
+    pub(super) fn claim(&mut self, held: EntryId) {
+        self.claimed = self.claimed.max(held);
+        self.certain = self.certain.max(held);
+    }
+
+    /// It claims no more than it can show.
+    pub(super) fn give_up_claims(&mut self) {
+        self.claimed = self.tail.last();
+        self.certain = self.tail.last();
     }
 
     /// Tells the leader how far our log is durably equal to its own.

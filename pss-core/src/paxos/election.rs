@@ -41,15 +41,20 @@ enum Stage {
 
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) struct Promised {
+    /// What it may have acknowledged,
     pub(super) last: EntryId,
+    /// what it held for certain,
+    pub(super) certain: EntryId,
+    /// and what it can show.
     pub(super) have: EntryId,
     pub(super) chosen: Slot,
 }
 
 impl Replica {
-    /// Whether this server could lead at all: a core server with complete data and an undamaged log.
+    /// Whether this server could lead at all: a core server with complete data and a log that is not
+    /// certain to be damaged.
     pub(super) fn may_lead(&self) -> bool {
-        self.is_core() && !self.installing && self.claimed <= self.tail.last()
+        self.is_core() && !self.installing && self.certain <= self.tail.last()
     }
 
     pub(super) fn election_timeout(&mut self, now: Instant) {
@@ -168,6 +173,7 @@ impl Replica {
     pub(super) fn own_promise_is_durable(&mut self, now: Instant) {
         let own = Promised {
             last: self.claimed_last(),
+            certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
         };
@@ -199,9 +205,7 @@ impl Replica {
         now: Instant,
         from: ServerId,
         ballot: Ballot,
-        last: EntryId,
-        have: EntryId,
-        chosen: Slot,
+        promised: Promised,
     ) {
         let core = self.config.members.core.contains(&from);
         let me = self.config.id;
@@ -214,31 +218,33 @@ impl Replica {
         match &mut candidate.stage {
             // Our own promise comes first: before it is durable nobody was asked.
             Stage::Prepare { promises } if promises.contains_key(&me) => {
-                promises.insert(from, Promised { last, have, chosen });
+                promises.insert(from, promised);
                 self.count_promises(now);
             }
             _ => {}
         }
     }
 
+    /// Goes on when the promises are enough to take over the best log among them.
     fn count_promises(&mut self, now: Instant) {
         let majority = self.majority();
+        let listed = self.config.members.core.len();
+        let own = self.tail.last();
         let Role::Candidate(candidate) = &mut self.role else {
             return;
         };
         let Stage::Prepare { promises } = &mut candidate.stage else {
             return;
         };
-        if promises.len() < majority {
+        let have = promises.values().map(|promised| promised.have).max();
+        let best = have.unwrap_or_default().max(own);
+        if !is_enough(promises.values(), best, listed, majority) {
             return;
         }
-        let best = promises.values().map(|promised| promised.last).max();
-        let best = best.expect("a majority is not empty");
-        if self.tail.last() >= best || self.bug == Some(Bug::SkipTail) {
+        if own >= best || self.bug == Some(Bug::SkipTail) {
             let promises = std::mem::take(promises);
             return self.become_leader(now, &promises);
         }
-        // A server that claims more than it can read cannot give the tail: wait for one that can.
         let source = promises.iter().find(|(_, promised)| promised.have >= best);
         let Some((&from, _)) = source else { return };
         let promises = std::mem::take(promises);
@@ -366,4 +372,25 @@ impl Replica {
         }
         self.start_prepare(now, Some(ballot));
     }
+}
+
+/// Whether the log that ends at `best`, the greatest that a server among the promises can show, holds
+/// everything that may be chosen.
+///
+/// It does if a majority never acknowledged anything beyond it. A server that claims more than can be
+/// shown does not count: what it claims may be chosen, and a server that is away may hold it.
+///
+/// If every core server has answered, nobody is away. What none of them can show was then not chosen,
+/// as long as damage has not taken more copies of an entry than a minority; for that it must be possible
+/// that a minority held the entry. Otherwise only a person may decide what to give up.
+fn is_enough<'a>(
+    promises: impl ExactSizeIterator<Item = &'a Promised> + Clone,
+    best: EntryId,
+    listed: usize,
+    majority: usize,
+) -> bool {
+    let all = promises.len() == listed;
+    let clean = promises.clone().filter(|it| it.last <= best).count();
+    let without = promises.filter(|it| it.certain <= best).count();
+    clean >= majority || all && without > listed - majority
 }

@@ -202,7 +202,7 @@ impl Replica {
             commands: commands.into(),
         };
         self.tail.push(entry.clone());
-        self.claimed = self.claimed.max(entry.id);
+        self.claim(entry.id);
         let last = entry.id.slot;
         let append = Persist::Append {
             truncate_after: None,

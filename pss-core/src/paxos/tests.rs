@@ -53,7 +53,18 @@ fn promise(of: f64, last: EntryId) -> Message {
     Message::Promise {
         ballot: ballot(of),
         last,
+        certain: last,
         have: last,
+        chosen: Slot(0),
+    }
+}
+
+fn claim(of: f64, last: EntryId, certain: EntryId, have: EntryId) -> Message {
+    Message::Promise {
+        ballot: ballot(of),
+        last,
+        certain,
+        have,
         chosen: Slot(0),
     }
 }
@@ -182,14 +193,17 @@ fn show_message(message: &Message) -> Option<String> {
         Promise {
             ballot,
             last,
+            certain,
             have,
             chosen,
         } => {
-            let lost = if have == last {
-                String::new()
-            } else {
-                format!(" have {have}")
-            };
+            let mut lost = String::new();
+            if certain != last {
+                lost += &format!(" certain {certain}");
+            }
+            if have != certain {
+                lost += &format!(" have {have}");
+            }
             format!("promise {ballot} last {last}{lost} chosen {chosen}")
         }
         Nack { ballot, promised } => format!("nack {ballot} promised {promised}"),
@@ -725,15 +739,82 @@ fn a_candidate_waits_for_a_server_that_has_what_another_lost() {
     server.wait(0);
     server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
     server.all_persisted();
-    let lost = Message::Promise {
-        ballot: ballot(2.0),
-        last: id(2, 1.0),
-        have: id(1, 1.0),
-        chosen: Slot(0),
-    };
+    let lost = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
     assert_eq!(server.gets(1, lost), NOTHING);
     let fetch = ["2 <- fetch tail 2.0 after 0"];
     assert_eq!(server.gets(2, promise(2.0, id(2, 1.0))), fetch);
+}
+
+/// What a majority never acknowledged is not chosen, whatever one server claims.
+#[test]
+fn a_majority_without_claims_suffices() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    let lost = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
+    assert_eq!(server.gets(1, lost), NOTHING);
+    server.gets(2, promise(2.0, id(1, 1.0)));
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+}
+
+/// Servers that were stopped while they wrote the same entry cannot tell whether it was torn or has
+/// rotted. Together they can: if it was chosen, one of them could show it.
+#[test]
+fn doubts_of_all_servers_are_no_claim() {
+    let doubtful = |doubt: Option<EntryId>| {
+        let mut server = Server::start(Recovered {
+            promised: ballot(1.0),
+            tail: log([1.0]),
+            doubt,
+            ..Recovered::default()
+        });
+        server.pass(500);
+        server.wait(0);
+        server.gets(1, pre_check_answer(2.0, id(2, 1.0)));
+        server.wait(0);
+        server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+        server
+    };
+    let own = Some(id(2, 1.0));
+    let torn = claim(2.0, id(2, 1.0), id(1, 1.0), id(1, 1.0));
+    let rotten = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
+    for other in [torn.clone(), rotten.clone(), promise(2.0, id(1, 1.0))] {
+        let mut server = doubtful(own);
+        server.all_persisted();
+        assert_eq!(server.gets(1, other.clone()), NOTHING);
+        assert_eq!(server.gets(1, other), NOTHING, "the same again");
+        // One may have lost it for certain, the others never had it: those are a majority.
+        server.gets(2, torn.clone());
+        assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+        assert!(server.replica.may_lead());
+    }
+    // Two that had it for certain are as many as it takes to choose it.
+    let mut server = doubtful(own);
+    server.all_persisted();
+    assert_eq!(server.gets(1, rotten.clone()), NOTHING);
+    assert_eq!(server.gets(2, rotten), NOTHING);
+    assert_eq!(server.replica.role(), RoleKind::Candidate);
+}
+
+/// Who doubts whether it held an entry claims it until a leader's log has settled it.
+#[test]
+fn a_doubt_is_a_claim() {
+    let mut server = Server::start(Recovered {
+        promised: ballot(3.1),
+        tail: log([1.0, 1.0]),
+        doubt: Some(id(4, 3.1)),
+        ..Recovered::default()
+    });
+    server.pass(500);
+    server.gets(2, prepare(4.2));
+    let promise = ["2 <- promise 4.2 last 4@3.1 certain 2@1.0 chosen 0"];
+    assert_eq!(server.persisted(), promise);
+    server.gets(2, accept(4.2, id(2, 1.0), [4.2, 4.2], 0));
+    server.all_persisted();
+    server.pass(500);
+    server.gets(2, prepare(5.2));
+    assert_eq!(server.persisted(), ["2 <- promise 5.2 last 4@4.2 chosen 0"]);
 }
 
 /// The claim ends when the entries are back, or when a leader replaces them.
