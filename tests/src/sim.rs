@@ -64,7 +64,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 13] = [
+pub const BUGS: [SimBug; 15] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -77,6 +77,8 @@ pub const BUGS: [SimBug; 13] = [
     SimBug::Agreement(Bug::NoQuietTime),
     SimBug::Agreement(Bug::SkipPreviousCheck),
     SimBug::Agreement(Bug::DenyDamaged),
+    SimBug::Agreement(Bug::LeadHanging),
+    SimBug::Agreement(Bug::VoteBlank),
     SimBug::ForgetSessions,
 ];
 
@@ -97,12 +99,20 @@ pub struct Report {
     pub answered: u64,
     /// Requests whose outcome stayed open.
     pub lost: u64,
+    /// Sessions that clients ended,
+    pub ended: u64,
+    /// and how often they asked for it.
+    pub ends_asked: u64,
     /// Events.
     pub events: u64,
     /// Slots that were chosen.
     pub slots: u64,
     /// Power cuts and restarts.
     pub crashes: u64,
+    /// Disks that hung.
+    pub hangs: u64,
+    /// Disks that were replaced by empty ones.
+    pub wiped: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
     /// Times that a server copied chunks.
@@ -118,9 +128,13 @@ impl Report {
     pub fn add(&mut self, other: &Report) {
         self.answered += other.answered;
         self.lost += other.lost;
+        self.ended += other.ended;
+        self.ends_asked += other.ends_asked;
         self.events += other.events;
         self.slots += other.slots;
         self.crashes += other.crashes;
+        self.hangs += other.hangs;
+        self.wiped += other.wiped;
         self.rots += other.rots;
         self.copies += other.copies;
         self.leaders += other.leaders;
@@ -253,6 +267,8 @@ struct Node {
     offset: u64,
     drift_per_mille: i64,
     slow_disk: bool,
+    /// Its disk finishes nothing until then.
+    hangs_until: u64,
     promised: Ballot,
     seen_chosen: Slot,
     /// What its log holds on the disk.
@@ -290,6 +306,8 @@ pub struct Sim {
     report: Report,
     /// Last delivery on each connection, which keeps the order of what goes by TCP.
     fifo: BTreeMap<(u8, u8), u64>,
+    /// The last leader that a rivalry was about.
+    rival: Option<Ballot>,
 }
 
 type Checked<T> = Result<T, Failure>;
@@ -339,6 +357,7 @@ impl Sim {
                 offset: rng.below(1000 * SECOND),
                 drift_per_mille: rng.between(0, 40) as i64 - 20,
                 slow_disk: rng.chance(150),
+                hangs_until: 0,
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
                 disk_log: BTreeMap::new(),
@@ -377,6 +396,7 @@ impl Sim {
             leader_ballots: std::collections::BTreeSet::new(),
             report: Report::default(),
             fifo: BTreeMap::new(),
+            rival: None,
             config,
         }
     }
@@ -402,6 +422,8 @@ impl Sim {
             !sim.faults && sim.clients.iter().all(Client::is_done)
         })?;
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
+        self.lead_with_a_disk_that_hangs()?;
+        self.replace_a_disk()?;
         self.read_everything()?;
         self.check_history()?;
         self.check_equal_data()?;
@@ -409,7 +431,92 @@ impl Sim {
         self.report.leaders = self.leader_ballots.len() as u64;
         self.report.answered = self.clients.iter().map(|client| client.answered).sum();
         self.report.lost = self.clients.iter().map(|client| client.lost).sum();
+        let ended = self.clients.iter().map(|client| client.ended);
+        self.report.ended = ended.clone().map(|(ended, _)| ended).sum();
+        self.report.ends_asked = ended.map(|(_, asked)| asked).sum();
         Ok(())
+    }
+
+    /// A disk that hangs for good is one server less, even if it is the leader's and the network lives.
+    fn lead_with_a_disk_that_hangs(&mut self) -> Checked<()> {
+        if !self.config.seed.is_multiple_of(3) {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        self.step_until("there is a leader", |sim| leads(sim).is_some())?;
+        let Some(index) = leads(self) else {
+            return Ok(());
+        };
+        self.hang(index, u64::MAX);
+        for client in 0..self.clients.len() {
+            self.clients[client].left += 3;
+            self.schedule(self.now, Event::Client { client });
+        }
+        self.step_until("every request ends though a disk hangs", |sim| {
+            sim.clients.iter().all(Client::is_done)
+        })?;
+        self.crash(index);
+        self.schedule(self.now, Event::Start { node: index });
+        self.step_until("the disk that hung catches up", Sim::has_converged)
+    }
+
+    /// A majority holds what was answered; one of it comes back with an empty disk, the others of it are
+    /// down. The servers that lag behind and the one that has forgotten are a majority too, and must not
+    /// go on by themselves.
+    fn replace_a_disk(&mut self) -> Checked<()> {
+        if self.config.seed % 5 != 2 {
+            return Ok(());
+        }
+        let majority = self.core / 2 + 1;
+        let lagging = |index: usize| index >= majority;
+        for a in 0..self.nodes.len() {
+            for b in 0..self.nodes.len() {
+                self.blocked[a][b] = lagging(a) != lagging(b);
+            }
+        }
+        for client in 0..self.clients.len() {
+            self.clients[client].left += 3;
+            self.schedule(self.now, Event::Client { client });
+        }
+        self.step_until("every request ends without those that lag", |sim| {
+            sim.clients.iter().all(Client::is_done)
+        })?;
+        for index in 0..majority {
+            self.crash(index);
+        }
+        let victim = self.rng.below(majority as u64) as usize;
+        let node = &mut self.nodes[victim];
+        node.disk = new_disk(self.config.seed, node.id.0);
+        node.promised = Ballot::default();
+        (node.disk_log, node.rotted) = Default::default();
+        node.cut_pending = None;
+        self.report.wiped += 1;
+        self.trace(|| format!("server {victim} gets an empty disk"));
+        self.format(victim)?;
+        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
+        self.schedule(self.now, Event::Start { node: victim });
+        // It stops once more while it is being filled.
+        for pause in [self.rng.between(100 * MS, 3 * SECOND), 3 * SECOND] {
+            let until = self.now + pause;
+            self.schedule(until, Event::Fault);
+            while self.now < until {
+                self.step()?;
+            }
+            self.crash(victim);
+            self.schedule(self.now, Event::Start { node: victim });
+        }
+        for index in 0..majority {
+            self.schedule(self.now, Event::Start { node: index });
+        }
+        self.step_until("the empty disk is filled", Sim::has_converged)
+    }
+
+    /// A disk finishes nothing for a while.
+    fn hang(&mut self, index: usize, until: u64) {
+        self.report.hangs += 1;
+        self.nodes[index].hangs_until = until;
+        let id = self.nodes[index].id;
+        self.trace(|| format!("the disk of server {id} hangs"));
     }
 
     fn fail<T>(&self, what: impl Into<String>) -> Checked<T> {
@@ -477,6 +584,7 @@ impl Sim {
         let now = self.clock(index);
         let members = Membership::new(self.nodes.iter().map(|node| node.id));
         let seed = self.rng.next();
+        let rivals = self.has_rivals();
         let node = &mut self.nodes[index];
         node.life += 1;
         let storage = match sim_storage::open(&node.disk, node.id) {
@@ -489,7 +597,11 @@ impl Sim {
         let recovered = sim_storage::recovered(&storage);
         let state = storage.state.clone();
         let promised = recovered.promised;
-        let config = engine_config(node.id, members, seed);
+        let mut config = engine_config(node.id, members, seed);
+        if rivals {
+            // One message an entry: logs are equal in part for longer.
+            config.replica.tuning.entry_bytes = 4 << 10;
+        }
         let installing = recovered.installing;
         let (last, chosen) = (
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
@@ -571,6 +683,7 @@ impl Sim {
             let _ = running.storage.checkpoint(checkpoint);
         }
         drop(running);
+        node.hangs_until = 0;
         node.disk.power_cut(&mut self.rng);
         let id = node.id;
         self.trace(|| format!("server {id} loses power"));
@@ -761,7 +874,11 @@ impl Sim {
         };
         for _ in 0..copies {
             let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
-            if self.faults && message.is_datagram() && self.rng.chance(10) {
+            let late = match self.has_rivals() {
+                true if matches!(message, Message::Accepted { .. }) => 250,
+                _ => 10,
+            };
+            if self.faults && message.is_datagram() && self.rng.chance(late) {
                 // Lost in some queue, and found again.
                 at += self.rng.below(4 * SECOND);
             }
@@ -795,6 +912,14 @@ impl Sim {
             _ => None,
         };
         if let Some(index) = index {
+            let until = self.nodes[index].hangs_until;
+            if until > self.now && matches!(event, Event::LogDone { .. } | Event::Stored { .. }) {
+                // What hangs for good ends with the power.
+                if until < u64::MAX {
+                    self.schedule(until, event);
+                }
+                return Ok(());
+            }
             if self.nodes[index].paused_until > self.now {
                 self.nodes[index].waiting.push(event);
                 return Ok(());
@@ -1060,14 +1185,65 @@ impl Sim {
 
     // ---- Faults.
 
+    /// Some cells live with nothing but rivals: leaders are cut off with a minority while others win, and
+    /// are let in again, so that logs of several ballots stand against each other.
+    fn has_rivals(&self) -> bool {
+        self.config.seed % 4 == 1
+    }
+
+    /// A step of rivalry, about as often as a leader can be elected.
+    fn rivalry(&mut self) {
+        let leader = self.nodes.iter().position(Node::leads);
+        // A leader that has just won may be cut off before others know much of it.
+        let ballot = leader.map(|index| self.nodes[index].promised);
+        let is_new = ballot > self.rival;
+        self.rival = ballot.max(self.rival);
+        if leader.is_none() && self.rng.chance(900) {
+            return self.schedule(self.now + 20 * MS, Event::Fault);
+        }
+        let next = match is_new && self.rng.chance(500) {
+            true => self.now + self.rng.between(MS, 60 * MS),
+            false => self.now + self.rng.between(300 * MS, 1500 * MS),
+        };
+        self.schedule(next, Event::Fault);
+        let count = self.nodes.len();
+        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
+        match (self.rng.below(10), leader) {
+            (0..=5, Some(leader)) => {
+                // With as many others as make no majority.
+                let mut inside = vec![false; count];
+                inside[leader] = true;
+                for _ in 1..self.core.div_ceil(2) {
+                    inside[self.rng.below(count as u64) as usize] |= self.rng.chance(700);
+                }
+                for a in 0..count {
+                    for b in 0..count {
+                        self.blocked[a][b] = inside[a] != inside[b];
+                    }
+                }
+                self.trace(|| format!("cut off: {inside:?}"));
+            }
+            (6 | 7, Some(leader)) => self.crash_for_a_while(leader),
+            (8, _) => {
+                let index = self.rng.below(count as u64) as usize;
+                self.crash_for_a_while(index);
+            }
+            _ => {}
+        }
+    }
+
     fn fault(&mut self) -> Checked<()> {
         if !self.faults {
+            return Ok(());
+        }
+        if self.has_rivals() {
+            self.rivalry();
             return Ok(());
         }
         let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
-        match self.rng.below(14) {
+        match self.rng.below(15) {
             0..=2 => self.crash_for_a_while(index),
             3 => {
                 // A power cut of everything.
@@ -1106,6 +1282,12 @@ impl Sim {
                 }
             }
             12 => {
+                let leader = self.nodes.iter().position(Node::leads);
+                let index = leader.filter(|_| self.rng.chance(600)).unwrap_or(index);
+                let until = self.now + self.rng.between(SECOND / 10, 6 * SECOND);
+                self.hang(index, until);
+            }
+            13 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
                 self.clients[client].crash();
             }
@@ -1196,6 +1378,7 @@ impl Sim {
         self.delay_max = MS / 2;
         for index in 0..self.nodes.len() {
             self.nodes[index].paused_until = 0;
+            self.nodes[index].hangs_until = self.nodes[index].hangs_until.min(self.now + SECOND);
             self.schedule(self.now, Event::Resume { node: index });
             self.schedule(self.now, Event::Start { node: index });
         }
@@ -1240,12 +1423,25 @@ impl Sim {
                 .is_some_and(|first| *first > slot),
         };
         let holders = core.iter().filter(holds).count();
-        if holders > self.core / 2 {
-            return Ok(());
+        if holders <= self.core / 2 {
+            return self.fail(format!(
+                "slot {slot} is called chosen, but {holders} servers hold {entry}"
+            ));
         }
-        self.fail(format!(
-            "slot {slot} is called chosen, but {holders} servers hold {entry}"
-        ))
+        // And no majority could elect a log without it: the logs are ordered by their last entries.
+        for rival in core.iter().filter(|node| !holds(node)) {
+            let voters = core
+                .iter()
+                .filter(|node| node.log_last() <= rival.log_last());
+            if voters.count() > self.core / 2 {
+                let (id, last) = (rival.id, rival.log_last());
+                return self.fail(format!(
+                    "slot {slot} is called chosen with {entry}, but server {id} may still win with \
+                     {last}"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check_node(&mut self, index: usize) -> Checked<()> {
@@ -1442,6 +1638,12 @@ impl Node {
         self.rotted.retain(|_, id| *id > held);
         let lost = self.rotted.values().max().copied().unwrap_or_default();
         (lost > claimed).then_some((lost, claimed))
+    }
+
+    /// What it would promise to have, were it asked now.
+    fn log_last(&self) -> EntryId {
+        let held = self.disk_log.values().chain(self.rotted.values());
+        held.max().copied().unwrap_or_default()
     }
 
     fn leads(&self) -> bool {

@@ -569,17 +569,18 @@ fn guest_cannot_forge_records() {
     let segment = &disk.files()[0].0;
     // What a second record would look like behind a payload that holds it, made by another cell.
     let mut forged = disk.contents(segment).unwrap()[4096..8192].to_vec();
-    forged[24..32].copy_from_slice(&(4096u64 * 4).to_le_bytes());
+    forged[24..32].copy_from_slice(&(4096u64 * 5).to_le_bytes());
     let data = Bytes::from(forged);
     let mut second = noop_entry(first.id, ballot(1), 0, 2);
     second.commands = [Command::internal(write_op(VolumeId(1), 0, data))].into();
     log.append(None, std::slice::from_ref(&second), Slot(0))
         .unwrap();
-    // The header of the real one is damaged: nothing behind it is evidence of anything.
-    disk.flip_bit(segment, 4096 * 3 + 40, 1);
+    // The header of the real one is damaged: only the end of its write tells of it.
+    disk.flip_bit(segment, 4096 * 4 + 40, 1);
     drop(log);
     let (_, recovered) = Log::open(disk.disk(), log_params(), EntryId::default()).unwrap();
     assert_eq!((recovered.last, recovered.evidence), (first.id, None));
+    assert_eq!(recovered.doubt, Some(second.id));
 }
 
 // ---- everything ----

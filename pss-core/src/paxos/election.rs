@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::entry::Entry;
 use crate::paxos::message::Message;
-use crate::paxos::{Bug, Replica, Role};
+use crate::paxos::{Blank, Bug, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -54,7 +54,8 @@ impl Replica {
     /// Whether this server could lead at all: a core server with complete data and a log that is not
     /// certain to be damaged.
     pub(super) fn may_lead(&self) -> bool {
-        self.is_core() && !self.installing && self.certain <= self.tail.last()
+        let complete = !self.installing && !self.is_forgetful();
+        self.is_core() && complete && self.certain <= self.tail.last()
     }
 
     pub(super) fn election_timeout(&mut self, now: Instant) {
@@ -70,7 +71,7 @@ impl Replica {
             self.election_at = now + self.config.tuning.lease + self.jitter();
             return;
         }
-        if !self.may_lead() {
+        if !self.may_lead() || self.disk_hangs(now) {
             self.leader = None;
             self.election_at = now + self.config.tuning.lease + self.jitter();
             return;
@@ -167,6 +168,7 @@ impl Replica {
             },
         });
         self.promise(ballot);
+        self.blank = Blank::No;
         self.election_at = now + self.config.tuning.lease + self.jitter();
     }
 
@@ -367,7 +369,8 @@ impl Replica {
     /// The leader gives up for us: phase 1 at once.
     pub(super) fn on_hand_over(&mut self, now: Instant, ballot: Ballot) {
         let following = matches!(self.role, Role::Follower);
-        if !following || ballot != self.promised || !self.may_lead() || now < self.quiet_until {
+        let able = self.may_lead() && !self.disk_hangs(now);
+        if !following || ballot != self.promised || !able || now < self.quiet_until {
             return;
         }
         self.start_prepare(now, Some(ballot));
