@@ -805,8 +805,10 @@ fn a_leader_whose_disk_hangs_resigns() {
         server.wait(100);
         let sent = server.now;
         for follower in [1, 2] {
-            let mut progress = Progress::default();
-            progress.free_bytes = 1 << 30;
+            let progress = Progress {
+                free_bytes: 1 << 30,
+                ..Progress::default()
+            };
             server.gets(follower, granted(2.0, sent, 3));
             server.gets(follower, Message::Progress(progress));
         }
