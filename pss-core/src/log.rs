@@ -46,6 +46,8 @@ const ENTRY_PARTS_MAX: usize = 2 * (ENTRY_PAYLOAD_MAX / IN_PLACE_BYTES) + 2;
 const IN_PLACE_BYTES: usize = 64 << 10;
 /// Zeros are written in pieces of this size.
 const FILL_BYTES: usize = 4 << 20;
+/// A marker takes one block.
+const MARKER_BYTES: usize = ALIGN_BYTES;
 
 /// How a log is kept.
 #[derive(Clone, Debug)]
@@ -92,6 +94,10 @@ pub struct Recovered {
     /// The server held entries up to this one, above `last`, which damage has taken. It must not deny
     /// them when it votes.
     pub evidence: Option<EntryId>,
+    /// The same, where a torn write is possible as well: the end of the last write can be read, and not
+    /// all that was before it. If the write was torn, nobody was told of its entries; if they rotted, the
+    /// server may have acknowledged them. Above `last` and `evidence`.
+    pub doubt: Option<EntryId>,
     /// The entries above `chosen`.
     pub tail: Vec<Entry>,
 }
@@ -160,6 +166,8 @@ pub struct Log {
     next_sequence: u64,
     /// See [`Recovered::evidence`].
     evidence: Option<EntryId>,
+    /// See [`Recovered::doubt`].
+    doubt: Option<EntryId>,
     staging: Staging,
     /// Entries were appended since the last marker.
     wants_marker: bool,
@@ -204,11 +212,13 @@ impl Log {
         let spares = Arc::new(Spares::open(Arc::clone(&disk), &params, &scan.unused)?);
         let last = scan.index.last;
         let evidence = (scan.seen > last).then_some(scan.seen);
+        let doubt = (scan.doubt > scan.seen.max(last)).then_some(scan.doubt);
         let recovered = Recovered {
             base: scan.index.base,
             last,
             chosen: scan.chosen,
             evidence,
+            doubt,
             tail: scan.tail.into(),
         };
         let is_empty = scan.index.base == last;
@@ -221,6 +231,7 @@ impl Log {
                 reset: is_empty,
                 base: last,
                 evidence,
+                doubt,
             }
         })?;
         let mut log = Log {
@@ -231,6 +242,7 @@ impl Log {
             active,
             next_sequence: next_sequence + 1,
             evidence,
+            doubt,
             staging: Staging::default(),
             wants_marker: false,
             appended_bytes: 0,
@@ -283,7 +295,7 @@ impl Log {
     }
 
     /// Writes a record that shows that the entries before it were durable, so that damage to the last
-    /// one is not taken for a torn tail. Does nothing if no entry was appended since the last marker.
+    /// write leaves no doubt whether it was torn. Does nothing if no entry was appended since the last marker.
     ///
     /// # Errors
     /// As [`Log::append`].
@@ -305,8 +317,8 @@ impl Log {
     /// As [`Log::append`].
     pub fn reset(&mut self, base: EntryId) -> Result<(), LogError> {
         self.guard(|log| {
-            let evidence = log.evidence.filter(|evidence| *evidence > base);
-            log.evidence = evidence;
+            log.evidence = log.evidence.filter(|evidence| *evidence > base);
+            log.doubt = log.doubt.filter(|doubt| *doubt > base);
             log.begin_segment(base, true)?;
             {
                 let mut index = log.index.write().unwrap_or_else(PoisonError::into_inner);
@@ -381,6 +393,11 @@ impl Log {
         segments + self.spares.bytes()
     }
 
+    /// The file that is written, and where in it the next record goes.
+    pub fn end(&self) -> (&str, u64) {
+        (&self.active.path, self.active.end)
+    }
+
     /// Bytes that were appended since the log was opened.
     pub fn appended_bytes(&self) -> u64 {
         self.appended_bytes
@@ -390,6 +407,11 @@ impl Log {
     /// grown beyond.
     pub fn evidence(&self) -> Option<EntryId> {
         self.evidence
+    }
+
+    /// See [`Recovered::doubt`]. `None` once the log has grown beyond.
+    pub fn doubt(&self) -> Option<EntryId> {
+        self.doubt
     }
 
     /// A handle with which another thread keeps spare segments ready.
@@ -426,6 +448,7 @@ impl Log {
         };
         // What is cut off was not chosen, nor was what damage has taken behind it.
         self.evidence = None;
+        self.doubt = None;
         self.begin_segment(base, false)?;
         {
             let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
@@ -445,6 +468,7 @@ impl Log {
         let id = entry.map_or(last, |entry| entry.id);
         let durable = self.staging.durable.unwrap_or(last.slot);
         self.staging.durable = Some(durable);
+        self.staging.chosen = chosen;
         // The header goes into a scratch buffer first because its length decides where it goes.
         let offset = self.active.end + self.staging.bytes as u64;
         let place = self.place(offset);
@@ -454,7 +478,7 @@ impl Log {
         let bytes = area + entry.map_or(0, Entry::payload_bytes);
         if self.must_write_first(bytes) {
             self.flush()?;
-            if self.active.end + bytes as u64 > self.active.bytes
+            if self.active.end + (bytes + MARKER_BYTES) as u64 > self.active.bytes
                 && self.active.end > SEGMENT_HEADER_BYTES
             {
                 self.begin_segment(last, false)?;
@@ -477,7 +501,9 @@ impl Log {
     fn must_write_first(&self, bytes: usize) -> bool {
         let staged = self.staging.bytes;
         let is_first = staged == 0 && self.active.end == SEGMENT_HEADER_BYTES;
-        let does_not_fit = self.active.end + (staged + bytes) as u64 > self.active.bytes;
+        // Behind the last entry of a write stands a marker.
+        let needed = (staged + bytes + MARKER_BYTES) as u64;
+        let does_not_fit = self.active.end + needed > self.active.bytes;
         // A record that is larger than a segment gets one for itself, which grows.
         let rotate = does_not_fit && !is_first;
         let too_much = staged + bytes > WRITE_BYTES_MAX
@@ -495,10 +521,11 @@ impl Log {
 
     /// Writes what is staged.
     fn flush(&mut self) -> Result<(), LogError> {
-        let bytes = self.staging.bytes as u64;
-        if bytes == 0 {
+        if self.staging.bytes == 0 {
             return Ok(());
         }
+        self.stage_end();
+        let bytes = self.staging.bytes as u64;
         let parts = self.staging.parts();
         let written = self.active.file.write_at(&parts, self.active.end);
         drop(parts);
@@ -515,17 +542,33 @@ impl Log {
                 segment.bytes = self.active.bytes;
             }
             self.wants_marker = true;
-            if self.evidence.is_some_and(|evidence| index.last >= evidence) {
-                self.evidence = None;
-            }
+            let last = index.last;
+            self.evidence = self.evidence.filter(|evidence| last < *evidence);
+            self.doubt = self.doubt.filter(|doubt| last < *doubt);
         }
         self.staging.clear();
         Ok(())
     }
 
+    /// Ends a write of entries with a marker that names the last one. Of entries that can be read no
+    /// more a trace remains then in another place, so that what was acknowledged is never denied.
+    fn stage_end(&mut self) {
+        let (Some(id), Some(durable)) = (self.staging.last, self.staging.durable) else {
+            return;
+        };
+        let place = self.place(self.active.end + self.staging.bytes as u64);
+        let chosen = self.staging.chosen;
+        self.staging.header.clear();
+        let area = encode_area(&mut self.staging.header, &place, None, id, durable, chosen);
+        let bytes = area.expect("a marker has no entry that could be too large");
+        assert_eq!(bytes, MARKER_BYTES, "room was left for it");
+        self.staging.add(None, bytes);
+    }
+
     /// Begins the segment that goes on behind `base`. The caller adds it to the index.
     fn begin_segment(&mut self, base: EntryId, reset: bool) -> Result<(), LogError> {
-        let (group, cell, evidence) = (self.params.group, self.params.cell, self.evidence);
+        let (group, cell) = (self.params.group, self.params.cell);
+        let (evidence, doubt) = (self.evidence, self.doubt);
         let header = |sequence| SegmentHeader {
             group,
             cell,
@@ -533,6 +576,7 @@ impl Log {
             reset,
             base,
             evidence,
+            doubt,
         };
         let sequence = self.next_sequence;
         self.active = Active::begin(&*self.disk, &self.spares, &self.params, sequence, header)?;
@@ -803,6 +847,8 @@ struct Staging {
     last: Option<EntryId>,
     /// Highest slot that was durable when the first record was staged.
     durable: Option<Slot>,
+    /// The hint of the last record.
+    chosen: Slot,
     /// Header area of the record that is being staged.
     header: Vec<u8>,
 }

@@ -28,7 +28,7 @@ use std::time::Duration;
 use crate::entry::Entry;
 pub use crate::paxos::catch_up::LogRead;
 use crate::paxos::catch_up::{CatchUp, Feeding};
-use crate::paxos::election::Candidate;
+use crate::paxos::election::{Candidate, Promised};
 use crate::paxos::leader::Leader;
 use crate::paxos::message::{Message, Progress};
 use crate::paxos::output::{Output, Persist, WriteId};
@@ -62,6 +62,9 @@ pub struct Tuning {
     pub drift_per_mille: u32,
     /// Elections start up to this much later than they could, at random.
     pub election_spread: Duration,
+    /// A disk that has not finished a write for so long hangs: its server does not lead. Several election
+    /// times, so that a slow disk does not make the leadership wander.
+    pub disk_patience: Duration,
     /// Most bytes of entries that are proposed and not chosen.
     pub window_bytes: u64,
     /// Most entries that are proposed and not chosen.
@@ -87,6 +90,7 @@ impl Default for Tuning {
             lease: Duration::from_millis(500),
             drift_per_mille: 50,
             election_spread: Duration::from_millis(150),
+            disk_patience: Duration::from_secs(3),
             window_bytes: 32 << 20,
             window_slots: 1024,
             eager_slots: 1,
@@ -112,6 +116,8 @@ pub struct Recovered {
     pub chosen: Slot,
     /// The log was acknowledged up to this entry, though it cannot be read so far.
     pub evidence: Option<EntryId>,
+    /// It may have been acknowledged up to this one.
+    pub doubt: Option<EntryId>,
     /// First slot that the log on disk holds.
     pub log_first: Slot,
     /// Chunks are being copied to this server; its data are not complete.
@@ -146,6 +152,10 @@ pub enum Bug {
     SkipPreviousCheck,
     /// Votes as if the damaged part of the log had never been.
     DenyDamaged,
+    /// Leads though its disk hangs.
+    LeadHanging,
+    /// Votes with an empty disk in a cell that is not new.
+    VoteBlank,
 }
 
 /// What a replica is doing.
@@ -179,6 +189,30 @@ enum PendingWrite {
     Reset,
 }
 
+/// From this number on a ballot is none that anybody will use: its `PreCheck` is a question where the
+/// others stand. A server with an empty disk does not answer it.
+const QUESTION: u64 = 1 << 62;
+
+/// A server with an empty disk belongs to a new cell, or its disk was replaced and it has forgotten what
+/// it promised and acknowledged. In a cell with a history it neither promises nor acknowledges before it
+/// has asked so many *other* core servers that one of every majority is among them that it was once part
+/// of, and holds as much as they do.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+enum Blank {
+    /// It is not, or not any more.
+    No,
+    /// As far as it knows, all servers are.
+    Alone,
+    /// It asks others where they stand.
+    Asking {
+        /// Names the question, so that an answer to an earlier life is none.
+        nonce: u64,
+        answers: BTreeMap<ServerId, (EntryId, Ballot)>,
+    },
+    /// It needs a log up to here.
+    Behind(EntryId),
+}
+
 /// What is known of another server.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
 pub struct PeerView {
@@ -201,12 +235,19 @@ pub struct Replica {
     promised: Ballot,
     promised_durable: Ballot,
     tail: Tail,
-    /// The last entry that it held and that was not replaced; beyond `tail` only if damage has taken it.
+    /// The last entry that it may have held and that was not replaced; beyond `tail` only if damage has
+    /// taken it.
     claimed: EntryId,
+    /// The last one that it is certain to have held.
+    certain: EntryId,
     log_first: Slot,
     durable: Slot,
     writes: VecDeque<(WriteId, PendingWrite)>,
     next_write: u64,
+    /// Since when the disk has been at the first of `writes`.
+    writing_since: Option<Instant>,
+    /// It started with an empty disk: see [`Blank`].
+    blank: Blank,
     /// A candidate that waits for our promise to become durable.
     promise_to: Option<ServerId>,
 
@@ -245,19 +286,29 @@ impl Replica {
             tail.push(entry);
         }
         let last = tail.last();
+        let is_core = config.members.core.contains(&config.id);
+        // It never counted: its first promise becomes durable when it does.
+        let is_blank = is_core && recovered.promised == Ballot::default();
+        let is_filling = is_blank
+            && recovered.evidence.max(recovered.doubt).max(Some(last)) > Some(EntryId::default());
+        let evidence = recovered.evidence.unwrap_or_default();
         let alone = config.members.core == [config.id];
         let mut replica = Replica {
             rng: config.seed ^ 0x9e37_79b9_7f4a_7c15,
             bug: None,
             promised: recovered.promised,
             promised_durable: recovered.promised,
-            claimed: recovered
-                .evidence
-                .map_or(last, |evidence| evidence.max(last)),
+            claimed: last.max(evidence).max(recovered.doubt.unwrap_or_default()),
+            certain: last.max(evidence),
             log_first: recovered.log_first,
             durable: last.slot,
             writes: VecDeque::new(),
             next_write: 1,
+            writing_since: None,
+            blank: match is_blank {
+                true => Blank::Alone,
+                false => Blank::No,
+            },
             promise_to: None,
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
@@ -297,6 +348,9 @@ impl Replica {
             config,
         };
         replica.election_at = replica.quiet_until + replica.jitter();
+        if is_filling {
+            replica.notice_history();
+        }
         replica.apply_chosen();
         replica
     }
@@ -310,7 +364,7 @@ impl Replica {
             self.election_at = Instant(0);
         }
         if bug == Bug::DenyDamaged {
-            self.claimed = self.tail.last();
+            self.give_up_claims();
         }
     }
 
@@ -321,6 +375,9 @@ impl Replica {
             return;
         };
         peer.heard = Some(now);
+        if has_history(&message) {
+            self.notice_history();
+        }
         match message {
             Message::PreCheck { ballot, last } => self.on_pre_check(now, from, ballot, last),
             Message::PreCheckAnswer {
@@ -329,16 +386,24 @@ impl Replica {
                 promised,
                 last,
             } => {
+                self.note_answer(from, ballot, last, promised);
                 self.on_pre_check_answer(now, from, ballot, granted, promised, last);
             }
             Message::Prepare { ballot, released } => self.on_prepare(now, from, ballot, released),
             Message::Promise {
                 ballot,
                 last,
+                certain,
                 have,
                 chosen,
             } => {
-                self.on_promise(now, from, ballot, last, have, chosen);
+                let promised = Promised {
+                    last,
+                    certain,
+                    have,
+                    chosen,
+                };
+                self.on_promise(now, from, ballot, promised);
             }
             Message::Nack { ballot, promised } => self.on_nack(now, ballot, promised),
             Message::Accept {
@@ -407,6 +472,7 @@ impl Replica {
             .pop_front()
             .expect("only what was asked is reported");
         assert_eq!(expected, write, "writes are reported in order");
+        self.writing_since = None;
         match what {
             PendingWrite::Append(last) => {
                 if last > self.durable {
@@ -443,6 +509,7 @@ impl Replica {
         self.catch_up_timeout(now);
         if now >= self.progress_at {
             self.progress_at = now + self.config.tuning.lease;
+            self.ask_around();
             if !matches!(self.role, Role::Leader(_)) {
                 let progress = self.progress();
                 for server in self.other_servers() {
@@ -483,7 +550,7 @@ impl Replica {
         // Whose chunks are incomplete must not lead: not even if it is about to win.
         self.step_down(now);
         self.tail = Tail::new(base);
-        self.claimed = self.claimed.max(base);
+        self.claim(base);
         self.durable = base.slot;
         self.chosen = base.slot;
         self.applying = base.slot;
@@ -505,12 +572,86 @@ impl Replica {
         self.installing = false;
     }
 
+    /// Whether it may have promised and acknowledged what it knows nothing of.
+    fn is_forgetful(&self) -> bool {
+        let forgetful = matches!(self.blank, Blank::Asking { .. } | Blank::Behind(_));
+        forgetful && self.bug != Some(Bug::VoteBlank)
+    }
+
+    /// Others have entries: the cell is not new.
+    fn notice_history(&mut self) {
+        if self.blank == Blank::Alone {
+            let nonce = self.random() >> 2 | QUESTION;
+            let answers = BTreeMap::new();
+            self.blank = Blank::Asking { nonce, answers };
+            self.ask_around();
+        }
+    }
+
+    /// Asks the others where they stand, in the form of a check before an election that never comes.
+    fn ask_around(&mut self) {
+        let Blank::Asking { nonce, .. } = self.blank else {
+            return;
+        };
+        let ballot = Ballot {
+            number: nonce,
+            server: self.config.id,
+        };
+        let last = EntryId::default();
+        for server in self.other_core() {
+            self.send(server, Message::PreCheck { ballot, last });
+        }
+    }
+
+    fn note_answer(&mut self, from: ServerId, to: Ballot, last: EntryId, promised: Ballot) {
+        // So many of the others that one of them was part of each majority that this server was part of.
+        let listed = self.config.members.core.len();
+        let enough = listed - self.config.members.majority() + 1;
+        let core = self.config.members.core.contains(&from);
+        let Blank::Asking { nonce, answers } = &mut self.blank else {
+            return;
+        };
+        if to.number != *nonce || !core {
+            return;
+        }
+        answers.insert(from, (last, promised));
+        if answers.len() < enough {
+            return;
+        }
+        let needed = answers.values().map(|(last, _)| *last).max();
+        let highest = answers.values().map(|(_, promised)| *promised).max();
+        self.blank = Blank::Behind(needed.unwrap_or_default());
+        // Whatever it promised once, one of them knows of an equal or higher ballot.
+        if let Some(highest) = highest.filter(|highest| *highest > self.promised) {
+            self.promise(highest);
+        }
+    }
+
+    /// A server with an empty disk counts again when it holds what it needs. So far no promise of it was
+    /// made durable, so that a restart did not make it forget that it does not count.
+    fn settle_blank(&mut self) {
+        if let Blank::Behind(needed) = self.blank
+            && self.tail.id(self.durable) >= Some(needed)
+            && !self.installing
+        {
+            self.blank = Blank::No;
+            if self.promised > self.promised_durable {
+                let ballot = self.promised;
+                self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
+            }
+        }
+    }
+
     /// Common end of every input: apply, propose, send, feed.
     fn advance(&mut self, now: Instant) {
         if let Role::Leader(_) = self.role {
             self.leader_advance(now);
         }
+        if self.writing_since.is_none() && !self.writes.is_empty() {
+            self.writing_since = Some(now);
+        }
         self.apply_chosen();
+        self.settle_blank();
         self.feed(now);
         self.forget_applied();
     }
@@ -582,13 +723,17 @@ impl Replica {
         self.config.members.core.contains(&self.config.id)
     }
 
-    fn jitter(&mut self) -> Duration {
+    fn random(&mut self) -> u64 {
         // SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
         self.rng = self.rng.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.rng;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
+        z ^ (z >> 31)
+    }
+
+    fn jitter(&mut self) -> Duration {
+        let z = self.random();
         let spread = self.config.tuning.election_spread.as_nanos() as u64;
         Duration::from_nanos(if spread == 0 { 0 } else { z % spread })
     }
@@ -608,6 +753,21 @@ impl Replica {
             peer.progress = progress;
         }
         self.catch_up.note_chosen(progress.chosen);
+    }
+}
+
+/// Whether its sender has entries.
+fn has_history(message: &Message) -> bool {
+    match message {
+        Message::PreCheck { last, .. }
+        | Message::PreCheckAnswer { last, .. }
+        | Message::Promise { last, .. } => last.slot > Slot(0),
+        Message::Progress(progress) | Message::HeartbeatAck { progress, .. } => {
+            progress.chosen > Slot(0)
+        }
+        Message::Heartbeat { last, .. } => *last > Slot(0),
+        Message::Accept { .. } | Message::Chosen { .. } | Message::LogGone { .. } => true,
+        _ => false,
     }
 }
 
@@ -669,6 +829,11 @@ impl Replica {
         self.durable
     }
 
+    /// The last entry that it does not deny to have held: beyond [`Replica::last`] if damage has taken some.
+    pub fn claimed(&self) -> EntryId {
+        self.claimed_last()
+    }
+
     /// First slot of its log on disk.
     pub fn log_first(&self) -> Slot {
         self.log_first
@@ -682,6 +847,13 @@ impl Replica {
     /// Id of the entry in a slot, if it is in memory or the one before what is.
     pub fn entry_id(&self, slot: Slot) -> Option<EntryId> {
         self.tail.id(slot)
+    }
+
+    /// Whether the disk has not finished a write for longer than [`Tuning::disk_patience`].
+    pub fn disk_hangs(&self, now: Instant) -> bool {
+        let patience = self.config.tuning.disk_patience;
+        let since = self.writing_since;
+        since.is_some_and(|since| now.since(since) > patience) && self.bug != Some(Bug::LeadHanging)
     }
 
     /// The other servers.

@@ -64,7 +64,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 13] = [
+pub const BUGS: [SimBug; 15] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -77,6 +77,8 @@ pub const BUGS: [SimBug; 13] = [
     SimBug::Agreement(Bug::NoQuietTime),
     SimBug::Agreement(Bug::SkipPreviousCheck),
     SimBug::Agreement(Bug::DenyDamaged),
+    SimBug::Agreement(Bug::LeadHanging),
+    SimBug::Agreement(Bug::VoteBlank),
     SimBug::ForgetSessions,
 ];
 
@@ -97,12 +99,22 @@ pub struct Report {
     pub answered: u64,
     /// Requests whose outcome stayed open.
     pub lost: u64,
+    /// Sessions that clients ended,
+    pub ended: u64,
+    /// and how often they asked for it.
+    pub ends_asked: u64,
     /// Events.
     pub events: u64,
     /// Slots that were chosen.
     pub slots: u64,
     /// Power cuts and restarts.
     pub crashes: u64,
+    /// Disks that hung.
+    pub hangs: u64,
+    /// Disks that were replaced by empty ones.
+    pub wiped: u64,
+    /// Bits that rotted in a log.
+    pub rots: u64,
     /// Times that a server copied chunks.
     pub copies: u64,
     /// Ballots that led.
@@ -116,9 +128,14 @@ impl Report {
     pub fn add(&mut self, other: &Report) {
         self.answered += other.answered;
         self.lost += other.lost;
+        self.ended += other.ended;
+        self.ends_asked += other.ends_asked;
         self.events += other.events;
         self.slots += other.slots;
         self.crashes += other.crashes;
+        self.hangs += other.hangs;
+        self.wiped += other.wiped;
+        self.rots += other.rots;
         self.copies += other.copies;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
@@ -250,10 +267,19 @@ struct Node {
     offset: u64,
     drift_per_mille: i64,
     slow_disk: bool,
+    /// Its disk finishes nothing until then.
+    hangs_until: u64,
     promised: Ballot,
     seen_chosen: Slot,
     /// What its log holds on the disk.
     disk_log: BTreeMap<Slot, EntryId>,
+    /// What it held and damage has taken. It must not deny these.
+    rotted: BTreeMap<Slot, EntryId>,
+    /// A bit has rotted since the server stopped.
+    rot_pending: bool,
+    /// When it stopped: the end of its log, and behind which slot it was being cut.
+    stopped_at: (String, u64),
+    cut_pending: Option<Slot>,
 }
 
 /// A cell with its clients and faults.
@@ -280,6 +306,8 @@ pub struct Sim {
     report: Report,
     /// Last delivery on each connection, which keeps the order of what goes by TCP.
     fifo: BTreeMap<(u8, u8), u64>,
+    /// The last leader that a rivalry was about.
+    rival: Option<Ballot>,
 }
 
 type Checked<T> = Result<T, Failure>;
@@ -329,9 +357,14 @@ impl Sim {
                 offset: rng.below(1000 * SECOND),
                 drift_per_mille: rng.between(0, 40) as i64 - 20,
                 slow_disk: rng.chance(150),
+                hangs_until: 0,
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
                 disk_log: BTreeMap::new(),
+                rotted: BTreeMap::new(),
+                rot_pending: false,
+                stopped_at: (String::new(), 0),
+                cut_pending: None,
             })
             .collect();
         let count = nodes.len();
@@ -363,6 +396,7 @@ impl Sim {
             leader_ballots: std::collections::BTreeSet::new(),
             report: Report::default(),
             fifo: BTreeMap::new(),
+            rival: None,
             config,
         }
     }
@@ -388,6 +422,8 @@ impl Sim {
             !sim.faults && sim.clients.iter().all(Client::is_done)
         })?;
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
+        self.lead_with_a_disk_that_hangs()?;
+        self.replace_a_disk()?;
         self.read_everything()?;
         self.check_history()?;
         self.check_equal_data()?;
@@ -395,7 +431,92 @@ impl Sim {
         self.report.leaders = self.leader_ballots.len() as u64;
         self.report.answered = self.clients.iter().map(|client| client.answered).sum();
         self.report.lost = self.clients.iter().map(|client| client.lost).sum();
+        let ended = self.clients.iter().map(|client| client.ended);
+        self.report.ended = ended.clone().map(|(ended, _)| ended).sum();
+        self.report.ends_asked = ended.map(|(_, asked)| asked).sum();
         Ok(())
+    }
+
+    /// A disk that hangs for good is one server less, even if it is the leader's and the network lives.
+    fn lead_with_a_disk_that_hangs(&mut self) -> Checked<()> {
+        if !self.config.seed.is_multiple_of(3) {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        self.step_until("there is a leader", |sim| leads(sim).is_some())?;
+        let Some(index) = leads(self) else {
+            return Ok(());
+        };
+        self.hang(index, u64::MAX);
+        for client in 0..self.clients.len() {
+            self.clients[client].left += 3;
+            self.schedule(self.now, Event::Client { client });
+        }
+        self.step_until("every request ends though a disk hangs", |sim| {
+            sim.clients.iter().all(Client::is_done)
+        })?;
+        self.crash(index);
+        self.schedule(self.now, Event::Start { node: index });
+        self.step_until("the disk that hung catches up", Sim::has_converged)
+    }
+
+    /// A majority holds what was answered; one of it comes back with an empty disk, the others of it are
+    /// down. The servers that lag behind and the one that has forgotten are a majority too, and must not
+    /// go on by themselves.
+    fn replace_a_disk(&mut self) -> Checked<()> {
+        if self.config.seed % 5 != 2 {
+            return Ok(());
+        }
+        let majority = self.core / 2 + 1;
+        let lagging = |index: usize| index >= majority;
+        for a in 0..self.nodes.len() {
+            for b in 0..self.nodes.len() {
+                self.blocked[a][b] = lagging(a) != lagging(b);
+            }
+        }
+        for client in 0..self.clients.len() {
+            self.clients[client].left += 3;
+            self.schedule(self.now, Event::Client { client });
+        }
+        self.step_until("every request ends without those that lag", |sim| {
+            sim.clients.iter().all(Client::is_done)
+        })?;
+        for index in 0..majority {
+            self.crash(index);
+        }
+        let victim = self.rng.below(majority as u64) as usize;
+        let node = &mut self.nodes[victim];
+        node.disk = new_disk(self.config.seed, node.id.0);
+        node.promised = Ballot::default();
+        (node.disk_log, node.rotted) = Default::default();
+        node.cut_pending = None;
+        self.report.wiped += 1;
+        self.trace(|| format!("server {victim} gets an empty disk"));
+        self.format(victim)?;
+        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
+        self.schedule(self.now, Event::Start { node: victim });
+        // It stops once more while it is being filled.
+        for pause in [self.rng.between(100 * MS, 3 * SECOND), 3 * SECOND] {
+            let until = self.now + pause;
+            self.schedule(until, Event::Fault);
+            while self.now < until {
+                self.step()?;
+            }
+            self.crash(victim);
+            self.schedule(self.now, Event::Start { node: victim });
+        }
+        for index in 0..majority {
+            self.schedule(self.now, Event::Start { node: index });
+        }
+        self.step_until("the empty disk is filled", Sim::has_converged)
+    }
+
+    /// A disk finishes nothing for a while.
+    fn hang(&mut self, index: usize, until: u64) {
+        self.report.hangs += 1;
+        self.nodes[index].hangs_until = until;
+        let id = self.nodes[index].id;
+        self.trace(|| format!("the disk of server {id} hangs"));
     }
 
     fn fail<T>(&self, what: impl Into<String>) -> Checked<T> {
@@ -463,6 +584,7 @@ impl Sim {
         let now = self.clock(index);
         let members = Membership::new(self.nodes.iter().map(|node| node.id));
         let seed = self.rng.next();
+        let rivals = self.has_rivals();
         let node = &mut self.nodes[index];
         node.life += 1;
         let storage = match sim_storage::open(&node.disk, node.id) {
@@ -475,13 +597,17 @@ impl Sim {
         let recovered = sim_storage::recovered(&storage);
         let state = storage.state.clone();
         let promised = recovered.promised;
-        let config = engine_config(node.id, members, seed);
+        let mut config = engine_config(node.id, members, seed);
+        if rivals {
+            // One message an entry: logs are equal in part for longer.
+            config.replica.tuning.entry_bytes = 4 << 10;
+        }
         let installing = recovered.installing;
         let (last, chosen) = (
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
         );
-        node.disk_log = sim_storage::ids(&storage);
+        let ids = sim_storage::ids(&storage);
         let parts = sim_storage::Parts::new(storage, node.disk.disk());
         let chunks = Arc::clone(&parts.chunks);
         let mut engine = Engine::new(config, recovered, state, chunks, now);
@@ -491,6 +617,7 @@ impl Sim {
             None => {}
         }
         let lower = promised < node.promised;
+        let denied = node.find_denied(ids, engine.replica().claimed());
         node.seen_chosen = Slot(0);
         node.running = Some(Running {
             engine,
@@ -507,6 +634,11 @@ impl Sim {
         });
         if lower {
             return self.fail(format!("server {id} forgot a promise"));
+        }
+        if let Some((entry, claimed)) = denied {
+            return self.fail(format!(
+                "server {id} denies {entry}, which it reported durable: it claims {claimed}"
+            ));
         }
         self.after(index)
     }
@@ -533,6 +665,9 @@ impl Sim {
             return;
         };
         self.report.crashes += 1;
+        node.stopped_at = running.storage.log_end();
+        let cut = cut_of(&running.log_queue);
+        node.cut_pending = node.cut_pending.into_iter().chain(cut).min();
         // Writes that were under way reach the disk in part.
         if !running.log_queue.is_empty() && self.rng.chance(700) {
             let operations = node.disk.stats().mutating_ops;
@@ -548,6 +683,7 @@ impl Sim {
             let _ = running.storage.checkpoint(checkpoint);
         }
         drop(running);
+        node.hangs_until = 0;
         node.disk.power_cut(&mut self.rng);
         let id = node.id;
         self.trace(|| format!("server {id} loses power"));
@@ -745,7 +881,11 @@ impl Sim {
         };
         for _ in 0..copies {
             let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
-            if self.faults && message.is_datagram() && self.rng.chance(10) {
+            let late = match self.has_rivals() {
+                true if matches!(message, Message::Accepted { .. }) => 250,
+                _ => 10,
+            };
+            if self.faults && message.is_datagram() && self.rng.chance(late) {
                 // Lost in some queue, and found again.
                 at += self.rng.below(4 * SECOND);
             }
@@ -779,6 +919,14 @@ impl Sim {
             _ => None,
         };
         if let Some(index) = index {
+            let until = self.nodes[index].hangs_until;
+            if until > self.now && matches!(event, Event::LogDone { .. } | Event::Stored { .. }) {
+                // What hangs for good ends with the power.
+                if until < u64::MAX {
+                    self.schedule(until, event);
+                }
+                return Ok(());
+            }
             if self.nodes[index].paused_until > self.now {
                 self.nodes[index].waiting.push(event);
                 return Ok(());
@@ -821,7 +969,7 @@ impl Sim {
         let now = self.clock(index);
         let life_now = self.nodes[index].life;
         let node = &mut self.nodes[index];
-        let disk_log = &mut node.disk_log;
+        let (disk_log, rotted) = (&mut node.disk_log, &mut node.rotted);
         let Some(running) = &mut node.running else {
             return Ok(());
         };
@@ -846,15 +994,18 @@ impl Sim {
                 let batch: Vec<_> = running.log_queue.drain(..).collect();
                 running.log_busy = false;
                 if let Err(error) = running.storage.persist(&batch) {
+                    // Any part of it may have happened.
+                    let cut = cut_of(&batch);
+                    self.nodes[index].cut_pending = cut;
                     return self.disk_failed(index, &error);
                 }
                 for (write, what) in batch {
-                    note_durable(disk_log, &what);
+                    note_durable(disk_log, rotted, &what);
                     running.engine.handle_persisted(now, write);
                 }
                 self.after(index)?;
                 self.start_log(index);
-                return Ok(());
+                return self.mark_idle(index);
             }
             Event::Stored { life, .. } if life == life_now => return self.store(index),
             Event::Work { life, work, .. } if life == life_now => {
@@ -863,6 +1014,22 @@ impl Sim {
             _ => return Ok(()),
         }
         self.after(index)
+    }
+
+    /// A log that has nothing to do says so now and then.
+    fn mark_idle(&mut self, index: usize) -> Checked<()> {
+        let marks = self.rng.chance(200);
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        if !marks || running.log_busy {
+            return Ok(());
+        }
+        let chosen = running.engine.replica().chosen();
+        match running.storage.mark_idle(chosen) {
+            Ok(()) => Ok(()),
+            Err(error) => self.disk_failed(index, &error),
+        }
     }
 
     fn do_work(&mut self, index: usize, work: Work) -> Checked<()> {
@@ -1025,14 +1192,65 @@ impl Sim {
 
     // ---- Faults.
 
+    /// Some cells live with nothing but rivals: leaders are cut off with a minority while others win, and
+    /// are let in again, so that logs of several ballots stand against each other.
+    fn has_rivals(&self) -> bool {
+        self.config.seed % 4 == 1
+    }
+
+    /// A step of rivalry, about as often as a leader can be elected.
+    fn rivalry(&mut self) {
+        let leader = self.nodes.iter().position(Node::leads);
+        // A leader that has just won may be cut off before others know much of it.
+        let ballot = leader.map(|index| self.nodes[index].promised);
+        let is_new = ballot > self.rival;
+        self.rival = ballot.max(self.rival);
+        if leader.is_none() && self.rng.chance(900) {
+            return self.schedule(self.now + 20 * MS, Event::Fault);
+        }
+        let next = match is_new && self.rng.chance(500) {
+            true => self.now + self.rng.between(MS, 60 * MS),
+            false => self.now + self.rng.between(300 * MS, 1500 * MS),
+        };
+        self.schedule(next, Event::Fault);
+        let count = self.nodes.len();
+        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
+        match (self.rng.below(10), leader) {
+            (0..=5, Some(leader)) => {
+                // With as many others as make no majority.
+                let mut inside = vec![false; count];
+                inside[leader] = true;
+                for _ in 1..self.core.div_ceil(2) {
+                    inside[self.rng.below(count as u64) as usize] |= self.rng.chance(700);
+                }
+                for a in 0..count {
+                    for b in 0..count {
+                        self.blocked[a][b] = inside[a] != inside[b];
+                    }
+                }
+                self.trace(|| format!("cut off: {inside:?}"));
+            }
+            (6 | 7, Some(leader)) => self.crash_for_a_while(leader),
+            (8, _) => {
+                let index = self.rng.below(count as u64) as usize;
+                self.crash_for_a_while(index);
+            }
+            _ => {}
+        }
+    }
+
     fn fault(&mut self) -> Checked<()> {
         if !self.faults {
+            return Ok(());
+        }
+        if self.has_rivals() {
+            self.rivalry();
             return Ok(());
         }
         let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
-        match self.rng.below(14) {
+        match self.rng.below(15) {
             0..=2 => self.crash_for_a_while(index),
             3 => {
                 // A power cut of everything.
@@ -1071,6 +1289,12 @@ impl Sim {
                 }
             }
             12 => {
+                let leader = self.nodes.iter().position(Node::leads);
+                let index = leader.filter(|_| self.rng.chance(600)).unwrap_or(index);
+                let until = self.now + self.rng.between(SECOND / 10, 6 * SECOND);
+                self.hang(index, until);
+            }
+            13 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
                 self.clients[client].crash();
             }
@@ -1104,15 +1328,32 @@ impl Sim {
         self.damage_log(index);
     }
 
-    /// Bit rot in the log, on one server only, so that there is always a good copy.
+    /// Bit rot in the log. The faults have a budget: damage takes copies on one server only, so that of
+    /// every chosen entry it takes fewer than others may lose by being away; and that server's next bit
+    /// rots only after it has got back what the last one took, because a record and all traces of it
+    /// gone together are more than one fault.
     fn damage_log(&mut self, index: usize) {
-        if index == 0 && self.config.seed.is_multiple_of(4) && self.rng.chance(200) {
-            let rot = self.nodes[index]
-                .disk
-                .flip_random_bit("log/", &mut self.rng);
-            let id = self.nodes[index].id;
-            self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
+        let seed = self.config.seed;
+        let victim = (seed / 4) as usize % self.core;
+        let node = &mut self.nodes[index];
+        let may = node.running.is_none() && !node.rot_pending && node.rotted.is_empty();
+        if !seed.is_multiple_of(4) || index != victim || !may || !self.rng.chance(300) {
+            return;
         }
+        let (path, end) = &node.stopped_at;
+        let rot = if self.rng.chance(500) && *end > 0 {
+            // What was written last is what matters most.
+            let back = self.rng.below((*end).min(24 << 10));
+            let at = *end - 1 - back;
+            let hit = node.disk.flip_bit(path, at, self.rng.below(8) as u8);
+            hit.then(|| (path.clone(), at))
+        } else {
+            node.disk.flip_random_bit("log/", &mut self.rng)
+        };
+        node.rot_pending = rot.is_some();
+        self.report.rots += u64::from(rot.is_some());
+        let id = node.id;
+        self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
     }
 
     fn partition(&mut self) {
@@ -1144,6 +1385,7 @@ impl Sim {
         self.delay_max = MS / 2;
         for index in 0..self.nodes.len() {
             self.nodes[index].paused_until = 0;
+            self.nodes[index].hangs_until = self.nodes[index].hangs_until.min(self.now + SECOND);
             self.schedule(self.now, Event::Resume { node: index });
             self.schedule(self.now, Event::Start { node: index });
         }
@@ -1173,10 +1415,12 @@ impl Sim {
         }
     }
 
-    /// What a leader calls chosen lies on the disks of a majority.
+    /// What a leader calls chosen lies on the disks of a majority. A copy that has rotted counts: it was
+    /// there when the server said so.
     fn check_majority(&self, slot: Slot, entry: EntryId) -> Checked<()> {
         let core = &self.nodes[..self.core];
         let holds = |node: &&Node| match node.disk_log.get(&slot) {
+            _ if node.rotted.get(&slot) == Some(&entry) => true,
             Some(held) => *held == entry,
             // Its log begins later: the entry is in its chunks.
             None => node
@@ -1186,12 +1430,25 @@ impl Sim {
                 .is_some_and(|first| *first > slot),
         };
         let holders = core.iter().filter(holds).count();
-        if holders > self.core / 2 {
-            return Ok(());
+        if holders <= self.core / 2 {
+            return self.fail(format!(
+                "slot {slot} is called chosen, but {holders} servers hold {entry}"
+            ));
         }
-        self.fail(format!(
-            "slot {slot} is called chosen, but {holders} servers hold {entry}"
-        ))
+        // And no majority could elect a log without it: the logs are ordered by their last entries.
+        for rival in core.iter().filter(|node| !holds(node)) {
+            let voters = core
+                .iter()
+                .filter(|node| node.log_last() <= rival.log_last());
+            if voters.count() > self.core / 2 {
+                let (id, last) = (rival.id, rival.log_last());
+                return self.fail(format!(
+                    "slot {slot} is called chosen with {entry}, but server {id} may still win with \
+                     {last}"
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check_node(&mut self, index: usize) -> Checked<()> {
@@ -1361,6 +1618,41 @@ impl Sim {
 }
 
 impl Node {
+    /// Takes what the log holds after a start. Gives the entry that the server denies, and what it
+    /// claims: whatever was reported durable must be there, or be claimed if a bit has rotted.
+    fn find_denied(
+        &mut self,
+        ids: BTreeMap<Slot, EntryId>,
+        claimed: EntryId,
+    ) -> Option<(EntryId, EntryId)> {
+        let rots = std::mem::take(&mut self.rot_pending);
+        let cut = self.cut_pending.take();
+        let mut before = std::mem::replace(&mut self.disk_log, ids);
+        // If it was being cut, what was cut off was not chosen.
+        if let Some(cut) = cut {
+            before.split_off(&cut.next());
+            self.rotted.split_off(&cut.next());
+        }
+        let held = self.disk_log.values().max().copied().unwrap_or_default();
+        let had = before.values().max().copied().unwrap_or_default();
+        if had > held && !rots && self.rotted.is_empty() {
+            return Some((had, held));
+        }
+        if rots {
+            let gone = |(slot, _): &(Slot, EntryId)| !self.disk_log.contains_key(slot);
+            self.rotted.extend(before.into_iter().filter(gone));
+        }
+        self.rotted.retain(|_, id| *id > held);
+        let lost = self.rotted.values().max().copied().unwrap_or_default();
+        (lost > claimed).then_some((lost, claimed))
+    }
+
+    /// What it would promise to have, were it asked now.
+    fn log_last(&self) -> EntryId {
+        let held = self.disk_log.values().chain(self.rotted.values());
+        held.max().copied().unwrap_or_default()
+    }
+
     fn leads(&self) -> bool {
         let role = self.running.as_ref().map(|it| it.engine.replica().role());
         matches!(role, Some(RoleKind::Leader { .. }))
@@ -1391,7 +1683,20 @@ fn new_disk(seed: u64, id: u8) -> SimDisk {
     disk
 }
 
-fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
+/// Behind which slot the queue cuts the log.
+fn cut_of<'a>(queue: impl IntoIterator<Item = &'a (WriteId, Persist)>) -> Option<Slot> {
+    let cuts = queue.into_iter().filter_map(|(_, what)| match what {
+        Persist::Append { truncate_after, .. } => *truncate_after,
+        _ => None,
+    });
+    cuts.min()
+}
+
+fn note_durable(
+    log: &mut BTreeMap<Slot, EntryId>,
+    rotted: &mut BTreeMap<Slot, EntryId>,
+    what: &Persist,
+) {
     match what {
         Persist::Append {
             truncate_after,
@@ -1400,12 +1705,17 @@ fn note_durable(log: &mut BTreeMap<Slot, EntryId>, what: &Persist) {
         } => {
             if let Some(slot) = truncate_after {
                 log.split_off(&slot.next());
+                rotted.split_off(&slot.next());
             }
             log.extend(entries.iter().map(|entry| (entry.id.slot, entry.id)));
+            // What is here again, and what a later leader did without, needs no claim.
+            let held = entries.last().map(|entry| entry.id).unwrap_or_default();
+            rotted.retain(|_, id| *id > held);
         }
         Persist::Reset { base } => {
             log.clear();
             log.insert(base.slot, *base);
+            rotted.retain(|_, id| *id > *base);
         }
         Persist::Promise(_) => {}
     }

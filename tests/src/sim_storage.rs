@@ -77,6 +77,7 @@ pub(crate) fn recovered(storage: &Storage) -> Recovered {
             .collect(),
         chosen: storage.recovered.chosen,
         evidence: storage.recovered.evidence,
+        doubt: storage.recovered.doubt,
         log_first: storage.log.first_slot(),
         installing: storage.installing,
     }
@@ -174,6 +175,23 @@ impl Parts {
             at += 1;
         }
         Ok(())
+    }
+
+    /// What the log thread does when it has been idle.
+    ///
+    /// # Errors
+    /// What failed; the server must stop.
+    pub(crate) fn mark_idle(&mut self, chosen: Slot) -> Result<(), String> {
+        let chosen = chosen.min(self.log.last().slot);
+        self.log
+            .mark_idle(chosen)
+            .map_err(|error| error.to_string())
+    }
+
+    /// See [`Log::end`].
+    pub(crate) fn log_end(&self) -> (String, u64) {
+        let (path, end) = self.log.end();
+        (path.to_owned(), end)
     }
 
     /// What the checkpoint thread does.

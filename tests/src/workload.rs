@@ -86,6 +86,8 @@ pub struct Client {
     pub id: u64,
     session: Option<SessionId>,
     opening: Option<(u64, Time)>,
+    /// The request that ends the session, and when it was sent.
+    ending: Option<(Request, Time)>,
     next_number: u64,
     pending: BTreeMap<u64, Pending>,
     /// Where it believes the leader is.
@@ -96,6 +98,8 @@ pub struct Client {
     pub answered: u64,
     /// Requests whose outcome stays open.
     pub lost: u64,
+    /// Sessions that it ended, and how often it had to ask.
+    pub ended: (u64, u64),
     next_tag: u64,
     /// Answers to what was asked before the last start are not for us.
     first_tag: u64,
@@ -110,12 +114,14 @@ impl Client {
             id,
             session: None,
             opening: None,
+            ending: None,
             next_number: 1,
             pending: BTreeMap::new(),
             server: ServerId(0),
             left: operations,
             answered: 0,
             lost: 0,
+            ended: (0, 0),
             next_tag: 1,
             first_tag: 0,
             depth,
@@ -125,14 +131,17 @@ impl Client {
 
     /// Whether everything is done.
     pub fn is_done(&self) -> bool {
-        self.left == 0 && self.pending.is_empty()
+        self.left == 0 && self.pending.is_empty() && self.ending.is_none()
     }
 
     /// Requests that wait for an answer, for a message about what hangs.
     pub fn hanging(&self) -> Vec<String> {
+        let ending = self.ending.iter().map(|(request, _)| request);
         self.pending
             .values()
-            .map(|it| format!("{:?}", it.request.body))
+            .map(|it| &it.request)
+            .chain(ending)
+            .map(|request| format!("{:?}", request.body))
             .collect()
     }
 
@@ -142,6 +151,7 @@ impl Client {
         self.pending.clear();
         self.session = None;
         self.opening = None;
+        self.ending = None;
         self.next_number = 1;
         self.first_tag = self.next_tag + 1;
     }
@@ -158,6 +168,23 @@ impl Client {
         let Some(session) = self.session else {
             return self.open(now, servers, rng);
         };
+        if let Some((request, sent)) = &mut self.ending {
+            if now < *sent + REPEAT {
+                return Vec::new();
+            }
+            *sent = now;
+            self.ended.1 += 1;
+            if rng.chance(500) {
+                self.server = ServerId(rng.below(servers) as u8);
+            }
+            return vec![request.clone()];
+        }
+        if self.pending.is_empty() && self.left > 0 && rng.chance(20) {
+            let request = self.request(session, RequestNumber(0), RequestBody::EndSession);
+            self.ending = Some((request.clone(), now));
+            self.ended.1 += 1;
+            return vec![request];
+        }
         let mut out = Vec::new();
         let mut elsewhere = false;
         for pending in self.pending.values_mut() {
@@ -309,6 +336,22 @@ impl Client {
         if reply.tag < self.first_tag {
             return;
         }
+        let ends = |(request, _): &(Request, Time)| request.tag == reply.tag;
+        if self.ending.as_ref().is_some_and(ends) {
+            match reply.body {
+                Ok(ReplyBody::Done) => {
+                    self.ended.0 += 1;
+                    self.crash();
+                    return;
+                }
+                Err(ReplyError::NotLeader { .. }) => {}
+                // However often it is asked, and if the servers have ended it themselves.
+                other => {
+                    let what = format!("the end of a session was answered {other:?}");
+                    return history.broken.push(what);
+                }
+            }
+        }
         match reply.body {
             Ok(ReplyBody::Session(session)) if self.session.is_none() => {
                 self.session = Some(session);
@@ -333,6 +376,9 @@ impl Client {
                     pending.sent = soon.saturating_sub(REPEAT);
                 }
                 if let Some((_, sent)) = &mut self.opening {
+                    *sent = soon.saturating_sub(REPEAT);
+                }
+                if let Some((_, sent)) = &mut self.ending {
                     *sent = soon.saturating_sub(REPEAT);
                 }
                 return;

@@ -137,6 +137,8 @@ struct LogWorld {
     /// What was being done when the disk stopped.
     inflight: Option<(Option<Slot>, Vec<Entry>)>,
     reset_inflight: Option<EntryId>,
+    /// A write was torn, and may have been more.
+    doubt: Option<EntryId>,
     ballot: u64,
     tag: u64,
 }
@@ -157,6 +159,7 @@ impl LogWorld {
             applied: EntryId::default(),
             inflight: None,
             reset_inflight: None,
+            doubt: None,
             ballot: 1,
             tag: 0,
         })
@@ -261,6 +264,15 @@ impl LogWorld {
         let (log, recovered) = Log::open(disk, log_params(), self.applied)?;
         self.log = log;
         assert_eq!(recovered.evidence, None, "nothing was damaged");
+        if let Some(doubt) = recovered.doubt {
+            let torn = self
+                .inflight
+                .as_ref()
+                .and_then(|(_, entries)| entries.last());
+            let known = self.doubt.max(torn.map(|entry| entry.id));
+            assert!(Some(doubt) <= known, "{doubt} was never being written");
+        }
+        self.doubt = recovered.doubt;
         if let Some(base) = self.reset_inflight.take() {
             assert_eq!((recovered.base, recovered.last), (base, base));
             self.base = base;
@@ -380,7 +392,11 @@ fn damage_of_the_log_is_noticed() {
         for _ in 0..40 {
             world.step(&mut rng).unwrap();
         }
-        world.log.mark_idle(world.chosen).unwrap();
+        // Half of them stop in the midst of their work.
+        let idle = rng.chance(500);
+        if idle {
+            world.log.mark_idle(world.chosen).unwrap();
+        }
         let last = world.last();
         disk.power_cut_with(&mut rng, Survival::Nothing);
         let (path, offset) = disk.flip_random_bit("log/", &mut rng).unwrap();
@@ -389,12 +405,13 @@ fn damage_of_the_log_is_noticed() {
         // It is the same however often it is opened.
         for round in 0..3 {
             let (log, recovered) = Log::open(disk.disk(), log_params(), world.applied).unwrap();
-            let mut evidence = recovered.evidence;
+            let mut evidence = recovered.evidence.max(recovered.doubt);
             if recovered.last != last {
-                assert_eq!(recovered.evidence, Some(last), "{context}");
+                assert_eq!(evidence, Some(last), "{context}");
+                assert!(!idle || recovered.doubt.is_none(), "{context}");
                 assert!(recovered.last.slot >= world.applied.slot, "{context}");
             } else {
-                assert_eq!(recovered.evidence, None, "{context}");
+                assert_eq!(evidence, None, "{context}");
                 evidence = None;
             }
             if round > 0 {
@@ -422,15 +439,16 @@ fn fetch_again(disk: &SimDisk, world: &mut LogWorld, rng: &mut Rng, last: EntryI
     let missing = world.model[skip..].to_vec();
     let (now, later) = missing.split_at(missing.len() - 1);
     log.append(None, now, Slot(0)).unwrap();
-    assert_eq!(log.evidence(), Some(last));
+    assert_eq!(log.evidence().max(log.doubt()), Some(last));
     disk.power_cut(rng);
     let (mut log, recovered) = Log::open(disk.disk(), log_params(), world.applied).unwrap();
-    assert_eq!(recovered.evidence, Some(last));
+    assert_eq!(recovered.evidence.max(recovered.doubt), Some(last));
     log.append(None, later, Slot(0)).unwrap();
-    assert_eq!(log.evidence(), None);
+    assert_eq!((log.evidence(), log.doubt()), (None, None));
     disk.power_cut(rng);
     let (_, recovered) = Log::open(disk.disk(), log_params(), world.applied).unwrap();
-    assert_eq!((recovered.last, recovered.evidence), (last, None));
+    let claims = (recovered.evidence, recovered.doubt);
+    assert_eq!((recovered.last, claims), (last, (None, None)));
 }
 
 /// Any damage, any number of times: no panic, and what is read was written.
@@ -551,17 +569,18 @@ fn guest_cannot_forge_records() {
     let segment = &disk.files()[0].0;
     // What a second record would look like behind a payload that holds it, made by another cell.
     let mut forged = disk.contents(segment).unwrap()[4096..8192].to_vec();
-    forged[24..32].copy_from_slice(&(4096u64 * 4).to_le_bytes());
+    forged[24..32].copy_from_slice(&(4096u64 * 5).to_le_bytes());
     let data = Bytes::from(forged);
     let mut second = noop_entry(first.id, ballot(1), 0, 2);
     second.commands = [Command::internal(write_op(VolumeId(1), 0, data))].into();
     log.append(None, std::slice::from_ref(&second), Slot(0))
         .unwrap();
-    // The header of the real one is damaged: nothing behind it is evidence of anything.
-    disk.flip_bit(segment, 4096 * 3 + 40, 1);
+    // The header of the real one is damaged: only the end of its write tells of it.
+    disk.flip_bit(segment, 4096 * 4 + 40, 1);
     drop(log);
     let (_, recovered) = Log::open(disk.disk(), log_params(), EntryId::default()).unwrap();
     assert_eq!((recovered.last, recovered.evidence), (first.id, None));
+    assert_eq!(recovered.doubt, Some(second.id));
 }
 
 // ---- everything ----

@@ -87,12 +87,16 @@ impl Engine {
             let leader = self.replica.leader().filter(|it| *it != self.replica.id());
             return self.reply(client, request.tag, Err(ReplyError::NotLeader { leader }));
         }
-        if request.session != SessionId(0) {
-            if !self.state.has_session(request.session) {
-                let stale = ReplyError::Refused(Refusal::StaleSession);
-                return self.reply(client, request.tag, Err(stale));
-            }
+        if self.state.has_session(request.session) {
             self.heard.insert(request.session, now);
+        } else if request.session != SessionId(0) && request.body != RequestBody::EndSession {
+            // Without the lease another leader may have opened it meanwhile. Whoever ends a session
+            // that has ended, because the answer was lost, goes through the log and gets it again.
+            let error = match self.replica.may_read(now) {
+                true => ReplyError::Refused(Refusal::StaleSession),
+                false => ReplyError::NotLeader { leader: None },
+            };
+            return self.reply(client, request.tag, Err(error));
         }
         match &request.body {
             RequestBody::KeepAlive => self.reply(client, request.tag, Ok(ReplyBody::Done)),
@@ -888,7 +892,97 @@ fn join_parts(parts: &[ReadPart], bytes: usize) -> BytesMut {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
     use super::*;
+    use crate::chunk::{ChunkParams, ChunkStore};
+    use crate::disk::files::FileDisk;
+    use crate::engine::EngineConfig;
+    use crate::paxos::quorum::Membership;
+    use crate::paxos::{Config, Recovered, Tuning};
+    use crate::state::State;
+    use crate::wire::client::Reply;
+
+    /// A cell of one server, which leads.
+    fn leader(directory: &tempfile::TempDir) -> Engine {
+        let disk = Arc::new(FileDisk::open(directory.path()).unwrap());
+        let chunks = ChunkStore::open(disk, ChunkParams::default(), &[]).unwrap();
+        let config = EngineConfig {
+            replica: Config {
+                id: ServerId(0),
+                members: Membership::new([ServerId(0)]),
+                tuning: Tuning::default(),
+                seed: 1,
+            },
+            checkpoint_bytes: u64::MAX,
+            checkpoint_interval: Duration::from_secs(1000),
+            checkpoint_chunks: usize::MAX,
+            reserve_bytes: 0,
+            session_lease: Duration::from_secs(60),
+        };
+        let state = State::default();
+        let start = Instant(0);
+        let recovered = Recovered::default();
+        let mut engine = Engine::new(config, recovered, state, Arc::new(chunks), start);
+        engine.handle_timeout(start + Duration::from_secs(1));
+        perform(&mut engine);
+        assert!(engine.serves());
+        engine
+    }
+
+    /// Does what the engine wants at once; gives the answers.
+    fn perform(engine: &mut Engine) -> BTreeMap<u64, Result<ReplyBody, ReplyError>> {
+        let now = Instant(0) + Duration::from_secs(1);
+        let mut replies = BTreeMap::new();
+        engine.finish_batch(now);
+        while let Some(action) = engine.poll_action() {
+            match action {
+                Action::Persist { write, .. } => engine.handle_persisted(now, write),
+                Action::Reply { reply, .. } => {
+                    let Reply { tag, body } = reply;
+                    replies.insert(tag, body);
+                }
+                _ => {}
+            }
+        }
+        replies
+    }
+
+    #[test]
+    fn ending_an_ended_session_again_is_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        let mut ask = |tag, session, body| {
+            let request = Request {
+                tag,
+                session,
+                number: RequestNumber(0),
+                settled_below: RequestNumber(0),
+                body,
+            };
+            let now = Instant(0) + Duration::from_secs(1);
+            engine.handle_request(now, ClientId(tag), request);
+            perform(&mut engine).remove(&tag).unwrap()
+        };
+        let name = "a client".to_owned();
+        let opened = ask(1, SessionId(0), RequestBody::OpenSession { nonce: 5, name });
+        let Ok(ReplyBody::Session(session)) = opened else {
+            panic!("{opened:?}");
+        };
+        let stale = Err(ReplyError::Refused(Refusal::StaleSession));
+        assert_eq!(ask(2, session, RequestBody::KeepAlive), Ok(ReplyBody::Done));
+        // The answer is lost with the connection.
+        assert_eq!(
+            ask(3, session, RequestBody::EndSession),
+            Ok(ReplyBody::Done)
+        );
+        assert_eq!(
+            ask(4, session, RequestBody::EndSession),
+            Ok(ReplyBody::Done)
+        );
+        assert_eq!(ask(5, session, RequestBody::KeepAlive), stale);
+    }
 
     #[test]
     fn parts_are_cut_to_the_bytes() {

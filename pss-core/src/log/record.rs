@@ -37,7 +37,8 @@ const KIND_MARKER: u32 = 2;
 /// | 44  | 4     | zero                                                               |
 /// | 48  | 24    | base: slot u64, ballot number u64, ballot server u8, 7 zeros       |
 /// | 72  | 24    | evidence, in the same form; slot 0 = none                          |
-/// | 96  | 4000  | zero                                                               |
+/// | 96  | 24    | doubt, in the same form; slot 0 = none                             |
+/// | 120 | 3976  | zero                                                               |
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct SegmentHeader {
     pub(super) group: GroupId,
@@ -48,6 +49,8 @@ pub(super) struct SegmentHeader {
     pub(super) base: EntryId,
     /// The server had acknowledged entries up to here, though it cannot read them all any more.
     pub(super) evidence: Option<EntryId>,
+    /// It may have acknowledged entries up to here: see `Recovered::doubt`.
+    pub(super) doubt: Option<EntryId>,
 }
 
 /// What the first bytes of a segment are.
@@ -72,6 +75,7 @@ impl SegmentHeader {
         out.put_u32_le(0);
         put_id(&mut out, self.base);
         put_id(&mut out, self.evidence.unwrap_or_default());
+        put_id(&mut out, self.doubt.unwrap_or_default());
         out.resize(SEGMENT_HEADER_BYTES as usize, 0);
         let crc = crc32c::crc32c(&out[12..SEGMENT_USED_BYTES]);
         out[8..12].copy_from_slice(&crc.to_le_bytes());
@@ -99,6 +103,7 @@ impl SegmentHeader {
         input.advance(4);
         let base = take_id(&mut input);
         let evidence = take_id(&mut input);
+        let doubt = take_id(&mut input);
         SegmentStart::Header(SegmentHeader {
             group,
             cell,
@@ -106,6 +111,7 @@ impl SegmentHeader {
             reset,
             base,
             evidence: (evidence.slot > Slot(0)).then_some(evidence),
+            doubt: (doubt.slot > Slot(0)).then_some(doubt),
         })
     }
 }
@@ -361,15 +367,19 @@ mod tests {
             reset: true,
             base: entry().id,
             evidence: Some(entry().id),
+            doubt: Some(EntryId {
+                slot: Slot(6),
+                ..entry().id
+            }),
         };
         let out = header.encode();
         assert_eq!(out.len(), 4096);
-        let hex: String = out[..104]
+        let hex: String = out[..120]
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
         assert_eq!(hex, SEGMENT_GOLDEN);
-        assert!(out[104..].iter().all(|byte| *byte == 0));
+        assert!(out[120..].iter().all(|byte| *byte == 0));
         match SegmentHeader::decode(&out) {
             SegmentStart::Header(back) => assert_eq!(back, header),
             _ => panic!("not read back"),
@@ -377,9 +387,9 @@ mod tests {
     }
 
     const SEGMENT_GOLDEN: &str = "\
-        5053534c534547316231377901000000070707070707070707070707070707070300000000000000\
+        5053534c53454731cb2d9e7701000000070707070707070707070707070707070300000000000000\
         01000000000000000500000000000000020000000000000001000000000000000500000000000000\
-        020000000000000001000000000000000000000000000000";
+        02000000000000000100000000000000060000000000000002000000000000000100000000000000";
 
     #[test]
     fn record_round_trip() {

@@ -6,7 +6,10 @@
 //! * ... unless something proves that the missing entry was durable: a later record of the segment
 //!   whose `durable_before` covers it, or a later segment whose base does. Then it is damage. The log
 //!   is kept up to the damage; how far it went is handed on as *evidence*.
+//! * If all that is known is that the write ended (its marker is there) while not all of it can be read, it
+//!   was torn, so that nobody was told of it, or it was whole and has rotted. That is handed on as *doubt*.
 //! * Damage at or below the checkpoint does no harm: the log then starts behind it.
+//! * A marker that is damaged takes nothing with it.
 //!
 //! A segment's base cuts the log back to that entry: that is how truncation is written down.
 
@@ -36,6 +39,8 @@ pub(super) struct Scan {
     pub(super) tail: VecDeque<Entry>,
     /// The last entry that the server ever held and did not replace.
     pub(super) seen: EntryId,
+    /// The last entry that it may have held.
+    pub(super) doubt: EntryId,
     /// Files that are named like segments but were not in use yet.
     pub(super) unused: Vec<String>,
     applied: EntryId,
@@ -56,6 +61,7 @@ impl Scan {
             chosen: Slot(0),
             tail: VecDeque::new(),
             seen: applied,
+            doubt: applied,
             unused: Vec::new(),
             applied,
             beyond: false,
@@ -91,13 +97,17 @@ impl Scan {
         };
         let base = match header {
             Some(header) => {
-                self.enter(header.base, header.reset, header.evidence);
+                self.enter(header.base, header.reset);
+                self.seen = header.evidence.unwrap_or_default().max(header.base);
+                self.doubt = header.doubt.unwrap_or_default().max(self.seen);
                 header.base
             }
             None => match window.next_valid(SEGMENT_HEADER_BYTES)? {
                 // Its base can be had from its first record, if that is there.
                 Some(first) if first.offset == SEGMENT_HEADER_BYTES && first.is_entry() => {
-                    self.enter(first.base(), false, None);
+                    // What its header said is lost: what was known before it stays.
+                    self.enter(first.base(), false);
+                    self.seen = self.seen.max(first.base());
                     first.base()
                 }
                 // Records behind a damaged start: where they belong is found out below.
@@ -114,7 +124,7 @@ impl Scan {
     }
 
     /// Brings the log to the state that a segment starts from.
-    fn enter(&mut self, base: EntryId, reset: bool, evidence: Option<EntryId>) {
+    fn enter(&mut self, base: EntryId, reset: bool) {
         let known = self.index.id_at(base.slot) == Some(base);
         if !self.started || reset {
             self.restart(base);
@@ -128,7 +138,6 @@ impl Scan {
             self.lost();
         }
         self.started = true;
-        self.seen = evidence.map_or(base, |evidence| evidence.max(base));
     }
 
     /// Starts the log anew behind `base`; what was before is not needed or not readable.
@@ -195,6 +204,7 @@ impl Scan {
         let missing = Slot(cursor.slot.0.saturating_add(1));
         let mut next = None;
         let mut durable = EntryId::default();
+        let mut ended = EntryId::default();
         let mut at = offset + ALIGN_BYTES as u64;
         while let Some(record) = window.next_valid(at)? {
             at = record.offset + ALIGN_BYTES as u64;
@@ -205,17 +215,27 @@ impl Scan {
             if record.is_entry() {
                 durable.slot = durable.slot.max(record.header.durable_before);
                 durable.ballot = durable.ballot.max(record.prev);
-            } else {
+            } else if record.header.durable_before >= id.slot {
                 durable = durable.max(id);
+            } else {
+                durable.slot = durable.slot.max(record.header.durable_before);
+                ended = ended.max(id);
             }
             if let Some(loaded) = self.load(window, record)? {
                 at = record.offset + record.header.record_bytes();
                 if next.is_none() && record.is_entry() {
+                    if record.base() == cursor {
+                        // Nothing is missing: a marker was damaged.
+                        return Ok(Some(loaded));
+                    }
                     next = Some(loaded);
                 }
             } else if id.slot <= durable.slot {
                 self.seen = self.seen.max(id);
             }
+        }
+        if ended.slot >= missing {
+            self.doubt = self.doubt.max(ended);
         }
         if durable.slot < missing {
             // Entries up to the checkpoint were durable, whatever the log says.

@@ -113,8 +113,8 @@ fn a_batch_is_one_write_of_whole_pages() {
     let all = entries(EntryId::default(), 1, &[1, 1, 1, 1]);
     let batch = all.chunks(2).map(|entries| (None, entries, Slot(0)));
     log.append_many(batch).unwrap();
-    // Header area and payload of each.
-    assert_eq!(log.appended_bytes(), 4 * 2 * 4096);
+    // Header area and payload of each, and a marker at the end.
+    assert_eq!(log.appended_bytes(), (4 * 2 + 1) * 4096);
     assert_eq!(read(&log, 0), all);
 }
 
@@ -246,7 +246,8 @@ fn markers_are_written_once() {
     for _ in 0..3 {
         log.mark_idle(Slot(1)).unwrap();
     }
-    assert_eq!(log.appended_bytes(), 2 * 4096);
+    // The entry, the end of its write, and the proof that the write ended.
+    assert_eq!(log.appended_bytes(), 3 * 4096);
     log.append(None, &all[1..], Slot(1)).unwrap();
     assert_eq!(read(&log, 0), all);
     drop(log);

@@ -3,7 +3,7 @@
 use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange};
-use crate::paxos::{Bug, PendingWrite, Replica, Role};
+use crate::paxos::{Blank, Bug, PendingWrite, QUESTION, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -15,7 +15,12 @@ impl Replica {
         ballot: Ballot,
         _last: EntryId,
     ) {
-        let granted = ballot > self.promised && self.may_promise(now, None);
+        if ballot.number >= QUESTION && self.blank != Blank::No {
+            return;
+        }
+        // Who cannot make a promise durable does not raise hopes.
+        let able = self.may_promise(now, None) && !self.disk_hangs(now);
+        let granted = ballot > self.promised && able;
         let answer = Message::PreCheckAnswer {
             ballot,
             granted,
@@ -47,6 +52,8 @@ impl Replica {
             }
             self.step_down(now);
             self.promise(ballot);
+            // Whoever votes when all are blank is there from the beginning.
+            self.blank = Blank::No;
             // Give the candidate time to win.
             self.election_at = now + self.config.tuning.lease + self.jitter();
         }
@@ -62,6 +69,9 @@ impl Replica {
         if self.bug == Some(Bug::IgnoreGrantedLease) {
             return true;
         }
+        if self.is_forgetful() {
+            return false;
+        }
         if !self.is_core() || now < self.quiet_until || self.holds_lease(now) {
             return false;
         }
@@ -76,7 +86,9 @@ impl Replica {
         self.leader = None;
         self.matched = Slot(0);
         self.promise_to = None;
-        self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
+        if !self.is_forgetful() {
+            self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
+        }
     }
 
     pub(super) fn promise_is_durable(&mut self, now: Instant) {
@@ -95,6 +107,7 @@ impl Replica {
         let promise = Message::Promise {
             ballot: self.promised,
             last: self.claimed_last(),
+            certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
         };
@@ -211,10 +224,10 @@ impl Replica {
         }
         let last = self.tail.last();
         // What is replaced was not chosen and never will be, nor what followed it, readable or not.
-        self.claimed = match replaces {
-            true => last,
-            false => self.claimed.max(last),
-        };
+        match replaces {
+            true => self.give_up_claims(),
+            false => self.claim(last),
+        }
         let chosen = self.chosen.max(chosen_hint.min(last.slot));
         let append = Persist::Append {
             truncate_after: replaces.then_some(before.slot),
@@ -241,8 +254,20 @@ impl Replica {
     /// everything that is chosen: either they are here again, or they were not chosen.
     pub(super) fn settle_claim(&mut self) {
         if self.equal_to_leader() >= self.claimed.slot {
-            self.claimed = self.tail.last();
+            self.give_up_claims();
         }
+    }
+
+    /// It holds this entry.
+    pub(super) fn claim(&mut self, held: EntryId) {
+        self.claimed = self.claimed.max(held);
+        self.certain = self.certain.max(held);
+    }
+
+    /// It claims no more than it can show.
+    pub(super) fn give_up_claims(&mut self) {
+        self.claimed = self.tail.last();
+        self.certain = self.tail.last();
     }
 
     /// Tells the leader how far our log is durably equal to its own.
@@ -253,7 +278,7 @@ impl Replica {
             return;
         }
         let durable = self.durable.min(self.equal_to_leader());
-        if durable > Slot(0) && self.is_core() {
+        if durable > Slot(0) && self.is_core() && !self.is_forgetful() {
             self.send(leader, Message::Accepted { ballot, durable });
         }
     }
@@ -289,7 +314,7 @@ impl Replica {
         self.granted_to = ballot;
         self.learn_chosen(chosen.min(self.matched));
         self.catch_up.note_chosen(chosen);
-        if self.promised_durable != ballot {
+        if self.promised_durable != ballot || self.is_forgetful() {
             return;
         }
         let received = self.equal_to_leader();

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::entry::Entry;
 use crate::paxos::message::Message;
-use crate::paxos::{Bug, Replica, Role};
+use crate::paxos::{Blank, Bug, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -41,15 +41,21 @@ enum Stage {
 
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub(super) struct Promised {
+    /// What it may have acknowledged,
     pub(super) last: EntryId,
+    /// what it held for certain,
+    pub(super) certain: EntryId,
+    /// and what it can show.
     pub(super) have: EntryId,
     pub(super) chosen: Slot,
 }
 
 impl Replica {
-    /// Whether this server could lead at all: a core server with complete data and an undamaged log.
+    /// Whether this server could lead at all: a core server with complete data and a log that is not
+    /// certain to be damaged.
     pub(super) fn may_lead(&self) -> bool {
-        self.is_core() && !self.installing && self.claimed <= self.tail.last()
+        let complete = !self.installing && !self.is_forgetful();
+        self.is_core() && complete && self.certain <= self.tail.last()
     }
 
     pub(super) fn election_timeout(&mut self, now: Instant) {
@@ -65,7 +71,7 @@ impl Replica {
             self.election_at = now + self.config.tuning.lease + self.jitter();
             return;
         }
-        if !self.may_lead() {
+        if !self.may_lead() || self.disk_hangs(now) {
             self.leader = None;
             self.election_at = now + self.config.tuning.lease + self.jitter();
             return;
@@ -162,12 +168,14 @@ impl Replica {
             },
         });
         self.promise(ballot);
+        self.blank = Blank::No;
         self.election_at = now + self.config.tuning.lease + self.jitter();
     }
 
     pub(super) fn own_promise_is_durable(&mut self, now: Instant) {
         let own = Promised {
             last: self.claimed_last(),
+            certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
         };
@@ -199,9 +207,7 @@ impl Replica {
         now: Instant,
         from: ServerId,
         ballot: Ballot,
-        last: EntryId,
-        have: EntryId,
-        chosen: Slot,
+        promised: Promised,
     ) {
         let core = self.config.members.core.contains(&from);
         let me = self.config.id;
@@ -214,31 +220,33 @@ impl Replica {
         match &mut candidate.stage {
             // Our own promise comes first: before it is durable nobody was asked.
             Stage::Prepare { promises } if promises.contains_key(&me) => {
-                promises.insert(from, Promised { last, have, chosen });
+                promises.insert(from, promised);
                 self.count_promises(now);
             }
             _ => {}
         }
     }
 
+    /// Goes on when the promises are enough to take over the best log among them.
     fn count_promises(&mut self, now: Instant) {
         let majority = self.majority();
+        let listed = self.config.members.core.len();
+        let own = self.tail.last();
         let Role::Candidate(candidate) = &mut self.role else {
             return;
         };
         let Stage::Prepare { promises } = &mut candidate.stage else {
             return;
         };
-        if promises.len() < majority {
+        let have = promises.values().map(|promised| promised.have).max();
+        let best = have.unwrap_or_default().max(own);
+        if !is_enough(promises.values(), best, listed, majority) {
             return;
         }
-        let best = promises.values().map(|promised| promised.last).max();
-        let best = best.expect("a majority is not empty");
-        if self.tail.last() >= best || self.bug == Some(Bug::SkipTail) {
+        if own >= best || self.bug == Some(Bug::SkipTail) {
             let promises = std::mem::take(promises);
             return self.become_leader(now, &promises);
         }
-        // A server that claims more than it can read cannot give the tail: wait for one that can.
         let source = promises.iter().find(|(_, promised)| promised.have >= best);
         let Some((&from, _)) = source else { return };
         let promises = std::mem::take(promises);
@@ -361,9 +369,31 @@ impl Replica {
     /// The leader gives up for us: phase 1 at once.
     pub(super) fn on_hand_over(&mut self, now: Instant, ballot: Ballot) {
         let following = matches!(self.role, Role::Follower);
-        if !following || ballot != self.promised || !self.may_lead() || now < self.quiet_until {
+        let able = self.may_lead() && !self.disk_hangs(now);
+        if !following || ballot != self.promised || !able || now < self.quiet_until {
             return;
         }
         self.start_prepare(now, Some(ballot));
     }
+}
+
+/// Whether the log that ends at `best`, the greatest that a server among the promises can show, holds
+/// everything that may be chosen.
+///
+/// It does if a majority never acknowledged anything beyond it. A server that claims more than can be
+/// shown does not count: what it claims may be chosen, and a server that is away may hold it.
+///
+/// If every core server has answered, nobody is away. What none of them can show was then not chosen,
+/// as long as damage has not taken more copies of an entry than a minority; for that it must be possible
+/// that a minority held the entry. Otherwise only a person may decide what to give up.
+fn is_enough<'a>(
+    promises: impl ExactSizeIterator<Item = &'a Promised> + Clone,
+    best: EntryId,
+    listed: usize,
+    majority: usize,
+) -> bool {
+    let all = promises.len() == listed;
+    let clean = promises.clone().filter(|it| it.last <= best).count();
+    let without = promises.filter(|it| it.certain <= best).count();
+    clean >= majority || all && without > listed - majority
 }

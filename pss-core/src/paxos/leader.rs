@@ -103,7 +103,8 @@ impl Replica {
     }
 
     /// Gives the leadership up at once, to a follower that has space, because this server cannot apply
-    /// what is chosen. Returns whether it did; if nobody is better off it goes on.
+    /// what is chosen: its disk is full or hangs. Returns whether it did; if nobody is better off it goes
+    /// on.
     pub fn resign(&mut self, now: Instant) -> bool {
         let Role::Leader(leader) = &self.role else {
             return false;
@@ -202,7 +203,7 @@ impl Replica {
             commands: commands.into(),
         };
         self.tail.push(entry.clone());
-        self.claimed = self.claimed.max(entry.id);
+        self.claim(entry.id);
         let last = entry.id.slot;
         let append = Persist::Append {
             truncate_after: None,
@@ -213,6 +214,13 @@ impl Replica {
     }
 
     pub(super) fn leader_timeout(&mut self, now: Instant) {
+        if self.disk_hangs(now) && self.majority() > 1 {
+            // What is chosen cannot be applied here, so nobody is answered; another can answer.
+            if !self.resign(now) {
+                self.step_down(now);
+            }
+            return;
+        }
         let lease = self.config.tuning.lease;
         let heartbeat = self.config.tuning.heartbeat;
         let chosen = self.chosen;

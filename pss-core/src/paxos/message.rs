@@ -40,8 +40,11 @@ pub enum Message {
     Promise {
         /// The promised ballot.
         ballot: Ballot,
-        /// The last entry that this server has ever acknowledged and not replaced.
+        /// The last entry that this server may have acknowledged and not replaced.
         last: EntryId,
+        /// The last one that it is certain to have held; less than `last` if the end of its log was torn
+        /// or is damaged, it cannot tell which.
+        certain: EntryId,
         /// The last entry that it can still read; less than `last` if its log is damaged.
         have: EntryId,
         /// Slot up to which it knows its log to be chosen.

@@ -53,7 +53,18 @@ fn promise(of: f64, last: EntryId) -> Message {
     Message::Promise {
         ballot: ballot(of),
         last,
+        certain: last,
         have: last,
+        chosen: Slot(0),
+    }
+}
+
+fn claim(of: f64, last: EntryId, certain: EntryId, have: EntryId) -> Message {
+    Message::Promise {
+        ballot: ballot(of),
+        last,
+        certain,
+        have,
         chosen: Slot(0),
     }
 }
@@ -182,14 +193,17 @@ fn show_message(message: &Message) -> Option<String> {
         Promise {
             ballot,
             last,
+            certain,
             have,
             chosen,
         } => {
-            let lost = if have == last {
-                String::new()
-            } else {
-                format!(" have {have}")
-            };
+            let mut lost = String::new();
+            if certain != last {
+                lost += &format!(" certain {certain}");
+            }
+            if have != certain {
+                lost += &format!(" have {have}");
+            }
             format!("promise {ballot} last {last}{lost} chosen {chosen}")
         }
         Nack { ballot, promised } => format!("nack {ballot} promised {promised}"),
@@ -695,6 +709,151 @@ fn a_reset_log_ends_a_candidacy() {
     assert_eq!(server.slots(), (9, 9, 9));
 }
 
+// ---- Empty disks.
+
+/// In a new cell everybody's disk is empty, and everybody votes.
+#[test]
+fn empty_disks_of_a_new_cell_vote() {
+    let mut server = Server::awake(0.0, log([]));
+    let yes = ["1 <- pre-check 1.1 yes"];
+    assert_eq!(server.gets(1, pre_check(1.1)), yes);
+    server.gets(1, prepare(1.1));
+    let promise = ["1 <- promise 1.1 last 0@0.0 chosen 0"];
+    assert_eq!(server.persisted(), promise);
+    // It was there from the beginning: it goes on voting when others have entries.
+    server.pass(500);
+    server.gets(2, promise_of_history());
+    server.gets(2, prepare(2.2));
+    let promise = ["2 <- promise 2.2 last 0@0.0 chosen 0"];
+    assert_eq!(server.persisted(), promise);
+}
+
+fn promise_of_history() -> Message {
+    promise(1.0, id(7, 1.1))
+}
+
+/// A replaced disk has forgotten what it promised: it holds data, and counts when it holds everything that
+/// a majority of the others had when it asked them.
+#[test]
+fn an_empty_disk_in_a_cell_with_a_history_votes_when_it_is_filled() {
+    let mut server = Server::awake(0.0, log([]));
+    let mut nonce = Ballot::default();
+    server
+        .replica
+        .handle_message(server.now, ServerId(2), promise_of_history());
+    while let Some(output) = server.replica.poll_output() {
+        if let Output::Send {
+            message: Message::PreCheck { ballot, .. },
+            ..
+        } = output
+        {
+            nonce = ballot;
+        }
+    }
+    assert_eq!(server.gets(1, pre_check(9.1)), ["1 <- pre-check 9.1 no"]);
+    assert_eq!(server.gets(1, prepare(9.1)), NOTHING);
+    // It follows, and acknowledges nothing and grants no lease.
+    assert_eq!(server.gets(2, heartbeat(3.2, 1)), NOTHING);
+    server.gets(2, accept(3.2, EntryId::default(), [1.1, 3.2], 2));
+    let applied = server.all_persisted();
+    assert!(!applied.iter().any(|it| it.contains("<-")), "{applied:?}");
+    assert_eq!(server.gets(2, heartbeat(3.2, 2)), NOTHING);
+    let answer = |of: Ballot, promised: f64, last: EntryId| Message::PreCheckAnswer {
+        ballot: of,
+        granted: false,
+        promised: ballot(promised),
+        last,
+    };
+    // Another with an empty disk cannot say where the cell stands.
+    let question = Message::PreCheck {
+        ballot: Ballot {
+            number: QUESTION,
+            server: ServerId(1),
+        },
+        last: EntryId::default(),
+    };
+    assert_eq!(server.gets(1, question), NOTHING);
+    // Answers to an earlier life say nothing; nor does one server alone.
+    server.gets(1, answer(ballot(7.0), 4.1, id(2, 3.2)));
+    server.gets(2, answer(nonce, 3.2, id(2, 3.2)));
+    server.pass(500);
+    assert_eq!(server.gets(1, pre_check(9.1)), ["1 <- pre-check 9.1 no"]);
+    // One of them has promised more, and has more.
+    let raised = server.gets(1, answer(nonce, 4.1, id(3, 3.2)));
+    assert_eq!(raised, NOTHING);
+    assert_eq!(server.gets(1, pre_check(9.1)), ["1 <- pre-check 9.1 no"]);
+    server.gets(1, accept(4.1, id(2, 3.2), [3.2], 2));
+    assert_eq!(server.gets(1, heartbeat(4.1, 2)), NOTHING);
+    assert_eq!(server.persisted(), ["persist promise 4.1"]);
+    server.all_persisted();
+    server.pass(500);
+    assert_eq!(server.gets(2, pre_check(9.2)), ["2 <- pre-check 9.2 yes"]);
+    let ack = server.gets(1, heartbeat(4.1, 2));
+    assert_eq!(ack.len(), 1, "{ack:?}");
+}
+
+// ---- Disks that hang.
+
+/// What a disk does not finish cannot be applied, and nobody is answered: another server shall lead.
+#[test]
+fn a_leader_whose_disk_hangs_resigns() {
+    let mut server = Server::leader(log([1.0]));
+    server.gets(1, accepted(2.0, 2));
+    server.propose(vec![write(9)]);
+    // The network lives: without the disk the leader would lead for ever.
+    for _ in 0..30 {
+        server.wait(100);
+        let sent = server.now;
+        for follower in [1, 2] {
+            let progress = Progress {
+                free_bytes: 1 << 30,
+                ..Progress::default()
+            };
+            server.gets(follower, granted(2.0, sent, 3));
+            server.gets(follower, Message::Progress(progress));
+        }
+        assert!(matches!(server.replica.role(), RoleKind::Leader { .. }));
+    }
+    let outputs = server.wait(100);
+    assert!(
+        outputs.contains(&"2 <- hand-over 2.0".to_owned()),
+        "{outputs:?}"
+    );
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+    // It does not stand, and does not promise what it could not keep.
+    for _ in 0..100 {
+        assert_eq!(server.wait(100), NOTHING);
+    }
+    assert_eq!(server.gets(1, pre_check(3.1)), ["1 <- pre-check 3.1 no"]);
+    // The disk goes on, and so does the server.
+    server.all_persisted();
+    assert_eq!(server.gets(1, pre_check(3.1)), ["1 <- pre-check 3.1 yes"]);
+    server.wait(10_000);
+    assert_eq!(server.replica.role(), RoleKind::Candidate);
+}
+
+/// Slow is not hanging: each write has its time anew.
+#[test]
+fn a_leader_with_a_slow_disk_goes_on() {
+    let mut server = Server::leader(log([1.0]));
+    server.gets(1, accepted(2.0, 2));
+    server.propose(vec![write(9)]);
+    server.gets(1, accepted(2.0, 3));
+    server.propose(vec![write(9)]);
+    for _ in 0..4 {
+        for _ in 0..28 {
+            server.wait(100);
+            let sent = server.now;
+            server.gets(1, granted(2.0, sent, 3));
+        }
+        server.persisted();
+        let last = server.slots().2;
+        server.gets(1, accepted(2.0, last));
+        server.propose(vec![write(9)]);
+        assert!(matches!(server.replica.role(), RoleKind::Leader { .. }));
+    }
+}
+
 // ---- Damaged logs.
 
 fn damaged() -> Server {
@@ -725,15 +884,82 @@ fn a_candidate_waits_for_a_server_that_has_what_another_lost() {
     server.wait(0);
     server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
     server.all_persisted();
-    let lost = Message::Promise {
-        ballot: ballot(2.0),
-        last: id(2, 1.0),
-        have: id(1, 1.0),
-        chosen: Slot(0),
-    };
+    let lost = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
     assert_eq!(server.gets(1, lost), NOTHING);
     let fetch = ["2 <- fetch tail 2.0 after 0"];
     assert_eq!(server.gets(2, promise(2.0, id(2, 1.0))), fetch);
+}
+
+/// What a majority never acknowledged is not chosen, whatever one server claims.
+#[test]
+fn a_majority_without_claims_suffices() {
+    let mut server = Server::awake(1.0, log([1.0]));
+    server.wait(0);
+    server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+    server.all_persisted();
+    let lost = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
+    assert_eq!(server.gets(1, lost), NOTHING);
+    server.gets(2, promise(2.0, id(1, 1.0)));
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+}
+
+/// Servers that were stopped while they wrote the same entry cannot tell whether it was torn or has
+/// rotted. Together they can: if it was chosen, one of them could show it.
+#[test]
+fn doubts_of_all_servers_are_no_claim() {
+    let doubtful = |doubt: Option<EntryId>| {
+        let mut server = Server::start(Recovered {
+            promised: ballot(1.0),
+            tail: log([1.0]),
+            doubt,
+            ..Recovered::default()
+        });
+        server.pass(500);
+        server.wait(0);
+        server.gets(1, pre_check_answer(2.0, id(2, 1.0)));
+        server.wait(0);
+        server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+        server
+    };
+    let own = Some(id(2, 1.0));
+    let torn = claim(2.0, id(2, 1.0), id(1, 1.0), id(1, 1.0));
+    let rotten = claim(2.0, id(2, 1.0), id(2, 1.0), id(1, 1.0));
+    for other in [torn.clone(), rotten.clone(), promise(2.0, id(1, 1.0))] {
+        let mut server = doubtful(own);
+        server.all_persisted();
+        assert_eq!(server.gets(1, other.clone()), NOTHING);
+        assert_eq!(server.gets(1, other), NOTHING, "the same again");
+        // One may have lost it for certain, the others never had it: those are a majority.
+        server.gets(2, torn.clone());
+        assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+        assert!(server.replica.may_lead());
+    }
+    // Two that had it for certain are as many as it takes to choose it.
+    let mut server = doubtful(own);
+    server.all_persisted();
+    assert_eq!(server.gets(1, rotten.clone()), NOTHING);
+    assert_eq!(server.gets(2, rotten), NOTHING);
+    assert_eq!(server.replica.role(), RoleKind::Candidate);
+}
+
+/// Who doubts whether it held an entry claims it until a leader's log has settled it.
+#[test]
+fn a_doubt_is_a_claim() {
+    let mut server = Server::start(Recovered {
+        promised: ballot(3.1),
+        tail: log([1.0, 1.0]),
+        doubt: Some(id(4, 3.1)),
+        ..Recovered::default()
+    });
+    server.pass(500);
+    server.gets(2, prepare(4.2));
+    let promise = ["2 <- promise 4.2 last 4@3.1 certain 2@1.0 chosen 0"];
+    assert_eq!(server.persisted(), promise);
+    server.gets(2, accept(4.2, id(2, 1.0), [4.2, 4.2], 0));
+    server.all_persisted();
+    server.pass(500);
+    server.gets(2, prepare(5.2));
+    assert_eq!(server.persisted(), ["2 <- promise 5.2 last 4@4.2 chosen 0"]);
 }
 
 /// The claim ends when the entries are back, or when a leader replaces them.

@@ -141,12 +141,14 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
         Message::Promise {
             ballot,
             last,
+            certain,
             have,
             chosen,
         } => {
             put.u8(4);
             put.ballot(*ballot);
             put.entry_id(*last);
+            put.entry_id(*certain);
             put.entry_id(*have);
             put.u64(chosen.0);
         }
@@ -344,6 +346,7 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
         4 => Message::Promise {
             ballot: input.ballot()?,
             last: input.entry_id()?,
+            certain: input.entry_id()?,
             have: input.entry_id()?,
             chosen: Slot(input.u64()?),
         },

@@ -87,6 +87,7 @@ pub(super) fn start_with_disk(
         tail: storage.recovered.tail,
         chosen: storage.applied.slot,
         evidence: storage.recovered.evidence,
+        doubt: storage.recovered.doubt,
         log_first: storage.log.first_slot(),
         installing: storage.installing,
     };

@@ -91,14 +91,17 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         ),
         (ballots(), prop::option::of(ballots()))
             .prop_map(|(ballot, released)| Message::Prepare { ballot, released }),
-        (ballots(), ids(), ids(), slots()).prop_map(|(ballot, last, have, chosen)| {
-            Message::Promise {
-                ballot,
-                last,
-                have,
-                chosen,
+        (ballots(), ids(), ids(), ids(), slots()).prop_map(
+            |(ballot, last, certain, have, chosen)| {
+                Message::Promise {
+                    ballot,
+                    last,
+                    certain,
+                    have,
+                    chosen,
+                }
             }
-        }),
+        ),
         (ballots(), ballots()).prop_map(|(ballot, promised)| Message::Nack { ballot, promised }),
         (ballots(), slots()).prop_map(|(ballot, durable)| Message::Accepted { ballot, durable }),
         (ballots(), slots()).prop_map(|(ballot, resume_after)| Message::AcceptRejected {
@@ -322,10 +325,11 @@ fn literal_messages() {
             Message::Promise {
                 ballot: ballot(5, 1),
                 last: id(6, 7),
+                certain: id(11, 12),
                 have: id(8, 9),
                 chosen: Slot(10),
             },
-            "04050000000000000001060000000000000001070000000000000008000000000000000109000000000000000a00000000000000",
+            "0405000000000000000106000000000000000107000000000000000b00000000000000010c0000000000000008000000000000000109000000000000000a00000000000000",
         ),
         (
             Message::Nack {
