@@ -879,7 +879,7 @@ proptest! {
             }
             let at = *place.get(&heads[..]);
             let end = (at + 600).min(bytes.len());
-            change_in_place(&mut bytes[at + 8..end], changes);
+            change_in_place(&mut bytes[(at + 8).min(end)..end], changes);
             if fix {
                 fix_checksums(&mut bytes);
             }
