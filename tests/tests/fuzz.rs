@@ -360,6 +360,7 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
         Message::Promise {
             ballot,
             last: id(4, 7),
+            certain: id(4, 7),
             have: id(4, 6),
             chosen: slot,
         },
