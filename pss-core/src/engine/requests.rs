@@ -936,17 +936,18 @@ mod tests {
         let now = Instant(0) + Duration::from_secs(1);
         let mut replies = BTreeMap::new();
         engine.finish_batch(now);
-        while let Some(action) = engine.poll_action() {
-            match action {
-                Action::Persist { write, .. } => engine.handle_persisted(now, write),
-                Action::Reply { reply, .. } => {
+        loop {
+            match engine.poll_action() {
+                Some(Action::Persist { write, .. }) => engine.handle_persisted(now, write),
+                Some(Action::Reply { reply, .. }) => {
                     let Reply { tag, body } = reply;
                     replies.insert(tag, body);
                 }
-                _ => {}
+                Some(_) => {}
+                None if engine.has_chosen() => engine.apply_chosen(now),
+                None => return replies,
             }
         }
-        replies
     }
 
     #[test]

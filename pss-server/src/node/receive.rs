@@ -32,6 +32,9 @@ const TURN_TIME: Duration = Duration::from_millis(20);
 /// Reads are answered when they have brought so much, not only at the end of a turn: the client sends it on
 /// while more is read.
 const READ_BYTES_PER_ANSWER: usize = 256 << 10;
+/// When a client's reads have brought so much, its other requests wait for the next turn: a small request
+/// can ask for much, and a client that takes it all must not make heartbeats late.
+const READ_BYTES_PER_TURN: usize = 4 << 20;
 /// Callers that a turn accepts.
 const ACCEPTS_PER_TURN: usize = 64;
 /// After the kernel ran out of descriptors.
@@ -80,6 +83,14 @@ impl ConnectionError {
     fn is_usual(&self) -> bool {
         matches!(self, ConnectionError::Closed | ConnectionError::Io(_))
     }
+}
+
+/// How much of its share of a turn a connection has used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Share {
+    Left,
+    /// All of it; there may be more requests.
+    Used,
 }
 
 impl Node {
@@ -282,9 +293,13 @@ impl Node {
             return Ok(0);
         };
         slot.queued = false;
+        let mut answered = 0;
         loop {
-            // Those that were left when the client was paused come first.
-            self.handle_frames(now, place)?;
+            // Those that were left when the client was paused or had its share come first.
+            if self.handle_frames(now, place, &mut answered)? == Share::Used {
+                self.come_back(place);
+                return Ok(bytes);
+            }
             let Some(slot) = self.connections.get_mut(place) else {
                 return Ok(bytes);
             };
@@ -300,16 +315,33 @@ impl Node {
         }
     }
 
-    fn handle_frames(&mut self, now: Instant, place: usize) -> Result<(), ConnectionError> {
+    /// Puts a connection in line though it may have nothing more to read: requests of it wait.
+    fn come_back(&mut self, place: usize) {
+        if let Some(slot) = self.connections.get_mut(place) {
+            slot.queued = true;
+            self.ready.push_back(place);
+        }
+    }
+
+    /// Handles the frames that have come. `answered` counts the bytes that reads have brought.
+    fn handle_frames(
+        &mut self,
+        now: Instant,
+        place: usize,
+        answered: &mut usize,
+    ) -> Result<Share, ConnectionError> {
         while let Some(slot) = self.connections.get_mut(place) {
             if let Kind::Client(load) = &slot.kind
                 && load.is_full(&slot.connection.out)
             {
                 slot.paused = true;
-                return Ok(());
+                return Ok(Share::Left);
+            }
+            if *answered >= READ_BYTES_PER_TURN {
+                return Ok(Share::Used);
             }
             let Some(frame) = slot.connection.reader.poll_frame()? else {
-                return Ok(());
+                return Ok(Share::Left);
             };
             match &mut slot.kind {
                 Kind::Client(load) => {
@@ -320,7 +352,9 @@ impl Node {
                         Ok(request) => {
                             load.begin(&request);
                             self.engine.handle_request(now, slot.id, request);
-                            if self.engine.finished_read_bytes() >= READ_BYTES_PER_ANSWER {
+                            let read = self.engine.finished_read_bytes();
+                            if read >= READ_BYTES_PER_ANSWER {
+                                *answered += read;
                                 self.answer_reads(now);
                             }
                         }
@@ -351,7 +385,7 @@ impl Node {
                 Kind::Caller(_) | Kind::Calling(..) => self.shake_hands(now, place, &frame)?,
             }
         }
-        Ok(())
+        Ok(Share::Left)
     }
 
     /// A frame of the handshake.

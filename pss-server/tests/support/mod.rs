@@ -191,6 +191,19 @@ impl TestCell {
         });
     }
 
+    /// Waits until every server counts: what the leader holds is durable on all of them. Before that a
+    /// server that started with an empty disk may not vote.
+    pub(crate) fn wait_all_count(&self) {
+        self.wait_for("all servers to count", |cell| {
+            let Some(leader) = cell.leader_now() else {
+                return false;
+            };
+            let leader = cell.status(leader);
+            let others = leader.peers.iter();
+            leader.last > 0 && { others }.all(|other| other.durable >= leader.last)
+        });
+    }
+
     pub(crate) fn tcp(&self, id: u8) -> SocketAddr {
         self.servers.tcp(ServerId(id)).unwrap()
     }
