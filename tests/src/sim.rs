@@ -1229,6 +1229,14 @@ impl Sim {
                     }
                 }
                 self.trace(|| format!("cut off: {inside:?}"));
+                if self.rng.chance(200) {
+                    // The others start again at once: they no longer know whom they granted a lease.
+                    for index in (0..count).filter(|it| !inside[*it]) {
+                        self.crash(index);
+                        let at = self.now + self.rng.between(5 * MS, 60 * MS);
+                        self.schedule(at, Event::Start { node: index });
+                    }
+                }
             }
             (6 | 7, Some(leader)) => self.crash_for_a_while(leader),
             (8, _) => {
