@@ -449,6 +449,13 @@ impl Engine {
         self.backlog.extend(entries);
     }
 
+    /// Whether so many chunks have changed beside a checkpoint that is being made that their tables would
+    /// take too much memory: a disk that is too slow for the writes slows them down.
+    fn waits_for_checkpoint(&self) -> bool {
+        let most = self.config.checkpoint_chunks.saturating_mul(2);
+        self.checkpoint_running && self.chunks.dirty_count() >= most
+    }
+
     /// Whether [`Engine::apply_chosen`] has something to do.
     pub fn has_chosen(&self) -> bool {
         !self.backlog.is_empty()
@@ -468,7 +475,9 @@ impl Engine {
         if self.failure.is_some() || self.stalled.is_some() || self.holds_back() {
             return;
         }
-        while let Some(entry) = self.backlog.pop_front() {
+        while !self.waits_for_checkpoint()
+            && let Some(entry) = self.backlog.pop_front()
+        {
             self.backlog_bytes -= entry.weight_bytes();
             let copying = self.copying.as_ref().filter(|it| it.is_installing());
             let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));

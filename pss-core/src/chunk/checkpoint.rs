@@ -79,16 +79,25 @@ impl Checkpoint {
     /// [`ChunkError::NoSpace`]: everything stays for the next checkpoint. Other errors are final.
     pub fn flush(mut self) -> Result<(), ChunkError> {
         self.store.check()?;
+        // Files stay open until they are synced; of many only a few, because a process may have only so
+        // many open and the whole file system is synced then.
         let mut files = Vec::new();
+        let mut are_many = false;
         for item in &self.items {
-            if let Some(file) = self.write_table(item)? {
+            if let Some(file) = self.write_table(item)?
+                && !are_many
+            {
                 files.push((item, file));
+                if files.len() > SYNC_SINGLY_MAX {
+                    are_many = true;
+                    files.clear();
+                }
             }
         }
         // Files that were removed only now.
         self.directories
             .extend(std::mem::take(&mut lock(&self.store.dirty).directories));
-        if files.len() + self.directories.len() > SYNC_SINGLY_MAX {
+        if are_many || files.len() + self.directories.len() > SYNC_SINGLY_MAX {
             let synced = self.store.disk.sync_all();
             self.store.synced("", synced)?;
         } else {

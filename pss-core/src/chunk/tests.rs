@@ -1,6 +1,7 @@
 //! The chunk store on real files. Crashes and damage are tested on a simulated disk, in
 //! tests/tests/crash.rs.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,8 +9,8 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
-use crate::disk::Disk;
 use crate::disk::files::FileDisk;
+use crate::disk::{DirEntry, Disk, DiskFile, OpenMode};
 use crate::entry::block_checksums;
 use crate::state::Volume;
 use crate::types::{BLOCK_BYTES, ChunkIndex, Slot};
@@ -77,6 +78,69 @@ fn read(store: &ChunkStore, volume: &Volume, first_block: u64, blocks: u64) -> V
         }
     }
     all
+}
+
+/// Notes how many of its files are open when everything is synced.
+struct CountingDisk {
+    disk: FileDisk,
+    directory: std::path::PathBuf,
+    open_files: std::sync::atomic::AtomicUsize,
+}
+
+impl Disk for CountingDisk {
+    fn open(&self, path: &str, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        self.disk.open(path, mode)
+    }
+    fn read_dir(&self, path: &str) -> io::Result<Vec<DirEntry>> {
+        self.disk.read_dir(path)
+    }
+    fn create_dir_all(&self, path: &str) -> io::Result<()> {
+        self.disk.create_dir_all(path)
+    }
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.disk.rename(from, to)
+    }
+    fn remove_file(&self, path: &str) -> io::Result<()> {
+        self.disk.remove_file(path)
+    }
+    fn remove_dir_all(&self, path: &str) -> io::Result<()> {
+        self.disk.remove_dir_all(path)
+    }
+    fn sync_dir(&self, path: &str) -> io::Result<()> {
+        self.disk.sync_dir(path)
+    }
+    fn sync_all(&self) -> io::Result<()> {
+        let open = std::fs::read_dir("/proc/self/fd")?.filter_map(Result::ok);
+        let ours = open.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        let count = ours.filter(|it| it.starts_with(&self.directory)).count();
+        self.open_files.fetch_max(count, Ordering::Relaxed);
+        self.disk.sync_all()
+    }
+    fn space(&self) -> io::Result<(u64, u64)> {
+        self.disk.space()
+    }
+}
+
+/// A volume of 100 GiB that is written to at random has as many dirty chunks as a process cannot open.
+#[test]
+fn checkpoint_of_many_chunks_keeps_few_files_open() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Arc::new(CountingDisk {
+        disk: FileDisk::open(directory.path()).unwrap(),
+        directory: directory.path().canonicalize().unwrap(),
+        open_files: Default::default(),
+    });
+    let store = open(&(Arc::clone(&disk) as _), &[]);
+    let volume = volume(1, "vol001");
+    store.create_volume(&volume).unwrap();
+    let blocks = u64::from(volume.chunk_bytes) / BLOCK_BYTES as u64;
+    for chunk in 0..500 {
+        write(&store, &volume, chunk * blocks, data(7, 1), chunk + 2);
+    }
+    flush(&store);
+    let open_files = disk.open_files.load(Ordering::Relaxed);
+    assert!((1..100).contains(&open_files), "{open_files}");
+    assert_eq!(read(&store, &volume, 499 * blocks, 1), data(7, 1));
 }
 
 #[test]
