@@ -154,8 +154,6 @@ pub enum Bug {
     DenyDamaged,
     /// Leads though its disk hangs.
     LeadHanging,
-    /// Votes with an empty disk in a cell that is not new.
-    VoteBlank,
 }
 
 /// What a replica is doing.
@@ -187,30 +185,6 @@ enum PendingWrite {
     Append(Slot),
     Promise(Ballot),
     Reset,
-}
-
-/// From this number on a ballot is none that anybody will use: its `PreCheck` is a question where the
-/// others stand. A server with an empty disk does not answer it.
-const QUESTION: u64 = 1 << 62;
-
-/// A server with an empty disk belongs to a new cell, or its disk was replaced and it has forgotten what
-/// it promised and acknowledged. In a cell with a history it neither promises nor acknowledges before it
-/// has asked so many *other* core servers that one of every majority is among them that it was once part
-/// of, and holds as much as they do.
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
-enum Blank {
-    /// It is not, or not any more.
-    No,
-    /// As far as it knows, all servers are.
-    Alone,
-    /// It asks others where they stand.
-    Asking {
-        /// Names the question, so that an answer to an earlier life is none.
-        nonce: u64,
-        answers: BTreeMap<ServerId, (EntryId, Ballot)>,
-    },
-    /// It needs a log up to here.
-    Behind(EntryId),
 }
 
 /// What is known of another server.
@@ -246,8 +220,6 @@ pub struct Replica {
     next_write: u64,
     /// Since when the disk has been at the first of `writes`.
     writing_since: Option<Instant>,
-    /// It started with an empty disk: see [`Blank`].
-    blank: Blank,
     /// A candidate that waits for our promise to become durable.
     promise_to: Option<ServerId>,
 
@@ -286,11 +258,6 @@ impl Replica {
             tail.push(entry);
         }
         let last = tail.last();
-        let is_core = config.members.core.contains(&config.id);
-        // It never counted: its first promise becomes durable when it does.
-        let is_blank = is_core && recovered.promised == Ballot::default();
-        let is_filling = is_blank
-            && recovered.evidence.max(recovered.doubt).max(Some(last)) > Some(EntryId::default());
         let evidence = recovered.evidence.unwrap_or_default();
         let alone = config.members.core == [config.id];
         let mut replica = Replica {
@@ -305,10 +272,6 @@ impl Replica {
             writes: VecDeque::new(),
             next_write: 1,
             writing_since: None,
-            blank: match is_blank {
-                true => Blank::Alone,
-                false => Blank::No,
-            },
             promise_to: None,
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
@@ -348,9 +311,6 @@ impl Replica {
             config,
         };
         replica.election_at = replica.quiet_until + replica.jitter();
-        if is_filling {
-            replica.notice_history();
-        }
         replica.apply_chosen();
         replica
     }
@@ -375,9 +335,6 @@ impl Replica {
             return;
         };
         peer.heard = Some(now);
-        if has_history(&message) {
-            self.notice_history();
-        }
         match message {
             Message::PreCheck { ballot, last } => self.on_pre_check(now, from, ballot, last),
             Message::PreCheckAnswer {
@@ -386,7 +343,6 @@ impl Replica {
                 promised,
                 last,
             } => {
-                self.note_answer(from, ballot, last, promised);
                 self.on_pre_check_answer(now, from, ballot, granted, promised, last);
             }
             Message::Prepare { ballot, released } => self.on_prepare(now, from, ballot, released),
@@ -509,7 +465,6 @@ impl Replica {
         self.catch_up_timeout(now);
         if now >= self.progress_at {
             self.progress_at = now + self.config.tuning.lease;
-            self.ask_around();
             if !matches!(self.role, Role::Leader(_)) {
                 let progress = self.progress();
                 for server in self.other_servers() {
@@ -572,76 +527,6 @@ impl Replica {
         self.installing = false;
     }
 
-    /// Whether it may have promised and acknowledged what it knows nothing of.
-    fn is_forgetful(&self) -> bool {
-        let forgetful = matches!(self.blank, Blank::Asking { .. } | Blank::Behind(_));
-        forgetful && self.bug != Some(Bug::VoteBlank)
-    }
-
-    /// Others have entries: the cell is not new.
-    fn notice_history(&mut self) {
-        if self.blank == Blank::Alone {
-            let nonce = self.random() >> 2 | QUESTION;
-            let answers = BTreeMap::new();
-            self.blank = Blank::Asking { nonce, answers };
-            self.ask_around();
-        }
-    }
-
-    /// Asks the others where they stand, in the form of a check before an election that never comes.
-    fn ask_around(&mut self) {
-        let Blank::Asking { nonce, .. } = self.blank else {
-            return;
-        };
-        let ballot = Ballot {
-            number: nonce,
-            server: self.config.id,
-        };
-        let last = EntryId::default();
-        for server in self.other_core() {
-            self.send(server, Message::PreCheck { ballot, last });
-        }
-    }
-
-    fn note_answer(&mut self, from: ServerId, to: Ballot, last: EntryId, promised: Ballot) {
-        // So many of the others that one of them was part of each majority that this server was part of.
-        let listed = self.config.members.core.len();
-        let enough = listed - self.config.members.majority() + 1;
-        let core = self.config.members.core.contains(&from);
-        let Blank::Asking { nonce, answers } = &mut self.blank else {
-            return;
-        };
-        if to.number != *nonce || !core {
-            return;
-        }
-        answers.insert(from, (last, promised));
-        if answers.len() < enough {
-            return;
-        }
-        let needed = answers.values().map(|(last, _)| *last).max();
-        let highest = answers.values().map(|(_, promised)| *promised).max();
-        self.blank = Blank::Behind(needed.unwrap_or_default());
-        // Whatever it promised once, one of them knows of an equal or higher ballot.
-        if let Some(highest) = highest.filter(|highest| *highest > self.promised) {
-            self.promise(highest);
-        }
-    }
-
-    /// A server with an empty disk counts again when it holds what it needs. So far no promise of it was
-    /// made durable, so that a restart did not make it forget that it does not count.
-    fn settle_blank(&mut self) {
-        if let Blank::Behind(needed) = self.blank
-            && self.tail.id(self.durable) >= Some(needed)
-            && !self.installing
-        {
-            self.blank = Blank::No;
-            if self.promised > self.promised_durable {
-                let ballot = self.promised;
-                self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
-            }
-        }
-    }
-
     /// Common end of every input: apply, propose, send, feed.
     fn advance(&mut self, now: Instant) {
         if let Role::Leader(_) = self.role {
@@ -651,7 +536,6 @@ impl Replica {
             self.writing_since = Some(now);
         }
         self.apply_chosen();
-        self.settle_blank();
         self.feed(now);
         self.forget_applied();
     }
@@ -753,21 +637,6 @@ impl Replica {
             peer.progress = progress;
         }
         self.catch_up.note_chosen(progress.chosen);
-    }
-}
-
-/// Whether its sender has entries.
-fn has_history(message: &Message) -> bool {
-    match message {
-        Message::PreCheck { last, .. }
-        | Message::PreCheckAnswer { last, .. }
-        | Message::Promise { last, .. } => last.slot > Slot(0),
-        Message::Progress(progress) | Message::HeartbeatAck { progress, .. } => {
-            progress.chosen > Slot(0)
-        }
-        Message::Heartbeat { last, .. } => *last > Slot(0),
-        Message::Accept { .. } | Message::Chosen { .. } | Message::LogGone { .. } => true,
-        _ => false,
     }
 }
 

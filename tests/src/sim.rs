@@ -64,7 +64,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 15] = [
+pub const BUGS: [SimBug; 14] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -78,7 +78,6 @@ pub const BUGS: [SimBug; 15] = [
     SimBug::Agreement(Bug::SkipPreviousCheck),
     SimBug::Agreement(Bug::DenyDamaged),
     SimBug::Agreement(Bug::LeadHanging),
-    SimBug::Agreement(Bug::VoteBlank),
     SimBug::ForgetSessions,
 ];
 
@@ -111,8 +110,6 @@ pub struct Report {
     pub crashes: u64,
     /// Disks that hung.
     pub hangs: u64,
-    /// Disks that were replaced by empty ones.
-    pub wiped: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
     /// Times that a server copied chunks.
@@ -134,7 +131,6 @@ impl Report {
         self.slots += other.slots;
         self.crashes += other.crashes;
         self.hangs += other.hangs;
-        self.wiped += other.wiped;
         self.rots += other.rots;
         self.copies += other.copies;
         self.leaders += other.leaders;
@@ -423,7 +419,6 @@ impl Sim {
         })?;
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
         self.lead_with_a_disk_that_hangs()?;
-        self.replace_a_disk()?;
         self.read_everything()?;
         self.check_history()?;
         self.check_equal_data()?;
@@ -458,57 +453,6 @@ impl Sim {
         self.crash(index);
         self.schedule(self.now, Event::Start { node: index });
         self.step_until("the disk that hung catches up", Sim::has_converged)
-    }
-
-    /// A majority holds what was answered; one of it comes back with an empty disk, the others of it are
-    /// down. The servers that lag behind and the one that has forgotten are a majority too, and must not
-    /// go on by themselves.
-    fn replace_a_disk(&mut self) -> Checked<()> {
-        if self.config.seed % 5 != 2 {
-            return Ok(());
-        }
-        let majority = self.core / 2 + 1;
-        let lagging = |index: usize| index >= majority;
-        for a in 0..self.nodes.len() {
-            for b in 0..self.nodes.len() {
-                self.blocked[a][b] = lagging(a) != lagging(b);
-            }
-        }
-        for client in 0..self.clients.len() {
-            self.clients[client].left += 3;
-            self.schedule(self.now, Event::Client { client });
-        }
-        self.step_until("every request ends without those that lag", |sim| {
-            sim.clients.iter().all(Client::is_done)
-        })?;
-        for index in 0..majority {
-            self.crash(index);
-        }
-        let victim = self.rng.below(majority as u64) as usize;
-        let node = &mut self.nodes[victim];
-        node.disk = new_disk(self.config.seed, node.id.0);
-        node.promised = Ballot::default();
-        (node.disk_log, node.rotted) = Default::default();
-        node.cut_pending = None;
-        self.report.wiped += 1;
-        self.trace(|| format!("server {victim} gets an empty disk"));
-        self.format(victim)?;
-        self.blocked.iter_mut().flatten().for_each(|it| *it = false);
-        self.schedule(self.now, Event::Start { node: victim });
-        // It stops once more while it is being filled.
-        for pause in [self.rng.between(100 * MS, 3 * SECOND), 3 * SECOND] {
-            let until = self.now + pause;
-            self.schedule(until, Event::Fault);
-            while self.now < until {
-                self.step()?;
-            }
-            self.crash(victim);
-            self.schedule(self.now, Event::Start { node: victim });
-        }
-        for index in 0..majority {
-            self.schedule(self.now, Event::Start { node: index });
-        }
-        self.step_until("the empty disk is filled", Sim::has_converged)
     }
 
     /// A disk finishes nothing for a while.

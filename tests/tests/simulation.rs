@@ -72,10 +72,7 @@ fn a_thousand_cells_keep_every_promise() {
             total.answered > 200_000 && total.crashes > 2000 && total.copies > 50,
             "{total:?}"
         );
-        assert!(
-            total.rots > 100 && total.hangs > 1000 && total.wiped > 100,
-            "{total:?}"
-        );
+        assert!(total.rots > 100 && total.hangs > 1000, "{total:?}");
         assert!(
             total.ended > 1000 && total.ends_asked > total.ended,
             "{total:?}"

@@ -3,7 +3,7 @@
 use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange};
-use crate::paxos::{Blank, Bug, PendingWrite, QUESTION, Replica, Role};
+use crate::paxos::{Bug, PendingWrite, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -15,9 +15,6 @@ impl Replica {
         ballot: Ballot,
         _last: EntryId,
     ) {
-        if ballot.number >= QUESTION && self.blank != Blank::No {
-            return;
-        }
         // Who cannot make a promise durable does not raise hopes.
         let able = self.may_promise(now, None) && !self.disk_hangs(now);
         let granted = ballot > self.promised && able;
@@ -52,8 +49,6 @@ impl Replica {
             }
             self.step_down(now);
             self.promise(ballot);
-            // Whoever votes when all are blank is there from the beginning.
-            self.blank = Blank::No;
             // Give the candidate time to win.
             self.election_at = now + self.config.tuning.lease + self.jitter();
         }
@@ -69,9 +64,6 @@ impl Replica {
         if self.bug == Some(Bug::IgnoreGrantedLease) {
             return true;
         }
-        if self.is_forgetful() {
-            return false;
-        }
         if !self.is_core() || now < self.quiet_until || self.holds_lease(now) {
             return false;
         }
@@ -86,9 +78,7 @@ impl Replica {
         self.leader = None;
         self.matched = Slot(0);
         self.promise_to = None;
-        if !self.is_forgetful() {
-            self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
-        }
+        self.persist(Persist::Promise(ballot), PendingWrite::Promise(ballot));
     }
 
     pub(super) fn promise_is_durable(&mut self, now: Instant) {
@@ -278,7 +268,7 @@ impl Replica {
             return;
         }
         let durable = self.durable.min(self.equal_to_leader());
-        if durable > Slot(0) && self.is_core() && !self.is_forgetful() {
+        if durable > Slot(0) && self.is_core() {
             self.send(leader, Message::Accepted { ballot, durable });
         }
     }
@@ -314,7 +304,7 @@ impl Replica {
         self.granted_to = ballot;
         self.learn_chosen(chosen.min(self.matched));
         self.catch_up.note_chosen(chosen);
-        if self.promised_durable != ballot || self.is_forgetful() {
+        if self.promised_durable != ballot {
             return;
         }
         let received = self.equal_to_leader();

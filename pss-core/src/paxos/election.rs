@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::entry::Entry;
 use crate::paxos::message::Message;
-use crate::paxos::{Blank, Bug, Replica, Role};
+use crate::paxos::{Bug, Replica, Role};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -54,8 +54,7 @@ impl Replica {
     /// Whether this server could lead at all: a core server with complete data and a log that is not
     /// certain to be damaged.
     pub(super) fn may_lead(&self) -> bool {
-        let complete = !self.installing && !self.is_forgetful();
-        self.is_core() && complete && self.certain <= self.tail.last()
+        self.is_core() && !self.installing && self.certain <= self.tail.last()
     }
 
     pub(super) fn election_timeout(&mut self, now: Instant) {
@@ -168,7 +167,6 @@ impl Replica {
             },
         });
         self.promise(ballot);
-        self.blank = Blank::No;
         self.election_at = now + self.config.tuning.lease + self.jitter();
     }
 

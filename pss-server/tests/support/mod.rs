@@ -191,8 +191,7 @@ impl TestCell {
         });
     }
 
-    /// Waits until every server counts: what the leader holds is durable on all of them. Before that a
-    /// server that started with an empty disk may not vote.
+    /// Waits until every server counts: what the leader holds is durable on all of them.
     pub(crate) fn wait_all_count(&self) {
         self.wait_for("all servers to count", |cell| {
             let Some(leader) = cell.leader_now() else {
