@@ -64,8 +64,11 @@ pub enum ChunkError {
     #[error("no space left for chunks")]
     NoSpace,
     /// Another call has failed before.
-    #[error("the chunk store cannot be used after a failed write")]
-    Poisoned,
+    #[error("the chunk store cannot be used after this failure: {first}")]
+    Poisoned {
+        /// What failed first.
+        first: String,
+    },
     /// The store was not told of the volume.
     #[error("volume {0} does not exist here")]
     NoSuchVolume(VolumeId),

@@ -116,8 +116,11 @@ pub enum LogError {
         source: io::Error,
     },
     /// Another call has failed before.
-    #[error("the log cannot be used after a failed write")]
-    Poisoned,
+    #[error("the log cannot be used after this failure: {first}")]
+    Poisoned {
+        /// What failed first.
+        first: String,
+    },
     /// A segment of another format version.
     #[error("log segment {path} has format version {found}, this program knows version 1")]
     Version {
@@ -172,7 +175,8 @@ pub struct Log {
     /// Entries were appended since the last marker.
     wants_marker: bool,
     appended_bytes: u64,
-    poisoned: bool,
+    /// What failed first; the log takes nothing after it.
+    failure: Option<String>,
 }
 
 /// The segment that is written.
@@ -246,7 +250,7 @@ impl Log {
             staging: Staging::default(),
             wants_marker: false,
             appended_bytes: 0,
-            poisoned: false,
+            failure: None,
         };
         log.list_active();
         log.recycle_dead()?;
@@ -300,7 +304,7 @@ impl Log {
     /// # Errors
     /// As [`Log::append`].
     pub fn mark_idle(&mut self, chosen: Slot) -> Result<(), LogError> {
-        if !self.wants_marker && !self.poisoned {
+        if !self.wants_marker && self.failure.is_none() {
             return Ok(());
         }
         self.guard(|log| {
@@ -424,12 +428,16 @@ impl Log {
         &mut self,
         step: impl FnOnce(&mut Log) -> Result<(), LogError>,
     ) -> Result<(), LogError> {
-        if self.poisoned {
-            return Err(LogError::Poisoned);
+        if let Some(first) = &self.failure {
+            return Err(LogError::Poisoned {
+                first: first.clone(),
+            });
         }
         let result = step(self);
-        if result.is_err() {
-            self.poisoned = true;
+        if let Err(error) = &result {
+            let source = std::error::Error::source(error);
+            let source = source.map(|source| format!(": {source}"));
+            self.failure = Some(format!("{error}{}", source.unwrap_or_default()));
         }
         result
     }

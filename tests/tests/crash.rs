@@ -554,7 +554,8 @@ fn failed_write_of_the_log_is_final() {
     let error = world.log.append(None, &entries, Slot(0)).unwrap_err();
     assert!(matches!(error, LogError::Io { .. }), "{error}");
     let error = world.log.append(None, &entries, Slot(0)).unwrap_err();
-    assert!(matches!(error, LogError::Poisoned), "{error}");
+    assert!(matches!(error, LogError::Poisoned { .. }), "{error}");
+    assert!(error.to_string().contains("write failed: "), "{error}");
     assert_eq!(world.log.last(), EntryId::default());
 }
 
@@ -1514,10 +1515,12 @@ fn failed_sync_of_chunks_is_final() {
         "{error}"
     );
     let error = chunks.begin_checkpoint().unwrap().flush().unwrap_err();
-    assert!(matches!(error, ChunkError::Poisoned), "{error}");
+    assert!(matches!(error, ChunkError::Poisoned { .. }), "{error}");
     let volume = first_volume(&world);
     let error = chunks.zero(&volume, 0, 1, false, Slot(9)).unwrap_err();
-    assert!(matches!(error, ChunkError::Poisoned), "{error}");
+    assert!(matches!(error, ChunkError::Poisoned { .. }), "{error}");
+    // Whoever meets it later still says what happened.
+    assert!(error.to_string().contains("sync failed: "), "{error}");
     chunks.read(&volume, 0, 10, false).unwrap();
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use bytes::Bytes;
 
@@ -33,7 +33,8 @@ pub struct ChunkStore {
     pub(super) dirty: Mutex<Dirty>,
     /// A checkpoint is being made.
     pub(super) checkpoint: AtomicBool,
-    poisoned: AtomicBool,
+    /// What failed first; the store takes no changes after it.
+    failure: OnceLock<String>,
     pub(super) bad_blocks: AtomicU64,
     next_trash: AtomicU64,
 }
@@ -80,7 +81,7 @@ impl ChunkStore {
             volumes: RwLock::default(),
             dirty: Mutex::default(),
             checkpoint: AtomicBool::new(false),
-            poisoned: AtomicBool::new(false),
+            failure: OnceLock::new(),
             bad_blocks: AtomicU64::new(0),
             next_trash: AtomicU64::new(last.unwrap_or(0).saturating_add(1)),
         };
@@ -473,31 +474,36 @@ impl ChunkStore {
 
     /// Refuses if a write or sync has failed before.
     pub(super) fn check(&self) -> Result<(), ChunkError> {
-        match self.poisoned.load(Ordering::Acquire) {
-            false => Ok(()),
-            true => Err(ChunkError::Poisoned),
+        match self.failure.get() {
+            None => Ok(()),
+            Some(first) => Err(ChunkError::Poisoned {
+                first: first.clone(),
+            }),
         }
     }
 
     /// Makes an error of a change; all but a full disk are final.
     pub(super) fn failed(&self, action: &'static str, path: &str, error: io::Error) -> ChunkError {
-        let error = ChunkError::io(action, path, error);
-        if !matches!(error, ChunkError::NoSpace) {
-            self.poisoned.store(true, Ordering::Release);
-        }
-        error
+        self.remember(ChunkError::io(action, path, error))
     }
 
     /// For syncs, whose errors are all final: what a full disk did not take is lost.
     pub(super) fn synced(&self, path: &str, result: io::Result<()>) -> Result<(), ChunkError> {
         result.map_err(|source| {
-            self.poisoned.store(true, Ordering::Release);
-            ChunkError::Io {
+            self.remember(ChunkError::Io {
                 path: path.to_owned(),
                 action: "sync",
                 source,
-            }
+            })
         })
+    }
+
+    /// Keeps the first failure for those that come after it.
+    fn remember(&self, error: ChunkError) -> ChunkError {
+        if let ChunkError::Io { source, .. } = &error {
+            let _ = self.failure.set(format!("{error}: {source}"));
+        }
+        error
     }
 
     pub(super) fn finish(
