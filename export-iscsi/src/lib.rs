@@ -1,0 +1,3 @@
+//! iSCSI target over any [`pss_core::volume::device::BlockDevice`].
+
+pub mod pdu;
