@@ -1,3 +1,4 @@
 //! iSCSI target over any [`pss_core::volume::device::BlockDevice`].
 
 pub mod pdu;
+pub mod scsi;
