@@ -1,4 +1,8 @@
 //! iSCSI target over any [`pss_core::volume::device::BlockDevice`].
 
+pub mod auth;
+pub mod catalog;
+pub mod keys;
+pub mod login;
 pub mod pdu;
 pub mod scsi;
