@@ -2,7 +2,9 @@
 
 pub mod auth;
 pub mod catalog;
+pub mod connection;
 pub mod keys;
 pub mod login;
 pub mod pdu;
 pub mod scsi;
+pub mod session;

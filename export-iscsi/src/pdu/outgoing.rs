@@ -58,28 +58,41 @@ pub fn part_bytes(part: &ReadPart) -> usize {
     }
 }
 
-/// Cuts the range `from..from + length` out of parts, without copying.
-pub fn slice_parts(parts: &[ReadPart], from: usize, length: usize) -> Vec<ReadPart> {
-    let (mut skip, mut left) = (from, length);
-    let mut cut = Vec::new();
-    for part in parts {
-        let bytes = part_bytes(part);
-        if skip >= bytes {
-            skip -= bytes;
-            continue;
-        }
-        let run = (bytes - skip).min(left);
-        if run == 0 {
-            break;
-        }
-        cut.push(match part {
-            ReadPart::Data(data) => ReadPart::Data(data.slice(skip..skip + run)),
-            ReadPart::Hole(_) => ReadPart::Hole(run as u32),
-        });
-        left -= run;
-        skip = 0;
+/// Cuts parts into consecutive runs, without copying.
+#[derive(Debug)]
+pub struct Cutter<'a> {
+    parts: &'a [ReadPart],
+    skip: usize,
+}
+
+impl<'a> Cutter<'a> {
+    /// From the start of all parts.
+    pub fn new(parts: &'a [ReadPart]) -> Cutter<'a> {
+        Cutter { parts, skip: 0 }
     }
-    cut
+
+    /// The next `length` bytes, or what is left of them.
+    pub fn take(&mut self, length: usize) -> Vec<ReadPart> {
+        let mut left = length;
+        let mut cut = Vec::new();
+        while let (Some(part), true) = (self.parts.first(), left > 0) {
+            let bytes = part_bytes(part);
+            let run = (bytes - self.skip).min(left);
+            if run > 0 {
+                cut.push(match part {
+                    ReadPart::Data(data) => ReadPart::Data(data.slice(self.skip..self.skip + run)),
+                    ReadPart::Hole(_) => ReadPart::Hole(run as u32),
+                });
+            }
+            left -= run;
+            self.skip += run;
+            if self.skip == bytes {
+                self.parts = &self.parts[1..];
+                self.skip = 0;
+            }
+        }
+        cut
+    }
 }
 
 fn append_zeroes(mut digest: u32, mut count: usize) -> u32 {
@@ -148,8 +161,10 @@ mod tests {
         let whole = b"abcd\0\0\0efg";
         for from in 0..=10 {
             for length in 0..=10 - from {
+                let mut cutter = Cutter::new(&parts);
+                cutter.take(from);
                 let mut bytes = Vec::new();
-                for part in slice_parts(&parts, from, length) {
+                for part in cutter.take(length) {
                     match part {
                         ReadPart::Data(data) => bytes.extend_from_slice(&data),
                         ReadPart::Hole(run) => bytes.resize(bytes.len() + run as usize, 0),
