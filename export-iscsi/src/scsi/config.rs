@@ -1,5 +1,7 @@
 //! What a target and its logical units are made of.
 
+use std::time::Duration;
+
 use pss_core::volume::device::DeviceInfo;
 
 /// A target.
@@ -11,6 +13,23 @@ pub struct TargetConfig {
     pub portal_groups: Vec<u16>,
     /// Disks. LUN 0 is the controller, which is always there.
     pub luns: Vec<LunConfig>,
+    /// After which a command whose disk does not answer is answered BUSY.
+    pub command_timeout: Duration,
+}
+
+/// Default of [`TargetConfig::command_timeout`]: before open-iscsi's 15 s to abort a command.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(12);
+
+impl TargetConfig {
+    /// A target with portal group 1 and no disks yet.
+    pub fn new(name: &str) -> TargetConfig {
+        TargetConfig {
+            name: name.to_owned(),
+            portal_groups: vec![1],
+            luns: Vec::new(),
+            command_timeout: COMMAND_TIMEOUT,
+        }
+    }
 }
 
 /// A volume as a disk.

@@ -186,6 +186,13 @@ pub enum DeviceError {
     /// The content is not what a compare-and-write expected.
     #[error("content differs at byte {0} of the range")]
     Miscompare(u64),
+    /// The volume's reservations are not those under which the request was found to be allowed: ask for
+    /// them, and again if it still is.
+    #[error("reservations of the volume have changed")]
+    ReservationChanged,
+    /// A SCSI initiator has reserved the volume.
+    #[error("volume is reserved by a SCSI initiator")]
+    Reserved,
     /// The volume was deleted.
     #[error("volume was deleted")]
     Deleted,
