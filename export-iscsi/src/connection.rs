@@ -23,6 +23,8 @@ const HISTORY_BYTES_MAX: usize = 16 << 20;
 pub struct Connection {
     /// Connection id.
     pub cid: u16,
+    /// Which of the connections that had this id.
+    pub incarnation: u64,
     /// For lists of connections.
     pub header_digest: bool,
     /// For lists of connections.
@@ -99,6 +101,7 @@ impl Connection {
     pub fn new(cid: u16, params: &Params, stat_sn: u32, now: Instant) -> Connection {
         Connection {
             cid,
+            incarnation: 0,
             header_digest: params.header_digest,
             data_digest: params.data_digest,
             sent_data_bytes_max: params.sent_data_bytes_max,

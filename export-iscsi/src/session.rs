@@ -40,10 +40,6 @@ pub const COMMAND_BYTES_MAX: u32 = 32 << 20;
 pub const BYTES_IN_FLIGHT_MAX: usize = 2 * COMMAND_BYTES_MAX as usize + (1 << 20);
 /// Longest ping that is answered, and longest text PDU.
 const SMALL_BYTES_MAX: usize = 64 << 10;
-/// Bytes that wait for a connection before pings are no longer answered: an initiator that does not
-/// read gets no more of them.
-const UNSENT_BYTES_MAX: usize = 80 << 20;
-
 /// When initiators are asked whether they are still there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Probing {
@@ -265,6 +261,25 @@ impl Session {
         }
     }
 
+    /// A connection logs in again: what came on the old one is forgotten (§6.3.5).
+    pub fn reinstate_connection(&mut self, cid: u16) {
+        for tag in self.tags_of(&[cid]) {
+            self.abandon(tag);
+        }
+        self.connections.remove(&cid);
+    }
+
+    fn tags_of(&self, cids: &[u16]) -> Vec<u32> {
+        let tags = self.tasks.iter();
+        let tags = tags.filter(|(_, task)| cids.contains(&task.cid));
+        tags.map(|(tag, _)| *tag).collect()
+    }
+
+    /// Whether tasks wait for room.
+    pub fn has_waiting(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
     /// What comes on a connection cannot be understood any more.
     pub fn handle_garbage(&mut self, cid: u16, error: FramingError, bhs: Option<&Bhs>) {
         if let Some(bhs) = bhs {
@@ -408,9 +423,6 @@ impl Session {
         let Some(connection) = self.connections.get_mut(&cid) else {
             return;
         };
-        if connection.unsent_bytes() > UNSENT_BYTES_MAX {
-            return;
-        }
         let most = connection.sent_data_bytes_max.min(SMALL_BYTES_MAX);
         let echo = data.slice(..data.len().min(most));
         let bhs = nop_in(nop.common.itt, RESERVED_TAG, [0; 8]);
@@ -543,13 +555,7 @@ impl Session {
             1 => (code::CID_NOT_FOUND, Vec::new()),
             _ => (code::RECOVERY_NOT_SUPPORTED, Vec::new()),
         };
-        let tags: Vec<u32> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| closes.contains(&task.cid))
-            .map(|(tag, _)| *tag)
-            .collect();
-        for tag in tags {
+        for tag in self.tags_of(&closes) {
             self.abandon(tag);
         }
         let (wait, retain) = (self.params.time2wait, self.params.time2retain);

@@ -153,6 +153,14 @@ impl Stream {
         }
     }
 
+    /// The TCP connection, if it is one.
+    pub fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Stream::Tcp(stream) => Some(stream),
+            Stream::Unix(_) => None,
+        }
+    }
+
     fn from_tcp(stream: TcpStream) -> io::Result<(Stream, Peer)> {
         // "TCP_NODELAY SHOULD be set": replies go out in batches of our own making.
         stream.set_nodelay(true)?;
