@@ -540,7 +540,7 @@ impl Target {
         self.note_device(request.lun, &result);
         match request.owner {
             Owner::Task(id) => match (result, request.request) {
-                (Err(DeviceError::ReservationChanged), Some(again)) => {
+                (Err(DeviceError::ReservationChanged | DeviceError::Reserved), Some(again)) => {
                     self.recheck(id, request.lun, request.part, again, actions);
                 }
                 (result, _) => self.part_completed(id, request.part, result, actions),
