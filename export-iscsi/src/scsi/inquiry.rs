@@ -216,15 +216,21 @@ impl Designator {
     }
 }
 
-/// Network address authority identifier of type 3h, locally assigned (SPC-4 §7.8.6.6.4): 60 bits of the
-/// volume's UUID.
+/// Network address authority identifier of type 3h, locally assigned (SPC-4 §7.8.6.6.4): 60 bits that
+/// depend on all of the volume's UUID. Initiators know disks by it: it must never change.
 pub(super) fn naa(uuid: &[u8; 16]) -> [u8; 8] {
-    let mut naa = [0; 8];
-    for (index, byte) in naa.iter_mut().enumerate() {
-        *byte = uuid[index] ^ uuid[index + 8];
-    }
-    // The four bits that the type takes are mixed into others, not lost.
-    naa[7] ^= naa[0] >> 4;
+    let half = |at: usize| {
+        uuid[at..at + 8]
+            .iter()
+            .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    };
+    // The finalizer of SplitMix64, over each half in turn.
+    let mix = |mut z: u64| {
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    };
+    let mut naa = mix(mix(half(0)).wrapping_add(0x9e37_79b9_7f4a_7c15) ^ half(8)).to_be_bytes();
     naa[0] = 0x30 | naa[0] & 0x0f;
     naa
 }

@@ -173,9 +173,8 @@ impl Target {
 
     /// Aborts all tasks of a unit.
     fn abort_unit(&mut self, lun: u16, actions: &mut Actions) {
-        for task in self.tasks_where(|task| task.lun == lun) {
-            self.abort_task(task, actions);
-        }
+        let tasks = self.tasks_where(|task| task.lun == lun);
+        self.abort_tasks(tasks, actions);
     }
 
     /// An I_T nexus came to be.
@@ -195,9 +194,8 @@ impl Target {
 
     /// An I_T nexus was lost: its tasks end without a response (SAM-5 §6.3.4).
     pub fn detach(&mut self, nexus: NexusId, actions: &mut Actions) {
-        for task in self.tasks_where(|task| task.nexus == nexus) {
-            self.abort_task(task, actions);
-        }
+        let tasks = self.tasks_where(|task| task.nexus == nexus);
+        self.abort_tasks(tasks, actions);
         self.management.retain(|waiting| waiting.nexus != nexus);
         for unit in self.units.values_mut() {
             unit.forget(nexus);
@@ -491,18 +489,27 @@ impl Target {
         }
     }
 
-    /// Ends a task without a response. Requests that it made go on; returns those that change the disk.
-    fn abort_task(&mut self, id: u64, actions: &mut Actions) -> Vec<u64> {
-        let Some(task) = self.tasks.remove(&id) else {
-            return Vec::new();
-        };
-        actions.0.push(Action::Aborted {
-            nexus: task.nexus,
-            tag: task.tag,
-        });
-        let left = self.leave_requests(id);
-        for ready in self.release(id, &task) {
-            self.start(ready, actions);
+    /// Ends tasks without a response. Requests that they made go on; returns those that change the disk.
+    fn abort_tasks(&mut self, ids: Vec<u64>, actions: &mut Actions) -> Vec<u64> {
+        let mut left = Vec::new();
+        let mut ended = Vec::new();
+        for id in ids {
+            if let Some(task) = self.tasks.remove(&id) {
+                actions.0.push(Action::Aborted {
+                    nexus: task.nexus,
+                    tag: task.tag,
+                });
+                left.extend(self.leave_requests(id));
+                ended.push((id, task));
+            }
+        }
+        // Only when all of them are gone may others begin: none of these must.
+        let ready: Vec<u64> = ended
+            .iter()
+            .flat_map(|(id, task)| self.release(*id, task))
+            .collect();
+        for id in ready {
+            self.start(id, actions);
         }
         left
     }
@@ -533,7 +540,7 @@ impl Target {
         self.note_device(request.lun, &result);
         match request.owner {
             Owner::Task(id) => match (result, request.request) {
-                (Err(DeviceError::ReservationChanged), Some(again)) => {
+                (Err(DeviceError::ReservationChanged | DeviceError::Reserved), Some(again)) => {
                     self.recheck(id, request.lun, request.part, again, actions);
                 }
                 (result, _) => self.part_completed(id, request.part, result, actions),
@@ -775,9 +782,8 @@ impl Target {
             }
         }
         for nexus in aborted {
-            for task in self.tasks_where(|task| task.nexus == nexus && task.lun == lun) {
-                self.abort_task(task, actions);
-            }
+            let tasks = self.tasks_where(|task| task.nexus == nexus && task.lun == lun);
+            self.abort_tasks(tasks, actions);
         }
         let reset_by_other = now.reset().is_some_and(|(version, by)| {
             version > seen && self.nexuses.values().all(|state| state.name != *by)

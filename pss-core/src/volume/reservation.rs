@@ -12,6 +12,8 @@ pub use codec::BadReservations;
 
 /// Most registrations of a volume: a Windows cluster has 64 nodes with four paths each.
 pub const REGISTRATIONS_MAX: usize = 256;
+/// Most further nexuses in one REGISTER, so that the request fits into a frame.
+pub const ALSO_MAX: usize = 64;
 /// Most notices that are kept for gateways which have not heard of them: two commands' worth.
 pub const NOTICES_MAX: usize = 2 * REGISTRATIONS_MAX;
 /// Most bytes of a port's name: an iSCSI name (223 bytes, RFC 7143 §4.2.7.1) and `,i,0x` with an ISID.
@@ -444,6 +446,14 @@ impl Reservations {
         }
     }
 
+    /// Ends the RESERVE(6) of a nexus whose gateway was fenced, and tells it: it may come back.
+    pub fn end_unit(&mut self) {
+        if let Some(holder) = self.unit.take() {
+            self.begin_version();
+            self.tell(NoticeKind::ReservationsPreempted, holder);
+        }
+    }
+
     fn check_key(&self, nexus: &Nexus, key: u64) -> Result<(), ReservationRefusal> {
         match self.registrations.get(nexus) {
             Some(registered) if *registered == key => Ok(()),
@@ -495,7 +505,7 @@ impl Reservations {
         if !ignore_existing && self.registrations.get(nexus).copied().unwrap_or(0) != key {
             return Err(ReservationRefusal::Conflict);
         }
-        if also.len() > REGISTRATIONS_MAX {
+        if also.len() > ALSO_MAX {
             return Err(ReservationRefusal::TooMany);
         }
         for other in also {

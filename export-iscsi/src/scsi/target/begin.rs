@@ -23,7 +23,7 @@ impl Target {
         let cdb = Cdb(command.cdb);
         let portal_group = self.nexuses.get(&command.nexus)?.info.portal_group;
         let begun = match (cdb.u8(0), lun) {
-            _ if cdb.u8(0) >> 5 < 6 && naca(&cdb) => Err(Sense::cdb_bit(naca_at(&cdb), 2).into()),
+            _ if naca(&cdb).is_some() => Err(naca(&cdb)?.into()),
             (0x12, _) => {
                 let unit = lun.and_then(|lun| self.units.get(&lun));
                 inquiry::inquiry(&self.config, unit, portal_group, &cdb)
@@ -326,13 +326,10 @@ impl Target {
     }
 }
 
-/// Whether the NACA bit of the CONTROL byte is set; where that is depends on the length.
-fn naca(cdb: &Cdb) -> bool {
-    cdb.bit(naca_at(cdb), 2)
-}
-
-fn naca_at(cdb: &Cdb) -> usize {
-    super::super::cdb::length_by_group(cdb.u8(0)).map_or(5, |length| length - 1)
+/// Refuses the NACA bit of the CONTROL byte, which is the last one.
+fn naca(cdb: &Cdb) -> Option<Sense> {
+    let control = super::super::cdb::length_by_group(cdb.u8(0))? - 1;
+    cdb.bit(control, 2).then(|| Sense::cdb_bit(control, 2))
 }
 
 /// Sanitize operations, a missing medium and write protection, for the commands that care.

@@ -59,11 +59,11 @@ impl Target {
                 if found.is_empty() {
                     return answer(actions, TaskResponse::TaskDoesNotExist);
                 }
-                self.abort_all(found, actions)
+                self.abort_tasks(found, actions)
             }
             TaskFunction::AbortTaskSet => {
                 let own = self.tasks_where(|it| it.nexus == nexus && it.lun == lun);
-                self.abort_all(own, actions)
+                self.abort_tasks(own, actions)
             }
             TaskFunction::ClearTaskSet => self.clear_task_set(nexus, lun, actions),
             TaskFunction::LogicalUnitReset => self.reset_by(nexus, lun, actions),
@@ -88,13 +88,6 @@ impl Target {
         self.answer_drained(actions);
     }
 
-    fn abort_all(&mut self, tasks: Vec<u64>, actions: &mut Actions) -> Vec<u64> {
-        tasks
-            .into_iter()
-            .flat_map(|task| self.abort_task(task, actions))
-            .collect()
-    }
-
     /// There is one task set for all nexuses (TST 000b); those whose tasks go are told.
     fn clear_task_set(&mut self, nexus: NexusId, lun: u16, actions: &mut Actions) -> Vec<u64> {
         let tasks = self.tasks_where(|it| it.lun == lun);
@@ -109,7 +102,7 @@ impl Target {
                 unit.attend(other, Asc::COMMANDS_CLEARED_BY_ANOTHER_INITIATOR);
             }
         }
-        self.abort_all(tasks, actions)
+        self.abort_tasks(tasks, actions)
     }
 
     /// Resets a unit for one of our nexuses: here at once, and through the cell everywhere else.
@@ -129,7 +122,7 @@ impl Target {
     /// LOGICAL UNIT RESET (SAM-5 §6.3.3). Returns requests that may still change the disk.
     pub(super) fn reset_unit(&mut self, lun: u16, actions: &mut Actions) -> Vec<u64> {
         let tasks = self.tasks_where(|it| it.lun == lun);
-        let waits = self.abort_all(tasks, actions);
+        let waits = self.abort_tasks(tasks, actions);
         let nexuses: Vec<NexusId> = self.nexuses.keys().copied().collect();
         if let Some(unit) = self.units.get_mut(&lun) {
             unit.reset();

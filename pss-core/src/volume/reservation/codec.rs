@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::BufMut;
 
 use super::{
-    Held, NOTICES_MAX, Nexus, Notice, NoticeKind, PORT_NAME_MAX, REGISTRATIONS_MAX,
+    ALSO_MAX, Held, NOTICES_MAX, Nexus, Notice, NoticeKind, PORT_NAME_MAX, REGISTRATIONS_MAX,
     ReservationAction, ReservationRefusal, ReservationRequest, ReservationType, Reservations,
 };
 
@@ -173,7 +173,7 @@ impl ReservationRequest {
                 new_key: get_u64(input)?,
                 ignore_existing: get_bool(input)?,
                 aptpl: get_bool(input)?,
-                also: (0..get_count(input, REGISTRATIONS_MAX)?)
+                also: (0..get_count(input, ALSO_MAX)?)
                     .map(|_| Nexus::decode(input))
                     .collect::<Result<_>>()?,
             },
