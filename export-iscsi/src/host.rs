@@ -10,7 +10,9 @@ use std::task::Poll;
 use std::time::Duration;
 
 use pss_core::volume::device::{BlockDevice, CompletionQueue, DeviceError, DeviceResult};
-use pss_core::volume::reservation::{ReservationReply, Reservations};
+use pss_core::volume::reservation::{
+    Nexus, ReservationAction, ReservationReply, ReservationRequest, Reservations,
+};
 use pss_gateway::alarm::Alarm;
 use tracing::{info, warn};
 
@@ -25,36 +27,16 @@ use crate::sessions::Handle;
 /// How often the SCSI side looks at its clock while it has something to do.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Reservations of the volumes that this process exports.
-///
-/// They hold between all targets and sessions of this process. They are not part of the cell's state yet,
-/// so they do not hold between gateways, and are gone when the process ends.
-#[derive(Debug, Default)]
-pub struct ReservationTable {
-    volumes: Mutex<HashMap<[u8; 16], Arc<Reservations>>>,
-}
-
-impl ReservationTable {
-    fn of(&self, uuid: [u8; 16]) -> Arc<Reservations> {
-        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(volumes.entry(uuid).or_default())
-    }
-
-    fn set(&self, uuid: [u8; 16], now: Arc<Reservations>) {
-        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
-        volumes.insert(uuid, now);
-    }
-}
-
 /// A target that is served.
 pub struct Host {
     name: String,
     state: Mutex<State>,
     queue: Arc<CompletionQueue>,
+    answers: Arc<Mutex<Vec<Answer>>>,
     alarm: Arc<Alarm>,
     clock: Clock,
-    reservations: Arc<ReservationTable>,
     retired: AtomicBool,
+    ready: AtomicBool,
 }
 
 struct State {
@@ -66,11 +48,18 @@ struct State {
 
 struct Disk {
     device: Arc<dyn BlockDevice>,
-    uuid: [u8; 16],
     settings: LunSettings,
     changed: Arc<AtomicBool>,
     /// Version of the reservations that the SCSI side was told last.
     reservations: u64,
+}
+
+/// What was answered about reservations.
+enum Answer {
+    /// A request of the SCSI side.
+    Reserved(u64, Option<ReservationReply>),
+    /// They changed.
+    Reservations(u16, Arc<Reservations>),
 }
 
 /// What is to be told to sessions, once the host is unlocked.
@@ -83,7 +72,7 @@ enum Delivery {
 
 impl Host {
     /// A target without disks.
-    pub fn new(config: TargetConfig, clock: Clock, table: Arc<ReservationTable>) -> Arc<Host> {
+    pub fn new(config: TargetConfig, clock: Clock) -> Arc<Host> {
         let alarm = Arc::new(Alarm::default());
         let rung = Arc::clone(&alarm);
         Arc::new(Host {
@@ -95,10 +84,11 @@ impl Host {
                 sessions: HashMap::new(),
             }),
             queue: CompletionQueue::new(Box::new(move || rung.ring())),
+            answers: Arc::default(),
             alarm,
             clock,
-            reservations: table,
             retired: AtomicBool::new(false),
+            ready: AtomicBool::new(false),
         })
     }
 
@@ -109,6 +99,17 @@ impl Host {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether its disks have been looked for. Until then initiators must not log in: they would take a
+    /// disk that is only late for one that is gone.
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// All its disks that exist are there.
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Release);
     }
 
     /// LUNs that have a disk, and how it is shown.
@@ -137,7 +138,6 @@ impl Host {
         let mut state = self.state();
         let disk = Disk {
             device,
-            uuid: info.uuid,
             settings: settings.clone(),
             changed,
             reservations: 0,
@@ -260,11 +260,7 @@ impl Host {
             } => {
                 let done = self.queue.completion(cookie);
                 match state.disks.get(&lun) {
-                    // As the cell will do it, in the order of its log.
-                    Some(disk) if self.reservations.of(disk.uuid).version() != reservations => {
-                        done.complete(Err(DeviceError::ReservationChanged));
-                    }
-                    Some(disk) => disk.device.submit(request, done),
+                    Some(disk) => disk.device.submit_checked(request, reservations, done),
                     None => done.complete(Err(DeviceError::Deleted)),
                 }
             }
@@ -273,18 +269,19 @@ impl Host {
                 lun,
                 request,
             } => {
-                let reply = state.disks.get(&lun).map(|disk| {
-                    let mut now = Reservations::clone(&self.reservations.of(disk.uuid));
-                    let result = now.apply(&request);
-                    let now = Arc::new(now);
-                    self.reservations.set(disk.uuid, Arc::clone(&now));
-                    ReservationReply { result, now }
+                let device = state.disks.get(&lun).map(|disk| Arc::clone(&disk.device));
+                let answers = Arc::clone(&self.answers);
+                let alarm = Arc::clone(&self.alarm);
+                tokio::spawn(async move {
+                    let reply = match &device {
+                        Some(device) => device.reserve(request).await,
+                        None => None,
+                    };
+                    let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+                    answers.push(Answer::Reserved(cookie, reply));
+                    drop(answers);
+                    alarm.ring();
                 });
-                let State {
-                    target, actions, ..
-                } = state;
-                target.reserved(cookie, reply, actions);
-                self.tell_reservations(state);
             }
             Action::Done {
                 nexus,
@@ -305,21 +302,58 @@ impl Host {
         }
     }
 
-    /// Tells the SCSI side of reservations that changed, maybe through another LUN or target.
-    fn tell_reservations(&self, state: &mut State) {
+    /// Asks for reservations that changed, maybe through another gateway.
+    fn ask_for_reservations(&self, state: &mut State) {
+        for (lun, disk) in &mut state.disks {
+            let version = disk.device.reservations_version();
+            if version == disk.reservations {
+                continue;
+            }
+            disk.reservations = version;
+            let (lun, device) = (*lun, Arc::clone(&disk.device));
+            let answers = Arc::clone(&self.answers);
+            let alarm = Arc::clone(&self.alarm);
+            let request = ReservationRequest {
+                // Who reads does not matter.
+                nexus: Nexus {
+                    initiator: String::new(),
+                    target: String::new(),
+                },
+                action: ReservationAction::Read,
+            };
+            tokio::spawn(async move {
+                if let Some(reply) = device.reserve(request).await {
+                    let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+                    answers.push(Answer::Reservations(lun, reply.now));
+                    drop(answers);
+                    alarm.ring();
+                }
+            });
+        }
+    }
+
+    /// Takes what was answered about reservations.
+    fn take_answers(&self) {
+        let answers = {
+            let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *answers)
+        };
+        if answers.is_empty() {
+            return;
+        }
+        let mut state = self.state();
         let State {
-            target,
-            actions,
-            disks,
-            ..
-        } = state;
-        for (lun, disk) in disks {
-            let now = self.reservations.of(disk.uuid);
-            if now.version() != disk.reservations {
-                disk.reservations = now.version();
-                target.reservations_changed(*lun, now, actions);
+            target, actions, ..
+        } = &mut *state;
+        for answer in answers {
+            match answer {
+                Answer::Reserved(cookie, reply) => target.reserved(cookie, reply, actions),
+                Answer::Reservations(lun, now) => target.reservations_changed(lun, now, actions),
             }
         }
+        let deliveries = self.perform(&mut state);
+        drop(state);
+        self.deliver(deliveries);
     }
 
     fn deliver(&self, deliveries: Vec<(Arc<Handle>, Delivery)>) {
@@ -372,7 +406,7 @@ impl Host {
                 target.device_changed(*lun, info, fate, actions);
             }
         }
-        self.tell_reservations(&mut state);
+        self.ask_for_reservations(&mut state);
         let deliveries = self.perform(&mut state);
         drop(state);
         self.deliver(deliveries);
@@ -388,7 +422,7 @@ impl Host {
             target, actions, ..
         } = &mut *state;
         target.tick(now, actions);
-        self.tell_reservations(&mut state);
+        self.ask_for_reservations(&mut state);
         let deliveries = self.perform(&mut state);
         drop(state);
         self.deliver(deliveries);
@@ -409,6 +443,7 @@ impl Host {
             self.alarm.register(cx.waker());
             self.look_at_devices();
             self.take_results();
+            self.take_answers();
             while tick.poll_tick(cx).is_ready() {
                 self.tick();
             }

@@ -77,7 +77,6 @@ impl Link {
     /// Serves until the connection ends: why its session ended, if it did.
     pub(crate) async fn run(mut self) -> Option<Ending> {
         poll_fn(|cx| self.poll_run(cx)).await;
-        let ending = self.place.handle.session().ending();
         // What is still to be sent, such as a logout response, may take a moment.
         let _ = tokio::time::timeout(LAST_WORDS, poll_fn(|cx| self.poll_last_words(cx))).await;
         if !self.is_replaced() {
@@ -86,7 +85,7 @@ impl Link {
             self.place.handle.ring();
         }
         self.server.sessions().hang_up(&self.place);
-        ending
+        self.place.handle.session().ending()
     }
 
     /// Whether another connection has taken its place.
@@ -147,9 +146,6 @@ impl Link {
 
     /// Takes all PDUs that are there.
     fn take_pdus(&mut self) -> bool {
-        if self.input.is_empty() {
-            return false;
-        }
         let now = self.clock.now();
         let handle = Arc::clone(&self.place.handle);
         let mut session = handle.session();

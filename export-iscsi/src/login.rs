@@ -128,6 +128,9 @@ pub enum SessionRefusal {
     /// No room for another session.
     #[error("too many sessions")]
     TooManySessions,
+    /// The target's disks are not open yet.
+    #[error("the target's volumes are not open yet")]
+    NotReady,
     /// The server stops.
     #[error("the server stops")]
     Stopping,
@@ -159,7 +162,9 @@ impl Refusal {
                 SessionRefusal::NotYours => LoginStatus::CannotInclude,
                 SessionRefusal::TooManyConnections => LoginStatus::TooManyConnections,
                 SessionRefusal::TooManySessions => LoginStatus::OutOfResources,
-                SessionRefusal::Stopping => LoginStatus::ServiceUnavailable,
+                SessionRefusal::NotReady | SessionRefusal::Stopping => {
+                    LoginStatus::ServiceUnavailable
+                }
             },
         }
     }

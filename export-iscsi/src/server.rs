@@ -20,7 +20,7 @@ use tracing::{debug, error, info, warn};
 use crate::auth::Challenges;
 use crate::catalog::{Catalog, TargetEntry};
 use crate::clock::Clock;
-use crate::host::{Host, ReservationTable};
+use crate::host::Host;
 use crate::keys::DEFAULT_DATA_BYTES;
 use crate::link::Link;
 use crate::login::{Context, Established, Login, Output, SessionRefusal};
@@ -88,7 +88,6 @@ pub struct Server {
     hosts: Mutex<BTreeMap<String, Arc<Host>>>,
     sessions: Sessions,
     challenges: Arc<Challenges>,
-    reservations: Arc<ReservationTable>,
     places: Arc<Semaphore>,
     logins: Mutex<HashMap<IpAddr, usize>>,
     stopping: watch::Sender<bool>,
@@ -106,7 +105,6 @@ impl Server {
             hosts: Mutex::default(),
             sessions: Sessions::new(limits.sessions_max, limits.probing),
             challenges: Arc::default(),
-            reservations: Arc::default(),
             places: Arc::new(Semaphore::new(limits.connections_max)),
             logins: Mutex::default(),
             stopping: watch::Sender::new(false),
@@ -175,7 +173,7 @@ impl Server {
                 command_timeout: self.limits.command_timeout,
                 ..TargetConfig::new(&entry.name)
             };
-            let host = Host::new(config, self.clock, Arc::clone(&self.reservations));
+            let host = Host::new(config, self.clock);
             tokio::spawn(Arc::clone(&host).run());
             host
         });
@@ -195,6 +193,7 @@ impl Server {
     /// Opens the volumes of disks that are not there yet.
     async fn open_missing(&self, catalog: &Catalog) -> Vec<Missing> {
         let mut missing = Vec::new();
+        let mut failure = None;
         for entry in catalog.targets.values() {
             let Some(host) = self.host(&entry.name) else {
                 continue;
@@ -204,7 +203,12 @@ impl Server {
                 if there.contains_key(lun) {
                     continue;
                 }
-                let why = match self.volumes.open(&disk.volume).await {
+                // A cell that could not be asked for one volume need not be waited for again.
+                let opened = match failure {
+                    None => self.volumes.open(&disk.volume).await,
+                    Some(error) => Err(error),
+                };
+                let why = match opened {
                     Ok(Some(device)) => {
                         host.add_lun(*lun, device, disk.settings.clone());
                         continue;
@@ -212,12 +216,16 @@ impl Server {
                     Ok(None) => None,
                     Err(error) => Some(error),
                 };
+                failure = failure.or(why);
                 missing.push(Missing {
                     target: entry.name.clone(),
                     lun: *lun,
                     volume: disk.volume.clone(),
                     why,
                 });
+            }
+            if failure.is_none() {
+                host.set_ready();
             }
         }
         missing
@@ -466,6 +474,9 @@ impl Server {
             ),
             None => None,
         };
+        if host.as_ref().is_some_and(|host| !host.is_ready()) {
+            return Err(SessionRefusal::NotReady);
+        }
         let now = self.clock.now();
         self.sessions
             .join(established, host, self.portal_group, peer, stat_sn, now)
