@@ -374,7 +374,7 @@ END
         let file = directory.path().join("targets.conf");
         std::fs::write(&file, SAMPLE).unwrap();
         let script = r#"
-use Config::General;
+use Config::General qw(ParseConfig);
 my %conf = ParseConfig(-ConfigFile => $ARGV[0], -UseApacheInclude => 1,
     -IncludeDirectories => 1, -IncludeGlob => 1, -MergeDuplicateBlocks => 1);
 sub walk { my ($v, $path) = @_;
