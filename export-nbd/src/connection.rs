@@ -6,16 +6,17 @@
 use std::future::poll_fn;
 use std::io::{ErrorKind, IoSlice};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 
 use bytes::{BufMut, BytesMut};
 use pss_core::volume::device::{BlockDevice, CompletionQueue, DeviceResult, Fate};
+use pss_gateway::alarm::Alarm;
+use pss_gateway::listen::Stream;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 
 use crate::handshake::Start;
-use crate::listen::Stream;
 use crate::transmission::{Ending, Terms, Transmission};
 
 /// Size of the receive buffer: about sixty writes of 4 KiB for one system call.
@@ -37,6 +38,7 @@ pub(crate) struct Connection {
     queue: Arc<CompletionQueue>,
     results: Vec<(u64, DeviceResult)>,
     alarm: Arc<Alarm>,
+    device_changed: Arc<AtomicBool>,
     /// The payload read last had its own buffer.
     reads_long: bool,
     /// Nothing can be sent any more.
@@ -56,17 +58,17 @@ impl Connection {
         let alarm = Arc::new(Alarm::default());
         let rung = Arc::clone(&alarm);
         let device = Arc::clone(&start.export.device);
-        let watched = Arc::downgrade(&alarm);
-        device.watch(Box::new(move || match watched.upgrade() {
+        // The device may have gone before it was watched.
+        let device_changed = Arc::new(AtomicBool::new(true));
+        let watched = (Arc::downgrade(&alarm), Arc::clone(&device_changed));
+        device.watch(Box::new(move || match watched.0.upgrade() {
             Some(alarm) => {
-                alarm.device_changed.store(true, Ordering::Release);
+                watched.1.store(true, Ordering::Release);
                 alarm.ring();
                 true
             }
             None => false,
         }));
-        // The device may have gone before it was watched.
-        alarm.device_changed.store(true, Ordering::Release);
         Connection {
             stream,
             input,
@@ -75,6 +77,7 @@ impl Connection {
             queue: CompletionQueue::new(Box::new(move || rung.ring())),
             results: Vec::new(),
             alarm,
+            device_changed,
             reads_long: false,
             broken: false,
             _export: start.export,
@@ -93,7 +96,7 @@ impl Connection {
 
     fn poll_run(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
         self.alarm.register(cx.waker());
-        if self.alarm.device_changed.swap(false, Ordering::AcqRel) {
+        if self.device_changed.swap(false, Ordering::AcqRel) {
             self.look_at_device();
         }
         loop {
@@ -202,30 +205,5 @@ impl Connection {
             Poll::Pending => return false,
         }
         true
-    }
-}
-
-/// Wakes a connection from any thread.
-#[derive(Default)]
-struct Alarm {
-    waker: Mutex<Option<Waker>>,
-    device_changed: AtomicBool,
-}
-
-impl Alarm {
-    /// Rings this one from now on. Called before looking at what a ring announces, so that none is lost.
-    fn register(&self, waker: &Waker) {
-        let mut registered = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *registered {
-            Some(old) => old.clone_from(waker),
-            None => *registered = Some(waker.clone()),
-        }
-    }
-
-    fn ring(&self) {
-        let registered = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(waker) = &*registered {
-            waker.wake_by_ref();
-        }
     }
 }

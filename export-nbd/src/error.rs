@@ -27,7 +27,7 @@ pub fn device_error(error: DeviceError, writes: bool) -> NbdError {
         DeviceError::OutOfRange if writes => NbdError::NoSpace,
         DeviceError::OutOfRange => NbdError::Invalid,
         DeviceError::Invalid => NbdError::Invalid,
-        DeviceError::ReadOnly => NbdError::NotPermitted,
+        DeviceError::ReadOnly | DeviceError::Reserved => NbdError::NotPermitted,
         DeviceError::NoSpace => NbdError::NoSpace,
         // A deleted volume does not come back: the client is told to stop asking. The other losses of
         // service are never ESHUTDOWN, because clients fail their users at once on it.
@@ -35,6 +35,7 @@ pub fn device_error(error: DeviceError, writes: bool) -> NbdError {
         DeviceError::Miscompare(_)
         | DeviceError::Fenced
         | DeviceError::Unavailable
+        | DeviceError::ReservationChanged
         | DeviceError::Io => NbdError::Io,
     }
 }

@@ -4,11 +4,12 @@
 //! be replaced while the server runs.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use pss_core::volume::device::{BlockDevice, DeviceError, DeviceInfo, Volumes};
+use pss_gateway::peer::Network;
+pub use pss_gateway::peer::Peer;
 
 use crate::wire::{PAYLOAD_BYTES_MAX, STRING_BYTES_MAX, transmission_flag as flag};
 
@@ -112,29 +113,6 @@ pub struct Listed {
     pub name: String,
     /// For people; may be empty.
     pub description: String,
-}
-
-/// Who asks.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Peer {
-    /// A client over TCP.
-    Ip(IpAddr),
-    /// A client on this machine, over a unix socket.
-    Unix {
-        /// User id of the process.
-        uid: u32,
-        /// Group id of the process.
-        gid: u32,
-    },
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Peer::Ip(address) => write!(f, "{address}"),
-            Peer::Unix { uid, gid } => write!(f, "unix uid {uid} gid {gid}"),
-        }
-    }
 }
 
 /// Which volumes are exported, how, and to whom.
@@ -262,7 +240,7 @@ impl Rule {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Who {
-    Network { address: IpAddr, bits: u8 },
+    Network(Network),
     Uid(u32),
     Gid(u32),
     AnyUnix,
@@ -281,40 +259,14 @@ impl FromStr for Who {
         if let Some(gid) = text.strip_prefix("gid:") {
             return gid.parse().map(Who::Gid).map_err(drop);
         }
-        let (address, bits) = match text.split_once('/') {
-            Some((address, bits)) => (address, Some(bits)),
-            None => (text, None),
-        };
-        let address: IpAddr = address.parse().map_err(drop)?;
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        let bits = match bits {
-            Some(bits) => bits.parse().map_err(drop)?,
-            None => most,
-        };
-        if bits > most {
-            return Err(());
-        }
-        Ok(Who::Network { address, bits })
+        text.parse().map(Who::Network).map_err(drop)
     }
 }
 
 impl Who {
     fn includes(self, peer: Peer) -> bool {
         match (self, peer) {
-            (Who::Network { address, bits }, Peer::Ip(peer)) => {
-                // A dual-stack socket shows IPv4 clients as ::ffff:a.b.c.d.
-                match (address, peer.to_canonical()) {
-                    (IpAddr::V4(network), IpAddr::V4(peer)) => {
-                        let mask = u32::MAX.checked_shl(32 - u32::from(bits)).unwrap_or(0);
-                        (network.to_bits() ^ peer.to_bits()) & mask == 0
-                    }
-                    (IpAddr::V6(network), IpAddr::V6(peer)) => {
-                        let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
-                        (network.to_bits() ^ peer.to_bits()) & mask == 0
-                    }
-                    _ => false,
-                }
-            }
+            (Who::Network(network), Peer::Ip(peer)) => network.contains(peer),
             (Who::Uid(wanted), Peer::Unix { uid, .. }) => wanted == uid,
             (Who::Gid(wanted), Peer::Unix { gid, .. }) => wanted == gid,
             (Who::AnyUnix, Peer::Unix { .. }) => true,

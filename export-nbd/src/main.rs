@@ -1,6 +1,5 @@
 //! `pss-nbd`: serves the volumes of a cell to NBD clients.
 
-use std::future::Future;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,15 +10,12 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use export_nbd::export::{Exports, Policy};
-use export_nbd::listen::{Listener, Stream};
 use export_nbd::server::{CONNECTIONS_MAX, Limits, Server};
-use pss_core::client::{Cell, CellConfig};
-use pss_core::key::CellKey;
-use pss_core::servers::ServersFile;
+use pss_gateway::listen::{Listener, Stream};
+use pss_gateway::program;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info};
-use tracing_subscriber::EnvFilter;
 
 const DEFAULT_LISTEN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 10809);
@@ -75,24 +71,6 @@ Lines of --export-policy FILE; the first whose name fits a volume holds:
   NAME [read-only] [hidden] [connections=N] [allow=ADDRESS/BITS|uid:N|gid:N|unix]...
 NAME may end in *. Without allow= everyone may connect.";
 
-/// Opens the cell that `--servers` describes.
-fn connect(args: &Args) -> anyhow::Result<Arc<Cell>> {
-    let file = ServersFile::read(&args.servers)?;
-    let key = CellKey::find(args.key.as_deref(), &args.servers)?;
-    let servers = file.resolve()?;
-    let addresses = servers
-        .ids()
-        .into_iter()
-        .filter_map(|id| Some((id, servers.tcp(id)?)));
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let name = format!("pss-nbd@{}", host.trim());
-    Ok(Cell::connect(CellConfig {
-        key,
-        request_timeout: Duration::from_secs(args.timeout),
-        ..CellConfig::new(addresses.collect(), &name)
-    }))
-}
-
 fn main() -> ExitCode {
     match run(Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -105,12 +83,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log).context("--log")?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
+    program::start_log(&args.log)?;
     // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -125,14 +98,15 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         true => Vec::new(),
         false => listeners(&args)?,
     };
-    let cell = connect(&args)?;
+    let timeout = Duration::from_secs(args.timeout);
+    let cell = program::connect("pss-nbd", &args.servers, args.key.as_deref(), timeout)?;
     let exports = Exports::new(Arc::clone(&cell) as _, policy);
     let limits = Limits {
         connections_max: args.max_connections,
         ..Limits::default()
     };
     let server = Server::new(Arc::clone(&exports), limits);
-    let stop = stop_signal()?;
+    let stop = program::stop_signal()?;
     if args.stdio {
         let (stream, peer) = Stream::stdio()?;
         server.run_one(stream, peer, stop).await;
@@ -140,7 +114,7 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     tokio::spawn(reload_policy(signal(SignalKind::hangup())?, exports, args));
-    tell_manager(&[NotifyState::Ready]);
+    program::tell_manager(NotifyState::Ready);
     server.run(listeners, stop).await;
     // The cell need not wait for this gateway's session to run out.
     cell.close().await;
@@ -188,24 +162,5 @@ async fn reload_policy(mut hangups: Signal, exports: Arc<Exports>, args: Args) {
             }
             Err(error) => error!("export policy stays as it was: {error:#}"),
         }
-    }
-}
-
-fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
-    let mut terminated = signal(SignalKind::terminate())?;
-    let mut interrupted = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminated.recv() => {}
-            _ = interrupted.recv() => {}
-        }
-        info!("stopping");
-        tell_manager(&[NotifyState::Stopping]);
-    })
-}
-
-fn tell_manager(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        error!(%error, "cannot notify the service manager");
     }
 }

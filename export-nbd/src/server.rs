@@ -71,7 +71,7 @@ impl Server {
     pub async fn run(self: Arc<Self>, listeners: Vec<Listener>, stop: impl Future<Output = ()>) {
         let mut serving = JoinSet::new();
         for listener in listeners {
-            info!(uri = listener.uri(), "serving");
+            info!(uri = listener.uri("nbd"), "serving");
             serving.spawn(Arc::clone(&self).serve(listener));
         }
         stop.await;

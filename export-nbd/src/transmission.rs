@@ -12,11 +12,11 @@ use pss_core::payload::{LARGE_PAYLOAD_BYTES, Payload};
 use pss_core::volume::device::{DeviceError, DeviceReply, DeviceRequest, DeviceResult, Extent};
 
 use crate::error::{NbdError, device_error};
-use crate::sending::SendQueue;
 use crate::wire::{
     Command, DESCRIPTORS_MAX, PAYLOAD_BYTES_MAX, Request, WireError, command_flag as flag,
     simple_reply,
 };
+use pss_gateway::sending::SendQueue;
 
 /// Most requests of one connection that are with the device or whose payload waits to be sent. The
 /// kernel's client keeps 128, qemu 16, nbdcopy 64.

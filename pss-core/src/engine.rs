@@ -9,6 +9,7 @@
 mod conflicts;
 mod copy;
 mod requests;
+mod reservations;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -203,6 +204,10 @@ pub struct Engine {
     /// Requests that read before they write, and wait or read.
     held: Counts,
     deferred: VecDeque<requests::Deferred>,
+    /// Requests that wait for the order that a change of reservations asks for.
+    queued: VecDeque<(ClientId, Request)>,
+    /// Changes of reservations that are proposed and not applied.
+    reserving: HashMap<VolumeId, u32>,
     merging: HashMap<u64, requests::Merge>,
     slow_reads: HashMap<u64, requests::PendingRead>,
     next_ticket: u64,
@@ -256,6 +261,8 @@ impl Engine {
             waiting: HashMap::new(),
             in_flight: Counts::new(),
             held: Counts::new(),
+            queued: VecDeque::new(),
+            reserving: HashMap::new(),
             deferred: VecDeque::new(),
             merging: HashMap::new(),
             slow_reads: HashMap::new(),
@@ -410,7 +417,8 @@ impl Engine {
             while let Some(output) = self.replica.poll_output() {
                 self.carry_out(now, output);
             }
-            if !self.pump_deferred(now) {
+            let moved = self.pump_deferred(now);
+            if !self.pump_queued(now) && !moved {
                 return;
             }
         }
@@ -518,6 +526,7 @@ impl Engine {
         {
             self.share_volumes();
         }
+        self.note_reserved(entry);
         if !self.waiting.is_empty() {
             for (command, answer) in entry.commands.iter().zip(answers) {
                 self.answer_command((command.session, command.number), answer);

@@ -11,6 +11,7 @@ use bytes::{Buf, BufMut, Bytes};
 use crate::types::{
     BLOCK_BYTES, Ballot, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
 };
+use crate::volume::reservation::ReservationRequest;
 
 /// Most bytes of payload in one entry.
 pub const ENTRY_PAYLOAD_MAX: usize = 4 << 20;
@@ -119,6 +120,13 @@ pub enum Op {
         /// Which.
         volume: VolumeId,
     },
+    /// Changes a volume's reservations.
+    Reserve {
+        /// Of which volume.
+        volume: VolumeId,
+        /// How.
+        request: Box<ReservationRequest>,
+    },
 }
 
 impl Command {
@@ -188,6 +196,9 @@ pub enum EntryError {
     /// A string is not UTF-8.
     #[error("entry holds a string that is not UTF-8")]
     NotUtf8,
+    /// A request about reservations is malformed.
+    #[error("entry holds a request about reservations that is none")]
+    Reservation,
 }
 
 /// Header layout, little-endian: slot u64, ballot (u64, u8), previous ballot (u64, u8), number of
@@ -339,6 +350,7 @@ impl Op {
             Op::DeleteVolume { .. } => 7,
             Op::Attach { .. } => 8,
             Op::Detach { .. } => 9,
+            Op::Reserve { .. } => 10,
         }
     }
 
@@ -403,6 +415,10 @@ impl Op {
             Op::DeleteVolume { volume } | Op::Attach { volume } | Op::Detach { volume } => {
                 out.put_u32_le(volume.0);
             }
+            Op::Reserve { volume, request } => {
+                out.put_u32_le(volume.0);
+                request.encode(out);
+            }
         }
     }
 
@@ -463,6 +479,12 @@ impl Op {
             9 => Op::Detach {
                 volume: VolumeId(get_u32(input)?),
             },
+            10 => Op::Reserve {
+                volume: VolumeId(get_u32(input)?),
+                request: Box::new(
+                    ReservationRequest::decode(input).map_err(|_| EntryError::Reservation)?,
+                ),
+            },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })
     }
@@ -518,6 +540,7 @@ fn get_string(input: &mut &[u8]) -> Result<String, EntryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::volume::reservation::{Nexus, ReservationAction};
 
     fn sample() -> Entry {
         let data = Bytes::from(vec![7; 2 * BLOCK_BYTES]);
@@ -555,6 +578,16 @@ mod tests {
                 }),
                 Command::internal(Op::EndSessions {
                     sessions: vec![SessionId(1), SessionId(2)],
+                }),
+                command(Op::Reserve {
+                    volume: VolumeId(3),
+                    request: Box::new(ReservationRequest {
+                        nexus: Nexus {
+                            initiator: "iqn.2026-01.test:i,i,0x1".into(),
+                            target: "iqn.2026-01.test:t,t,0x0001".into(),
+                        },
+                        action: ReservationAction::Clear { key: 7 },
+                    }),
                 }),
             ]
             .into(),

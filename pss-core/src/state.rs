@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::entry::{Command, Op, VOLUME_NAME_MAX};
 use crate::types::{BLOCK_BYTES, RequestNumber, SessionId, Slot, VolumeId};
+use crate::volume::reservation::{
+    ReservationAction, ReservationRefusal, ReservationRequest, Reservations,
+};
 
 /// Most requests of a session between the oldest that is not settled and the newest.
 pub const SESSION_WINDOW: u64 = 4096;
@@ -90,6 +93,24 @@ pub enum Refusal {
     /// The request was settled before: the client said that it has the answer.
     #[error("the request was settled before")]
     Settled = 12,
+    /// RESERVATION CONFLICT, of a request about reservations.
+    #[error("a reservation or another key is in the way")]
+    ReservationConflict = 13,
+    /// INVALID RELEASE OF PERSISTENT RESERVATION.
+    #[error("the reservation is of another type")]
+    InvalidRelease = 14,
+    /// INSUFFICIENT REGISTRATION RESOURCES.
+    #[error("too many registrations")]
+    TooManyRegistrations = 15,
+    /// The request about reservations makes no sense.
+    #[error("the request about reservations is not valid")]
+    InvalidReservation = 16,
+    /// The volume's reservations are not those under which the request was found to be allowed.
+    #[error("the reservations of the volume have changed")]
+    ReservationsChanged = 17,
+    /// A SCSI initiator has reserved the volume.
+    #[error("the volume is reserved by a SCSI initiator")]
+    Reserved = 18,
 }
 
 impl Refusal {
@@ -109,9 +130,37 @@ impl Refusal {
             TooMany,
             OutsideWindow,
             Settled,
+            ReservationConflict,
+            InvalidRelease,
+            TooManyRegistrations,
+            InvalidReservation,
+            ReservationsChanged,
+            Reserved,
         ]
         .into_iter()
         .find(|refusal| *refusal as u8 == code)
+    }
+
+    /// What it means of a request about reservations, if it comes from them.
+    pub fn of_reservation(self) -> Option<ReservationRefusal> {
+        match self {
+            Refusal::ReservationConflict => Some(ReservationRefusal::Conflict),
+            Refusal::InvalidRelease => Some(ReservationRefusal::InvalidRelease),
+            Refusal::TooManyRegistrations => Some(ReservationRefusal::TooMany),
+            Refusal::InvalidReservation => Some(ReservationRefusal::InvalidField),
+            _ => None,
+        }
+    }
+}
+
+impl From<ReservationRefusal> for Refusal {
+    fn from(refusal: ReservationRefusal) -> Refusal {
+        match refusal {
+            ReservationRefusal::Conflict => Refusal::ReservationConflict,
+            ReservationRefusal::InvalidRelease => Refusal::InvalidRelease,
+            ReservationRefusal::TooMany => Refusal::TooManyRegistrations,
+            ReservationRefusal::InvalidField => Refusal::InvalidReservation,
+        }
     }
 }
 
@@ -181,6 +230,15 @@ pub struct State {
     volumes_made: u32,
     volumes: BTreeMap<VolumeId, Volume>,
     sessions: BTreeMap<SessionId, Session>,
+    /// Of volumes whose reservations were ever changed.
+    reservations: BTreeMap<VolumeId, VolumeReservations>,
+}
+
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct VolumeReservations {
+    now: Reservations,
+    /// The session through which the holder of RESERVE(6) came; it ends with it.
+    unit_session: SessionId,
 }
 
 impl State {
@@ -220,6 +278,11 @@ impl State {
             .values()
             .filter(|session| session.attached.contains_key(&volume))
             .count()
+    }
+
+    /// The reservations of a volume; `None` if there never were any.
+    pub fn reservations(&self, volume: VolumeId) -> Option<&Reservations> {
+        self.reservations.get(&volume).map(|it| &it.now)
     }
 
     /// Whether a session exists.
@@ -327,6 +390,7 @@ impl State {
             Op::EndSessions { sessions } => {
                 for session in sessions {
                     self.sessions.remove(session);
+                    self.end_units(*session);
                 }
                 Ok(Answer::Done)
             }
@@ -348,6 +412,7 @@ impl State {
             },
             Op::Attach { volume } => self.attach(command.session, *volume),
             Op::Detach { volume } => Ok(self.detach(command.session, *volume)),
+            Op::Reserve { volume, request } => self.reserve(command.session, *volume, request),
         };
         result.unwrap_or_else(Answer::Refused)
     }
@@ -389,10 +454,13 @@ impl State {
                     allocate: false,
                 }
             }
-            Op::DeleteVolume { volume } => match self.volumes.remove(volume) {
-                Some(volume) => Effect::Delete(volume),
-                None => Effect::None,
-            },
+            Op::DeleteVolume { volume } => {
+                self.reservations.remove(volume);
+                match self.volumes.remove(volume) {
+                    Some(volume) => Effect::Delete(volume),
+                    None => Effect::None,
+                }
+            }
             _ => Effect::None,
         }
     }
@@ -485,6 +553,40 @@ impl State {
         Ok(Answer::Done)
     }
 
+    fn reserve(
+        &mut self,
+        session: SessionId,
+        volume: VolumeId,
+        request: &ReservationRequest,
+    ) -> Result<Answer, Refusal> {
+        if !self.volumes.contains_key(&volume) {
+            return Err(Refusal::NoSuchVolume);
+        }
+        let mut changed = self.reservations.get(&volume).cloned().unwrap_or_default();
+        changed.now.apply(request)?;
+        if changed.now.version() == 0 {
+            return Ok(Answer::Done);
+        }
+        if request.action == ReservationAction::ReserveUnit {
+            changed.unit_session = session;
+        }
+        if changed.now.unit_holder().is_none() {
+            changed.unit_session = SessionId(0);
+        }
+        self.reservations.insert(volume, changed);
+        Ok(Answer::Done)
+    }
+
+    /// RESERVE(6) lasts as long as its nexus, which is gone with its gateway.
+    fn end_units(&mut self, session: SessionId) {
+        for reservations in self.reservations.values_mut() {
+            if session != SessionId(0) && reservations.unit_session == session {
+                reservations.now.end_unit();
+                reservations.unit_session = SessionId(0);
+            }
+        }
+    }
+
     fn attach(&mut self, session: SessionId, volume: VolumeId) -> Result<Answer, Refusal> {
         if !self.volumes.contains_key(&volume) {
             return Err(Refusal::NoSuchVolume);
@@ -550,8 +652,10 @@ pub fn check_volume_size(size_bytes: u64, chunk_bytes: u32) -> Result<(), Refusa
     Ok(())
 }
 
-/// Version of [`State::encode`]'s layout.
+/// Version of [`State::encode`]'s layout without reservations.
 const STATE_VERSION: u16 = 1;
+/// With them. Written only if there are any, so that programs that do not know them can read the rest.
+const STATE_VERSION_RESERVATIONS: u16 = 2;
 
 /// The bytes are no state, or one of a newer version.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -564,7 +668,10 @@ impl State {
     /// The state as bytes; equal states give equal bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        out.put_u16_le(STATE_VERSION);
+        out.put_u16_le(match self.reservations.is_empty() {
+            true => STATE_VERSION,
+            false => STATE_VERSION_RESERVATIONS,
+        });
         out.put_u64_le(self.applied.0);
         out.put_u32_le(self.volumes_made);
         out.put_u32_le(self.volumes.len() as u32);
@@ -581,6 +688,14 @@ impl State {
             out.put_u64_le(id.0);
             session.encode(&mut out);
         }
+        if !self.reservations.is_empty() {
+            out.put_u32_le(self.reservations.len() as u32);
+            for (volume, reservations) in &self.reservations {
+                out.put_u32_le(volume.0);
+                out.put_u64_le(reservations.unit_session.0);
+                reservations.now.encode(&mut out);
+            }
+        }
         out
     }
 
@@ -590,7 +705,8 @@ impl State {
     /// [`BadState`].
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
-        if input.try_get_u16_le().map_err(|_| BadState)? != STATE_VERSION {
+        let version = input.try_get_u16_le().map_err(|_| BadState)?;
+        if version != STATE_VERSION && version != STATE_VERSION_RESERVATIONS {
             return Err(BadState);
         }
         let mut state = State {
@@ -614,6 +730,16 @@ impl State {
         for _ in 0..u32_of(input)? {
             let id = SessionId(u64_of(input)?);
             state.sessions.insert(id, Session::decode(input)?);
+        }
+        if version == STATE_VERSION_RESERVATIONS {
+            for _ in 0..u32_of(input)? {
+                let volume = VolumeId(u32_of(input)?);
+                let reservations = VolumeReservations {
+                    unit_session: SessionId(u64_of(input)?),
+                    now: Reservations::decode(input).map_err(|_| BadState)?,
+                };
+                state.reservations.insert(volume, reservations);
+            }
         }
         if input.is_empty() {
             Ok(state)

@@ -42,7 +42,7 @@ impl ClientLoad {
     /// A request was received.
     pub(crate) fn begin(&mut self, request: &Request) {
         self.requests += 1;
-        let bytes = match &request.body {
+        let bytes = match request.body.unchecked() {
             RequestBody::Read { length_bytes, .. } => *length_bytes as usize,
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 data.len()

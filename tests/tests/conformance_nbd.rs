@@ -75,7 +75,7 @@ impl Fixture {
         let guard = runtime.enter();
         let unix = Listener::unix(&directory.path().join("s")).unwrap();
         let tcp = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = tcp.uri();
+        let address = tcp.uri("nbd");
         drop(guard);
         let serving = Arc::clone(&server);
         let thread = std::thread::spawn(move || {

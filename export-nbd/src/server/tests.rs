@@ -423,7 +423,7 @@ async fn old_style_client_over_tcp() {
 
     let fixture = Fixture::new(Limits::default());
     let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-    let uri = listener.uri();
+    let uri = listener.uri("nbd");
     let address = uri
         .trim_start_matches("nbd://")
         .trim_end_matches('/')

@@ -4,16 +4,18 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use tokio::sync::oneshot;
 
-use crate::client::driver::{Handle, Item, Target};
+use crate::client::driver::{CallError, Handle, Item, Target};
 use crate::entry::WRITE_BLOCKS_MAX;
 use crate::key::CellId;
 use crate::state::{Refusal, Volume};
 use crate::types::{BLOCK_BYTES, VolumeId};
 use crate::volume::device::{
-    BlockDevice, Completion, DeviceError, DeviceInfo, DeviceReply, DeviceRequest, DeviceResult,
-    Extent, Fate, ReadPart,
+    BlockDevice, BoxFuture, Completion, DeviceError, DeviceInfo, DeviceReply, DeviceRequest,
+    DeviceResult, Extent, Fate, ReadPart,
 };
+use crate::volume::reservation::{ReservationAction, ReservationReply, ReservationRequest};
 use crate::wire::client::{REQUEST_BYTES_MAX, ReplyBody, ReplyError, RequestBody};
 
 /// Longest read or write of a front end: what NBD and iSCSI use at most.
@@ -37,6 +39,7 @@ pub(super) struct DeviceState {
     name: String,
     uuid: [u8; 16],
     size_bytes: AtomicU64,
+    reservations: AtomicU64,
     fate: AtomicU8,
     listeners: Mutex<Vec<Listener>>,
 }
@@ -48,6 +51,20 @@ impl Device {
         let state = Arc::new(DeviceState::new(volume));
         handle.push(Item::Opened(Arc::clone(&state)));
         Device { state, handle }
+    }
+}
+
+impl Device {
+    /// Has a request carried out; `None` if there was no answer.
+    async fn call(&self, body: RequestBody) -> Option<Result<ReplyBody, ReplyError>> {
+        let (sender, answer) = oneshot::channel();
+        let target = Target::Call(sender);
+        self.handle.push(Item::Request { body, target });
+        match answer.await {
+            Ok(Ok(body)) => Some(Ok(body)),
+            Ok(Err(CallError::Reply(error))) => Some(Err(error)),
+            Ok(Err(CallError::Expired | CallError::Fenced)) | Err(_) => None,
+        }
     }
 }
 
@@ -64,6 +81,7 @@ impl DeviceState {
             name: volume.name.clone(),
             uuid: volume.uuid,
             size_bytes: AtomicU64::new(volume.size_bytes),
+            reservations: AtomicU64::new(0),
             fate: AtomicU8::new(ALIVE),
             listeners: Mutex::default(),
         }
@@ -102,6 +120,12 @@ impl DeviceState {
         }
     }
 
+    pub(super) fn set_reservations(&self, version: u64) {
+        if self.reservations.fetch_max(version, Ordering::AcqRel) < version {
+            self.notify();
+        }
+    }
+
     /// Calls the listeners without holding the lock, so that they may use the device.
     fn notify(&self) {
         let lock = || {
@@ -124,6 +148,10 @@ impl BlockDevice for Device {
     }
 
     fn submit(&self, request: DeviceRequest, done: Completion) {
+        self.submit_checked(request, 0, done);
+    }
+
+    fn submit_checked(&self, request: DeviceRequest, reservations: u64, done: Completion) {
         if self.state.fate() == Fate::Deleted {
             done.complete(Err(DeviceError::Deleted));
             return;
@@ -132,11 +160,42 @@ impl BlockDevice for Device {
         match plan(self.state.volume, size_bytes, request) {
             Plan::Now(result) => done.complete(result),
             Plan::One(body) => self.handle.push(Item::Request {
-                body,
+                body: checked(body, reservations),
                 target: Target::Device(done),
             }),
-            Plan::Parts(parts) => Join::start(parts, done, &self.handle),
+            Plan::Parts(mut parts) => {
+                parts.reservations = reservations;
+                Join::start(parts, done, &self.handle);
+            }
         }
+    }
+
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+        Box::pin(async move {
+            let volume = self.state.volume;
+            let mut result = Ok(());
+            if request.action != ReservationAction::Read {
+                let request = Box::new(request);
+                match self.call(RequestBody::Reserve { volume, request }).await {
+                    Some(Ok(_)) => {}
+                    Some(Err(ReplyError::Refused(refusal))) => {
+                        result = Err(refusal.of_reservation()?);
+                    }
+                    _ => return None,
+                }
+            }
+            let body = RequestBody::Reservations { volume };
+            let Some(Ok(ReplyBody::Reservations(now))) = self.call(body).await else {
+                return None;
+            };
+            self.state.set_reservations(now.version());
+            let now = Arc::from(now);
+            Some(ReservationReply { result, now })
+        })
+    }
+
+    fn reservations_version(&self) -> u64 {
+        self.state.reservations.load(Ordering::Acquire)
     }
 
     fn watch(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {
@@ -253,6 +312,7 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
             next: offset,
             end: offset + length,
             kind,
+            reservations: 0,
         };
         if is_one_request(offset, length) {
             Plan::One(parts.body(offset, length))
@@ -286,6 +346,7 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
                     allocate,
                     size_bytes,
                 },
+                reservations: 0,
             };
             let mut parts = zeroes();
             match parts.next() {
@@ -328,6 +389,17 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
     }
 }
 
+/// A request with the version of the reservations under which it is allowed.
+fn checked(body: RequestBody, reservations: u64) -> RequestBody {
+    match reservations {
+        0 => body,
+        _ => RequestBody::Checked {
+            reservations,
+            body: Box::new(body),
+        },
+    }
+}
+
 fn trim(volume: VolumeId, offset_bytes: u64, length_bytes: u64) -> RequestBody {
     RequestBody::Zero {
         volume,
@@ -352,6 +424,8 @@ struct Parts {
     next: u64,
     end: u64,
     kind: PartKind,
+    /// Version of the reservations under which they are allowed.
+    reservations: u64,
 }
 
 #[derive(Debug)]
@@ -449,7 +523,8 @@ impl Iterator for Parts {
         }
         let offset = self.next;
         self.next = self.part_end();
-        Some(self.body(offset, self.next - offset))
+        let body = self.body(offset, self.next - offset);
+        Some(checked(body, self.reservations))
     }
 }
 
@@ -543,7 +618,7 @@ pub(super) fn device_result(
     body: &RequestBody,
     result: Result<ReplyBody, ReplyError>,
 ) -> DeviceResult {
-    match (body, result) {
+    match (body.unchecked(), result) {
         (RequestBody::Read { length_bytes, .. }, Ok(ReplyBody::Data(parts))) => {
             let length = |part: &ReadPart| match part {
                 ReadPart::Data(data) => data.len() as u64,
@@ -598,6 +673,8 @@ fn device_error(error: &ReplyError) -> DeviceError {
             Refusal::NoSuchVolume => DeviceError::Deleted,
             Refusal::OutOfRange => DeviceError::OutOfRange,
             Refusal::TooMany => DeviceError::Unavailable,
+            Refusal::ReservationsChanged => DeviceError::ReservationChanged,
+            Refusal::Reserved => DeviceError::Reserved,
             Refusal::VolumeExists
             | Refusal::VolumeAttached
             | Refusal::BadName
@@ -605,6 +682,10 @@ fn device_error(error: &ReplyError) -> DeviceError {
             | Refusal::BadChunkSize
             | Refusal::WouldShrink
             | Refusal::OutsideWindow
+            | Refusal::ReservationConflict
+            | Refusal::InvalidRelease
+            | Refusal::TooManyRegistrations
+            | Refusal::InvalidReservation
             | Refusal::Settled => DeviceError::Io,
         },
     }

@@ -473,7 +473,10 @@ impl Driver {
         let find = |id: VolumeId| volumes.iter().find(|status| status.volume.id == id);
         for device in &self.devices {
             match find(device.volume) {
-                Some(status) => device.set_size(status.volume.size_bytes),
+                Some(status) => {
+                    device.set_size(status.volume.size_bytes);
+                    device.set_reservations(status.reservations);
+                }
                 None => device.set_fate(Fate::Deleted),
             }
         }

@@ -360,12 +360,12 @@ impl<T> Numbered<T> {
     fn has_data(&self, number: u64) -> bool {
         let index = number.checked_sub(self.first);
         let pending = index.and_then(|index| self.under_way.get(index as usize));
+        let Some(Some(Pending { body, .. })) = pending else {
+            return false;
+        };
         matches!(
-            pending,
-            Some(Some(Pending {
-                body: RequestBody::Write { .. } | RequestBody::CompareAndWrite { .. },
-                ..
-            }))
+            body.unchecked(),
+            RequestBody::Write { .. } | RequestBody::CompareAndWrite { .. }
         )
     }
 
@@ -487,7 +487,7 @@ fn nothing() -> RequestBody {
 
 /// What a request counts for against [`UNDER_WAY_BYTES_MAX`].
 fn cost_bytes(body: &RequestBody) -> usize {
-    match body {
+    match body.unchecked() {
         RequestBody::Read { length_bytes, .. } => *length_bytes as usize,
         RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => data.len(),
         _ => 0,

@@ -326,6 +326,7 @@ impl Store {
             }
             RequestBody::ListVolumes => {
                 let status = |volume: &Volume| VolumeStatus {
+                    reservations: 0,
                     volume: volume.clone(),
                     allocated_bytes: 0,
                     attached_by: vec![],
@@ -369,6 +370,9 @@ impl Store {
             }
             RequestBody::Attach { volume } => self.apply(command(Op::Attach { volume }), |_| {}),
             RequestBody::Detach { volume } => self.apply(command(Op::Detach { volume }), |_| {}),
+            RequestBody::Reserve { .. }
+            | RequestBody::Reservations { .. }
+            | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
             RequestBody::Status | RequestBody::Shutdown => Answer::Done,
         };
         match answer {

@@ -13,6 +13,7 @@ use crate::state::{Refusal, Volume};
 use crate::time::Instant;
 use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
 use crate::volume::device::ReadPart;
+use crate::volume::reservation::Reservations;
 use crate::wire::client::{
     EXTENTS_MAX, PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request, RequestBody,
     ServerStatus, VolumeStatus,
@@ -26,7 +27,7 @@ const READS_WAITING_MAX: usize = 65_536;
 pub(super) struct Deferred {
     client: ClientId,
     request: Request,
-    range: BlockRange,
+    pub(super) range: BlockRange,
     /// Reads before it writes, and is counted in `held`.
     merges: bool,
 }
@@ -35,7 +36,7 @@ pub(super) struct Deferred {
 pub(super) struct Merge {
     client: ClientId,
     request: Request,
-    range: BlockRange,
+    pub(super) range: BlockRange,
 }
 
 /// A read that another thread does.
@@ -98,13 +99,39 @@ impl Engine {
             };
             return self.reply(client, request.tag, Err(error));
         }
+        self.dispatch(now, client, request);
+    }
+
+    /// Begins a request of a known session, unless it has to wait for a change of reservations.
+    pub(super) fn dispatch(&mut self, now: Instant, client: ClientId, request: Request) {
+        let reads = matches!(
+            request.body.unchecked(),
+            RequestBody::Read { .. }
+                | RequestBody::Extents { .. }
+                | RequestBody::ListVolumes
+                | RequestBody::Reservations { .. }
+        );
+        if reads && !self.replica.may_read(now) {
+            // Checked when there is a lease.
+            return self.read_later(client, request);
+        }
+        let Some(request) = self.admit(client, request) else {
+            return;
+        };
         match &request.body {
             RequestBody::KeepAlive => self.reply(client, request.tag, Ok(ReplyBody::Done)),
-            RequestBody::Read { .. } | RequestBody::Extents { .. } | RequestBody::ListVolumes => {
-                self.read_request(now, client, request)
-            }
+            _ if reads => self.read_request(now, client, request),
             _ => self.change_request(client, request),
         }
+    }
+
+    /// Keeps a read until there is a lease.
+    fn read_later(&mut self, client: ClientId, request: Request) {
+        if self.reads_waiting.len() >= READS_WAITING_MAX {
+            let leader = None;
+            return self.reply(client, request.tag, Err(ReplyError::NotLeader { leader }));
+        }
+        self.reads_waiting.push_back((client, request));
     }
 
     /// Proposes what a batch of requests made.
@@ -144,6 +171,7 @@ impl Engine {
     /// A connection has ended: nobody waits for its answers.
     pub fn handle_client_gone(&mut self, client: ClientId) {
         self.reads_waiting.retain(|(waiting, _)| *waiting != client);
+        self.queued.retain(|(waiting, _)| *waiting != client);
         self.reads_done.retain(|(waiting, _)| *waiting != client);
     }
 
@@ -183,11 +211,7 @@ impl Engine {
 
     fn read_request(&mut self, now: Instant, client: ClientId, request: Request) {
         if !self.replica.may_read(now) {
-            if self.reads_waiting.len() >= READS_WAITING_MAX {
-                let leader = None;
-                return self.reply(client, request.tag, Err(ReplyError::NotLeader { leader }));
-            }
-            return self.reads_waiting.push_back((client, request));
+            return self.read_later(client, request);
         }
         match request.body {
             RequestBody::Read {
@@ -209,6 +233,10 @@ impl Engine {
                 let body = Ok(ReplyBody::Volumes(self.volume_list()));
                 self.read_done(client, request.tag, body);
             }
+            RequestBody::Reservations { volume } => {
+                let body = self.reservations_of(volume);
+                self.read_done(client, request.tag, body);
+            }
             _ => self.reply(client, request.tag, Err(ReplyError::Invalid)),
         }
     }
@@ -216,7 +244,7 @@ impl Engine {
     pub(super) fn retry_waiting_reads(&mut self, now: Instant) {
         if !self.reads_waiting.is_empty() && self.replica.may_read(now) {
             for (client, request) in std::mem::take(&mut self.reads_waiting) {
-                self.read_request(now, client, request);
+                self.dispatch(now, client, request);
             }
         }
     }
@@ -344,6 +372,10 @@ impl Engine {
                 .filter(|session| session.volumes.contains(&volume.id))
                 .map(|session| session.name.clone())
                 .collect(),
+            reservations: self
+                .state
+                .reservations(volume.id)
+                .map_or(0, Reservations::version),
         };
         self.state.volumes().map(status).collect()
     }
@@ -394,6 +426,17 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Whether the request was begun before, so that its answer depends on nothing that holds now.
+    pub(super) fn is_repeated(&self, request: &Request) -> bool {
+        let key = (request.session, request.number);
+        let same = |it: &Request| (it.session, it.number) == key;
+        request.body.is_numbered()
+            && (self.waiting.contains_key(&key)
+                || self.deferred.iter().any(|it| same(&it.request))
+                || self.merging.values().any(|it| same(&it.request))
+                || self.state.remembered(key.0, key.1).is_some())
     }
 
     /// If the request waits for its blocks already, its answer goes to where it was repeated from. Twice in
@@ -513,6 +556,10 @@ impl Engine {
 
     /// Proposes a request that touches no blocks by itself.
     fn propose_control(&mut self, client: ClientId, key: CommandKey, request: Request) {
+        let reserves = match &request.body {
+            RequestBody::Reserve { volume, .. } => Some(*volume),
+            _ => None,
+        };
         let op = match request.body {
             RequestBody::OpenSession { nonce, name } => Op::OpenSession { nonce, name },
             RequestBody::EndSession => Op::EndSessions {
@@ -541,6 +588,7 @@ impl Engine {
             RequestBody::DeleteVolume { volume } => Op::DeleteVolume { volume },
             RequestBody::Attach { volume } => Op::Attach { volume },
             RequestBody::Detach { volume } => Op::Detach { volume },
+            RequestBody::Reserve { volume, request } => Op::Reserve { volume, request },
             _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
         };
         let command = Command {
@@ -550,6 +598,11 @@ impl Engine {
             op,
         };
         self.propose(client, request.tag, key, command, None);
+        if let Some(volume) = reserves
+            && self.waiting.contains_key(&key)
+        {
+            *self.reserving.entry(volume).or_default() += 1;
+        }
     }
 
     /// Proposes a write of whole blocks; `merged` is what was made of a part of blocks.
@@ -763,6 +816,7 @@ impl Engine {
                 .map(|(_, it)| (it.client, it.request.tag)),
         );
         away.extend(self.slow_reads.drain().map(|(_, it)| (it.client, it.tag)));
+        away.extend(self.queued.drain(..).map(|(client, it)| (client, it.tag)));
         away.extend(
             self.reads_waiting
                 .drain(..)
@@ -777,6 +831,7 @@ impl Engine {
         away.sort_unstable();
         self.in_flight.clear();
         self.held.clear();
+        self.reserving.clear();
         let leader = self.replica.leader().filter(|it| *it != self.replica.id());
         for (client, tag) in away {
             self.reply(client, tag, Err(ReplyError::NotLeader { leader }));

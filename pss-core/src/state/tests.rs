@@ -2,6 +2,7 @@ use bytes::Bytes;
 
 use super::*;
 use crate::entry::block_checksums;
+use crate::volume::reservation::Nexus;
 
 struct Driver(State);
 
@@ -197,4 +198,117 @@ fn shrinking_needs_leave_and_zeroes_the_rest() {
     assert_eq!(driver.run(resize(4096, false)), refused);
     assert_eq!(driver.run(resize(4096, true)), (Answer::Done, true));
     assert_eq!(driver.run(resize(2 << 20, false)), (Answer::Done, false));
+}
+
+fn nexus(n: u8) -> Nexus {
+    Nexus {
+        initiator: format!("iqn.2026-01.test:i{n},i,0x00023d000001"),
+        target: "iqn.2026-01.test:t,t,0x0001".into(),
+    }
+}
+
+fn reserve(volume: VolumeId, n: u8, action: ReservationAction) -> Op {
+    let nexus = nexus(n);
+    let request = Box::new(ReservationRequest { nexus, action });
+    Op::Reserve { volume, request }
+}
+
+fn register(volume: VolumeId, n: u8, new_key: u64) -> Op {
+    let action = ReservationAction::Register {
+        key: 0,
+        new_key,
+        ignore_existing: false,
+        aptpl: true,
+        also: Vec::new(),
+    };
+    reserve(volume, n, action)
+}
+
+#[test]
+fn reservations_are_part_of_the_state() {
+    let mut driver = Driver::new();
+    let volume = driver.volume("v");
+    let before = driver.0.encode();
+    assert_eq!(before[..2], [1, 0], "old programs can read a state without");
+    assert_eq!(driver.0.reservations(volume), None);
+    let done = (Answer::Done, false);
+    assert_eq!(driver.run(Command::internal(register(volume, 1, 7))), done);
+    let refused = (Answer::Refused(Refusal::ReservationConflict), false);
+    assert_eq!(
+        driver.run(Command::internal(register(volume, 1, 8))),
+        refused
+    );
+    let missing = register(VolumeId(99), 1, 7);
+    assert_eq!(
+        driver.run(Command::internal(missing)).0,
+        Answer::Refused(Refusal::NoSuchVolume)
+    );
+    let reservations = driver.0.reservations(volume).unwrap();
+    assert_eq!(reservations.key(&nexus(1)), Some(7));
+    let bytes = driver.0.encode();
+    assert_eq!(bytes[..2], [2, 0]);
+    assert_eq!(State::decode(&bytes), Ok(driver.0.clone()));
+    for length in 0..bytes.len() {
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+    }
+    driver.run(Command::internal(Op::DeleteVolume { volume }));
+    assert_eq!(driver.0.reservations(volume), None);
+}
+
+#[test]
+fn repeated_reservation_is_answered_once() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    let command = Command {
+        session,
+        number: RequestNumber(1),
+        settled_below: RequestNumber(0),
+        op: register(volume, 1, 7),
+    };
+    assert_eq!(driver.run(command.clone()).0, Answer::Done);
+    let version = driver.0.reservations(volume).unwrap().version();
+    assert_eq!(driver.run(command).0, Answer::Done);
+    assert_eq!(driver.0.reservations(volume).unwrap().version(), version);
+}
+
+#[test]
+fn reserve6_ends_with_the_session_of_its_gateway() {
+    let mut driver = Driver::new();
+    let (one, two, volume) = (driver.open(1), driver.open(2), driver.volume("v"));
+    let command = |session, op| Command {
+        session,
+        number: RequestNumber(1),
+        settled_below: RequestNumber(0),
+        op,
+    };
+    driver.run(command(
+        one,
+        reserve(volume, 1, ReservationAction::ReserveUnit),
+    ));
+    let end = |session| {
+        let sessions = vec![session];
+        Command::internal(Op::EndSessions { sessions })
+    };
+    driver.run(end(two));
+    let holder = |driver: &Driver| {
+        driver
+            .0
+            .reservations(volume)
+            .unwrap()
+            .unit_holder()
+            .cloned()
+    };
+    assert_eq!(holder(&driver), Some(nexus(1)));
+    driver.run(end(one));
+    assert_eq!(holder(&driver), None);
+    let reservations = driver.0.reservations(volume).unwrap();
+    assert_eq!(reservations.notices_after(1).count(), 1, "it is told");
+}
+
+#[test]
+fn every_refusal_has_its_code() {
+    for code in 1..=18 {
+        assert_eq!(Refusal::from_code(code).map(|it| it as u8), Some(code));
+    }
+    assert_eq!(Refusal::from_code(19), None);
 }

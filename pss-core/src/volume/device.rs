@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
+use crate::volume::reservation::{ReservationReply, ReservationRequest};
+
 /// A virtual disk.
 ///
 /// Requests run concurrently. A request that overlaps another one in flight may take effect before or
@@ -26,6 +28,26 @@ pub trait BlockDevice: Send + Sync {
     fn watch(&self, listener: Box<dyn Fn() -> bool + Send + Sync>);
     /// Whether the device can still be used.
     fn fate(&self) -> Fate;
+
+    /// As [`BlockDevice::submit`], for a request that was found to be allowed under that version of the
+    /// volume's reservations. It fails with [`DeviceError::ReservationChanged`], or
+    /// [`DeviceError::Reserved`] if the version is 0, if others hold by the time it is its turn.
+    fn submit_checked(&self, request: DeviceRequest, reservations: u64, done: Completion) {
+        let _ = reservations;
+        self.submit(request, done);
+    }
+
+    /// Asks for, or changes, the volume's reservations. `None` if that is not possible: the device has
+    /// none, or the cell cannot be reached in time (whether it was done is open then).
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+        let _ = request;
+        Box::pin(std::future::ready(None))
+    }
+
+    /// Version of the volume's reservations, as far as is known here; listeners are told when it changes.
+    fn reservations_version(&self) -> u64 {
+        0
+    }
 }
 
 /// Facts about a device.
@@ -186,6 +208,13 @@ pub enum DeviceError {
     /// The content is not what a compare-and-write expected.
     #[error("content differs at byte {0} of the range")]
     Miscompare(u64),
+    /// The volume's reservations are not those under which the request was found to be allowed: ask for
+    /// them, and again if it still is.
+    #[error("reservations of the volume have changed")]
+    ReservationChanged,
+    /// A SCSI initiator has reserved the volume.
+    #[error("volume is reserved by a SCSI initiator")]
+    Reserved,
     /// The volume was deleted.
     #[error("volume was deleted")]
     Deleted,

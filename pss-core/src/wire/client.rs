@@ -8,6 +8,7 @@ use crate::types::{
     BLOCK_BYTES, Ballot, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId, VolumeId,
 };
 use crate::volume::device::{Extent, ReadPart};
+use crate::volume::reservation::{ReservationRequest, Reservations};
 use crate::wire::DecodeError;
 use crate::wire::codec::{Input, Output, shortened};
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
@@ -142,6 +143,26 @@ pub enum RequestBody {
     Status,
     /// Stops this server cleanly.
     Shutdown,
+    /// Changes a volume's reservations. Numbered.
+    Reserve {
+        /// Of which volume.
+        volume: VolumeId,
+        /// How.
+        request: Box<ReservationRequest>,
+    },
+    /// A volume's reservations.
+    Reservations {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// A request to blocks that was found to be allowed under a volume's reservations. Without it, a
+    /// request is allowed what someone is allowed who cannot be registered.
+    Checked {
+        /// Version of the reservations.
+        reservations: u64,
+        /// `Read`, `Write`, `Zero`, `CompareAndWrite` or `Extents`. Numbered if that is.
+        body: Box<RequestBody>,
+    },
 }
 
 /// A server's answer.
@@ -170,6 +191,8 @@ pub enum ReplyBody {
     VolumeCreated(VolumeId),
     /// Where the server stands.
     Status(Box<ServerStatus>),
+    /// A volume's reservations.
+    Reservations(Box<Reservations>),
 }
 
 /// Why a request failed.
@@ -208,6 +231,9 @@ pub struct VolumeStatus {
     pub allocated_bytes: u64,
     /// Names of the sessions that have it attached.
     pub attached_by: Vec<String>,
+    /// Version of its reservations; 0 if there never were any.
+    #[serde(default)]
+    pub reservations: u64,
 }
 
 /// Where one server stands.
@@ -355,7 +381,7 @@ impl RequestBody {
     /// Whether the request changes something and so carries a number.
     pub fn is_numbered(&self) -> bool {
         matches!(
-            self,
+            self.unchecked(),
             RequestBody::Write { .. }
                 | RequestBody::Zero { .. }
                 | RequestBody::CompareAndWrite { .. }
@@ -364,12 +390,21 @@ impl RequestBody {
                 | RequestBody::DeleteVolume { .. }
                 | RequestBody::Attach { .. }
                 | RequestBody::Detach { .. }
+                | RequestBody::Reserve { .. }
         )
+    }
+
+    /// The request itself, if it is wrapped in `Checked`.
+    pub fn unchecked(&self) -> &RequestBody {
+        match self {
+            RequestBody::Checked { body, .. } => body,
+            body => body,
+        }
     }
 
     /// Whether the data match their checksums. Of requests without data always.
     pub fn verify(&self) -> bool {
-        match self {
+        match self.unchecked() {
             RequestBody::Write {
                 volume,
                 offset_bytes,
@@ -401,7 +436,7 @@ impl RequestBody {
     }
 
     fn data(&self) -> Option<&Bytes> {
-        match self {
+        match self.unchecked() {
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 Some(data)
             }
@@ -427,6 +462,9 @@ impl RequestBody {
             RequestBody::Detach { .. } => 14,
             RequestBody::Status => 15,
             RequestBody::Shutdown => 16,
+            RequestBody::Reserve { .. } => 17,
+            RequestBody::Reservations { .. } => 18,
+            RequestBody::Checked { .. } => 19,
         }
     }
 
@@ -519,11 +557,30 @@ impl RequestBody {
             }
             RequestBody::DeleteVolume { volume }
             | RequestBody::Attach { volume }
-            | RequestBody::Detach { volume } => put.u32(volume.0),
+            | RequestBody::Detach { volume }
+            | RequestBody::Reservations { volume } => put.u32(volume.0),
+            RequestBody::Reserve { volume, request } => {
+                put.u32(volume.0);
+                request.encode(put.0);
+            }
+            RequestBody::Checked { reservations, body } => {
+                put.u64(*reservations);
+                put.u8(body.code());
+                body.encode(put);
+            }
         }
     }
 
     fn decode(code: u8, input: &mut Input<'_>, data: Bytes) -> Result<RequestBody, DecodeError> {
+        if code == 19 {
+            let reservations = input.u64()?;
+            let code = input.u8()?;
+            if !matches!(code, 4..=8) {
+                return Err(DecodeError::Meaningless("a checked request of this kind"));
+            }
+            let body = Box::new(RequestBody::decode(code, input, data)?);
+            return Ok(RequestBody::Checked { reservations, body });
+        }
         if !matches!(code, 5 | 7) {
             payload_length(&data, 0)?;
         }
@@ -570,6 +627,16 @@ impl RequestBody {
             },
             15 => RequestBody::Status,
             16 => RequestBody::Shutdown,
+            17 => RequestBody::Reserve {
+                volume: VolumeId(input.u32()?),
+                request: Box::new(
+                    ReservationRequest::decode(&mut input.0)
+                        .map_err(|_| DecodeError::Meaningless("a request about reservations"))?,
+                ),
+            },
+            18 => RequestBody::Reservations {
+                volume: VolumeId(input.u32()?),
+            },
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "request",
@@ -752,6 +819,7 @@ impl ReplyBody {
             ReplyBody::Volumes(_) => 5,
             ReplyBody::VolumeCreated(_) => 6,
             ReplyBody::Status(_) => 7,
+            ReplyBody::Reservations(_) => 8,
         }
     }
 
@@ -781,6 +849,7 @@ impl ReplyBody {
             ReplyBody::Volumes(volumes) => put_json(put, volumes),
             ReplyBody::VolumeCreated(volume) => put.u32(volume.0),
             ReplyBody::Status(status) => put_json(put, status),
+            ReplyBody::Reservations(reservations) => reservations.encode(put.0),
         }
     }
 
@@ -807,6 +876,10 @@ impl ReplyBody {
             5 => ReplyBody::Volumes(get_json(input)?),
             6 => ReplyBody::VolumeCreated(VolumeId(input.u32()?)),
             7 => ReplyBody::Status(get_json(input)?),
+            8 => ReplyBody::Reservations(Box::new(
+                Reservations::decode(&mut input.0)
+                    .map_err(|_| DecodeError::Meaningless("reservations"))?,
+            )),
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "reply",

@@ -78,6 +78,12 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
             | Refusal::OutOfRange
             | Refusal::TooMany
             | Refusal::OutsideWindow
+            | Refusal::ReservationConflict
+            | Refusal::InvalidRelease
+            | Refusal::TooManyRegistrations
+            | Refusal::InvalidReservation
+            | Refusal::ReservationsChanged
+            | Refusal::Reserved
             | Refusal::Settled => Exit::Failed,
         },
         ClientError::Reply(ReplyError::NoSpace) => {

@@ -281,6 +281,7 @@ mod tests {
 
     fn status() -> VolumeStatus {
         VolumeStatus {
+            reservations: 0,
             volume: Volume {
                 id: VolumeId(1),
                 name: "vol001".into(),

@@ -280,6 +280,7 @@ fn listeners_hear_of_changes_until_they_have_enough() {
         name: "v".into(),
         uuid: [0; 16],
         size_bytes: AtomicU64::new(1),
+        reservations: AtomicU64::new(0),
         fate: AtomicU8::new(ALIVE),
         listeners: Mutex::default(),
     };

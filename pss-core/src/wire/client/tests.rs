@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::types::Slot;
+use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
 
 fn frame_of(encode: impl FnOnce(&mut SendQueue), limits: FrameLimits) -> Frame {
@@ -122,7 +123,23 @@ fn body() -> impl Strategy<Value = RequestBody> {
         volume().prop_map(|volume| RequestBody::Detach { volume }),
         Just(RequestBody::Status),
         Just(RequestBody::Shutdown),
+        (volume(), any::<u64>()).prop_map(|(volume, key)| reserve(volume, key)),
+        volume().prop_map(|volume| RequestBody::Reservations { volume }),
+        (any::<u64>(), offset(), data(9000)).prop_map(|(reservations, offset, data)| {
+            let body = Box::new(write(offset, data));
+            RequestBody::Checked { reservations, body }
+        }),
     ]
+}
+
+fn reserve(volume: VolumeId, key: u64) -> RequestBody {
+    let nexus = Nexus {
+        initiator: "i".into(),
+        target: "t".into(),
+    };
+    let action = ReservationAction::Clear { key };
+    let request = Box::new(ReservationRequest { nexus, action });
+    RequestBody::Reserve { volume, request }
 }
 
 fn status() -> ServerStatus {
@@ -160,6 +177,7 @@ fn status() -> ServerStatus {
 
 fn volume_status(name: &str) -> VolumeStatus {
     VolumeStatus {
+        reservations: 3,
         volume: Volume {
             id: VolumeId(1),
             name: name.into(),
@@ -362,6 +380,30 @@ fn literal_requests() {
         ),
         (RequestBody::Status, 15, ""),
         (RequestBody::Shutdown, 16, ""),
+        (
+            reserve(VolumeId(7), 9),
+            17,
+            "0700000001000000690100000074040900000000000000",
+        ),
+        (
+            RequestBody::Reservations {
+                volume: VolumeId(7),
+            },
+            18,
+            "07000000",
+        ),
+        (
+            RequestBody::Checked {
+                reservations: 5,
+                body: Box::new(RequestBody::Extents {
+                    volume: VolumeId(7),
+                    offset_bytes: 1,
+                    length_bytes: 2,
+                }),
+            },
+            19,
+            "0500000000000000080700000001000000000000000200000000000000",
+        ),
     ];
     for (body, code, fields) in requests {
         let header = request_frame(&request(body.clone())).header;
@@ -532,5 +574,24 @@ proptest! {
         };
         let _ = Request::decode(frame.clone());
         let _ = Reply::decode(frame);
+    }
+}
+
+#[test]
+fn only_requests_to_blocks_can_be_checked() {
+    for body in [
+        RequestBody::ListVolumes,
+        RequestBody::Checked {
+            reservations: 1,
+            body: Box::new(RequestBody::KeepAlive),
+        },
+    ] {
+        let body = Box::new(body);
+        let checked = RequestBody::Checked {
+            reservations: 1,
+            body,
+        };
+        let decoded = Request::decode(request_frame(&request(checked)));
+        assert!(decoded.is_err());
     }
 }

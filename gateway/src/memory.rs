@@ -10,6 +10,7 @@ use pss_core::volume::device::{
     BlockDevice, BoxFuture, Completion, DeviceError, DeviceInfo, DeviceReply, DeviceRequest,
     DeviceResult, Extent, Fate, ReadPart, Volumes,
 };
+use pss_core::volume::reservation::{ReservationReply, ReservationRequest, Reservations};
 
 const BLOCK_BYTES: u64 = 4096;
 /// As the cell's answers: a range of many extents takes several requests.
@@ -32,6 +33,7 @@ struct State {
     failing: Option<DeviceError>,
     held: Option<Vec<(DeviceRequest, Completion)>>,
     extents_max: usize,
+    reservations: Arc<Reservations>,
 }
 
 impl MemoryDevice {
@@ -58,6 +60,7 @@ impl MemoryDevice {
                 failing: None,
                 held: None,
                 extents_max: EXTENTS_MAX,
+                reservations: Arc::default(),
             }),
             listeners: Mutex::default(),
         }
@@ -160,6 +163,33 @@ impl BlockDevice for MemoryDevice {
         let result = state.serve(request);
         drop(state);
         done.complete(result);
+    }
+
+    fn submit_checked(&self, request: DeviceRequest, reservations: u64, done: Completion) {
+        if self.reservations_version() != reservations {
+            return done.complete(Err(DeviceError::ReservationChanged));
+        }
+        self.submit(request, done);
+    }
+
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+        let mut state = self.state();
+        let mut changed = Reservations::clone(&state.reservations);
+        let result = changed.apply(&request);
+        let is_new = changed.version() != state.reservations.version();
+        if is_new {
+            state.reservations = Arc::new(changed);
+        }
+        let now = Arc::clone(&state.reservations);
+        drop(state);
+        if is_new {
+            self.tell();
+        }
+        Box::pin(std::future::ready(Some(ReservationReply { result, now })))
+    }
+
+    fn reservations_version(&self) -> u64 {
+        self.state().reservations.version()
     }
 
     fn watch(&self, listener: Listener) {

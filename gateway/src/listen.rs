@@ -13,7 +13,7 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use crate::export::Peer;
+use crate::peer::Peer;
 
 /// A client that does not answer for one minute and three probes is gone.
 const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
@@ -92,18 +92,18 @@ impl Listener {
         }
     }
 
-    /// Where it listens, as the start of an NBD URI.
-    pub fn uri(&self) -> String {
+    /// Where it listens, as the start of an URI of a scheme.
+    pub fn uri(&self, scheme: &str) -> String {
         match self {
             Listener::Tcp(listener) => match listener.local_addr() {
-                Ok(address) => format!("nbd://{address}/"),
-                Err(_) => "nbd://".to_owned(),
+                Ok(address) => format!("{scheme}://{address}/"),
+                Err(_) => format!("{scheme}://"),
             },
             Listener::Unix { socket, .. } => {
                 let address = socket.local_addr().ok();
                 let path = address.as_ref().and_then(|address| address.as_pathname());
                 let path = path.unwrap_or(Path::new("")).display();
-                format!("nbd+unix:///?socket={path}")
+                format!("{scheme}+unix:///?socket={path}")
             }
         }
     }
@@ -142,7 +142,7 @@ impl Stream {
     pub fn stdio() -> io::Result<(Stream, Peer)> {
         let socket = Socket::from(io::stdin().as_fd().try_clone_to_owned()?);
         let domain = socket.domain().map_err(|_| {
-            let text = "standard input is not a socket; inetd or an NBD client must start this";
+            let text = "standard input is not a socket; inetd or a client must start this";
             io::Error::new(io::ErrorKind::InvalidInput, text)
         })?;
         socket.set_nonblocking(true)?;
@@ -150,6 +150,14 @@ impl Stream {
             Stream::from_unix(UnixStream::from_std(socket.into())?)
         } else {
             Stream::from_tcp(TcpStream::from_std(socket.into())?)
+        }
+    }
+
+    /// The TCP connection, if it is one.
+    pub fn tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Stream::Tcp(stream) => Some(stream),
+            Stream::Unix(_) => None,
         }
     }
 
@@ -234,7 +242,7 @@ mod tests {
     #[tokio::test]
     async fn connections_have_no_delay_and_are_kept_alive() {
         let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let address = listener.uri();
+        let address = listener.uri("nbd");
         let address = address.trim_start_matches("nbd://").trim_end_matches('/');
         let _client = TcpStream::connect(address).await.unwrap();
         let (stream, peer) = listener.accept().await.unwrap();

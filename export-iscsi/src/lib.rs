@@ -1,0 +1,22 @@
+//! iSCSI target over any [`pss_core::volume::device::BlockDevice`].
+//!
+//! Pure, without IO: [`pdu`] (bytes), [`keys`] (text negotiation), [`auth`] (CHAP), [`login`],
+//! [`session`] and [`connection`] (RFC 7143's full feature phase), [`scsi`] (SAM-5, SPC-4 and SBC-3: what
+//! a command means), [`catalog`] (what is exported to whom), [`config`]
+//! (files that say so). On top: [`host`] (one target with its disks),
+//! [`sessions`], and [`server`] (the tokio shell).
+
+pub mod auth;
+pub mod catalog;
+pub mod clock;
+pub mod config;
+pub mod connection;
+pub mod host;
+pub mod keys;
+mod link;
+pub mod login;
+pub mod pdu;
+pub mod scsi;
+pub mod server;
+pub mod session;
+pub mod sessions;
