@@ -299,11 +299,11 @@ fn plan(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Plan {
             _ => DeviceReply::Done,
         }));
     }
-    plan_checked(volume, request)
+    plan_checked(volume, size_bytes, request)
 }
 
 /// Plans a request whose range is not empty and lies within the volume.
-fn plan_checked(volume: VolumeId, request: DeviceRequest) -> Plan {
+fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Plan {
     let parts = |offset: u64, length: u64, kind| {
         let parts = Parts {
             volume,
@@ -333,19 +333,30 @@ fn plan_checked(volume: VolumeId, request: DeviceRequest) -> Plan {
         DeviceRequest::WriteZeroes {
             offset_bytes,
             length_bytes,
-            allocate: true,
+            allocate,
             ..
-        } => parts(offset_bytes, length_bytes, PartKind::AllocatedZeroes),
-        DeviceRequest::WriteZeroes {
-            offset_bytes,
-            length_bytes,
-            ..
-        } => Plan::One(zero(volume, offset_bytes, length_bytes, false)),
+        } => {
+            let zeroes = || Parts {
+                volume,
+                next: offset_bytes,
+                end: offset_bytes + length_bytes,
+                kind: PartKind::Zeroes {
+                    allocate,
+                    size_bytes,
+                },
+                reservations: 0,
+            };
+            let mut parts = zeroes();
+            match parts.next() {
+                Some(only) if parts.next == parts.end => Plan::One(only),
+                _ => Plan::Parts(zeroes()),
+            }
+        }
         DeviceRequest::Trim {
             offset_bytes,
             length_bytes,
             ..
-        } => Plan::One(zero(volume, offset_bytes, length_bytes, true)),
+        } => Plan::One(trim(volume, offset_bytes, length_bytes)),
         DeviceRequest::CompareAndWrite {
             offset_bytes,
             expected,
@@ -387,13 +398,13 @@ fn checked(body: RequestBody, reservations: u64) -> RequestBody {
     }
 }
 
-fn zero(volume: VolumeId, offset_bytes: u64, length_bytes: u64, trim: bool) -> RequestBody {
+fn trim(volume: VolumeId, offset_bytes: u64, length_bytes: u64) -> RequestBody {
     RequestBody::Zero {
         volume,
         offset_bytes,
         length_bytes,
         allocate: false,
-        whole_blocks_only: trim,
+        whole_blocks_only: true,
     }
 }
 
@@ -420,7 +431,12 @@ enum PartKind {
     Read,
     /// The data, and where on the volume they begin.
     Write(Bytes, u64),
-    AllocatedZeroes,
+    /// Servers zero whole blocks only; what of the range is a part of a block is written.
+    Zeroes {
+        allocate: bool,
+        /// Of the volume, whose last block may be short.
+        size_bytes: u64,
+    },
 }
 
 impl Parts {
@@ -442,13 +458,56 @@ impl Parts {
                     data,
                 }
             }
-            PartKind::AllocatedZeroes => RequestBody::Zero {
-                volume,
-                offset_bytes,
-                length_bytes: length,
-                allocate: true,
-                whole_blocks_only: false,
-            },
+            PartKind::Zeroes {
+                allocate,
+                size_bytes,
+            } => {
+                let block = BLOCK_BYTES as u64;
+                let end = offset_bytes + length;
+                let is_whole = offset_bytes.is_multiple_of(block)
+                    && (end.is_multiple_of(block) || end == *size_bytes);
+                if is_whole {
+                    return RequestBody::Zero {
+                        volume,
+                        offset_bytes,
+                        length_bytes: length,
+                        allocate: *allocate,
+                        whole_blocks_only: false,
+                    };
+                }
+                let data = Bytes::from(vec![0; length as usize]);
+                RequestBody::Write {
+                    volume,
+                    offset_bytes,
+                    checksums: RequestBody::write_checksums(volume, offset_bytes, &data),
+                    data,
+                }
+            }
+        }
+    }
+
+    /// Where the part that begins at `next` ends.
+    fn part_end(&self) -> u64 {
+        let boundary = (self.next / REQUEST_BYTES_MAX as u64 + 1) * REQUEST_BYTES_MAX as u64;
+        let PartKind::Zeroes {
+            allocate,
+            size_bytes,
+        } = &self.kind
+        else {
+            return boundary.min(self.end);
+        };
+        let block = BLOCK_BYTES as u64;
+        let next_block = (self.next / block + 1) * block;
+        let whole_end = match self.end == *size_bytes {
+            true => self.end,
+            false => self.end / block * block,
+        };
+        if !self.next.is_multiple_of(block) || whole_end <= self.next {
+            next_block.min(self.end)
+        } else if *allocate {
+            boundary.min(whole_end)
+        } else {
+            whole_end
         }
     }
 }
@@ -461,8 +520,7 @@ impl Iterator for Parts {
             return None;
         }
         let offset = self.next;
-        let boundary = (offset / REQUEST_BYTES_MAX as u64 + 1) * REQUEST_BYTES_MAX as u64;
-        self.next = boundary.min(self.end);
+        self.next = self.part_end();
         let body = self.body(offset, self.next - offset);
         Some(checked(body, self.reservations))
     }
@@ -486,7 +544,7 @@ impl Join {
     fn start(rest: Parts, done: Completion, handle: &Handle) {
         // Reads and writes are at most 32 MiB long; only zeroes go on and on.
         let parts_max = match rest.kind {
-            PartKind::AllocatedZeroes => ZERO_PARTS,
+            PartKind::Zeroes { .. } => ZERO_PARTS,
             _ => usize::MAX,
         };
         let join = Arc::new(Join(Mutex::new(JoinState {

@@ -61,14 +61,17 @@ fn requests_that_make_no_sense() {
 
 #[test]
 fn long_zeroes_are_one_request_unless_allocated() {
-    let one = plan(VOLUME, 100 * MIB, zeroes(1, 99 * MIB, false));
+    let one = plan(VOLUME, 100 * MIB, zeroes(4096, 99 * MIB, false));
     assert!(
         matches!(one, Plan::One(RequestBody::Zero { length_bytes, .. }) if length_bytes == 99 * MIB)
     );
-    let Plan::Parts(parts) = plan(VOLUME, 100 * MIB, zeroes(1, 99 * MIB, true)) else {
-        panic!();
+    let count = |allocate| match plan(VOLUME, 100 * MIB, zeroes(1, 99 * MIB, allocate)) {
+        Plan::Parts(parts) => parts.count(),
+        other => panic!("{other:?}"),
     };
-    assert_eq!(parts.count(), 100);
+    // Both ends are parts of blocks.
+    assert_eq!(count(false), 3);
+    assert_eq!(count(true), 101);
 }
 
 #[test]
@@ -295,4 +298,56 @@ fn listeners_hear_of_changes_until_they_have_enough() {
     assert_eq!(state.fate(), Fate::Deleted);
     state.set_size(3);
     assert_eq!(calls.load(Ordering::Relaxed), 3);
+}
+
+/// What zeroing a range of a volume of 10,240 bytes asks for: (offset, length, whole blocks).
+fn zeroing(offset_bytes: u64, length_bytes: u64, allocate: bool) -> Vec<(u64, u64, bool)> {
+    let request = DeviceRequest::WriteZeroes {
+        offset_bytes,
+        length_bytes,
+        allocate,
+        fua: false,
+    };
+    let bodies = match plan(VOLUME, 10_240, request) {
+        Plan::One(body) => vec![body],
+        Plan::Parts(parts) => parts.collect(),
+        Plan::Now(result) => panic!("{result:?}"),
+    };
+    let part = |body| match body {
+        RequestBody::Zero {
+            offset_bytes,
+            length_bytes,
+            allocate: kept,
+            whole_blocks_only: false,
+            ..
+        } if kept == allocate => (offset_bytes, length_bytes, true),
+        RequestBody::Write {
+            offset_bytes, data, ..
+        } if data.iter().all(|byte| *byte == 0) => (offset_bytes, data.len() as u64, false),
+        other => panic!("{other:?}"),
+    };
+    bodies.into_iter().map(part).collect()
+}
+
+// Servers zero whole blocks; the range is promised whole.
+#[test]
+fn parts_of_blocks_are_written_when_a_range_is_zeroed() {
+    for allocate in [true, false] {
+        assert_eq!(zeroing(0, 8192, allocate), [(0, 8192, true)]);
+        assert_eq!(zeroing(4096, 6144, allocate), [(4096, 6144, true)]);
+        assert_eq!(zeroing(512, 512, allocate), [(512, 512, false)]);
+        assert_eq!(zeroing(0, 512, allocate), [(0, 512, false)]);
+        assert_eq!(
+            zeroing(3584, 5120, allocate),
+            [(3584, 512, false), (4096, 4096, true), (8192, 512, false)]
+        );
+        assert_eq!(
+            zeroing(3584, 1024, allocate),
+            [(3584, 512, false), (4096, 512, false)]
+        );
+        assert_eq!(
+            zeroing(512, 9728, allocate),
+            [(512, 3584, false), (4096, 6144, true)]
+        );
+    }
 }
