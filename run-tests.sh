@@ -15,6 +15,7 @@ needed=(
     "qemu-utils qemu-img"
     "e2fsprogs mke2fs"
     "strace strace"
+    "libiscsi-bin iscsi-test-cu"
 )
 
 missing_packages() {

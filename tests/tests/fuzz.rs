@@ -545,6 +545,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         },
         allocated_bytes: 4096,
         attached_by: vec!["pss-nbd@a".into()],
+        reservations: 1,
     });
     let status = ServerStatus {
         cell: "c".into(),

@@ -183,11 +183,8 @@ fn decode_target(
     if target[0] != IDENTIFICATION_TARGET {
         return Err(Sense::illegal(Asc::UNSUPPORTED_TARGET_DESCRIPTOR));
     }
-    if target[1] >> 6 != 0 {
-        return Err(Sense::parameter(at + 1));
-    }
     let unreachable = Sense::new(SenseKey::CopyAborted, Asc::COPY_TARGET_DEVICE_NOT_REACHABLE);
-    // NUL, or not a disk.
+    // NUL, or not a disk. LU ID TYPE says nothing of this kind of descriptor.
     if target[1] & 0x20 != 0 || target[1] & 0x1f != 0 {
         return Err(unreachable);
     }

@@ -29,6 +29,8 @@ pub(super) fn nexus_of(target: &str, info: &NexusInfo) -> Nexus {
 }
 
 fn initiator_port_name(name: &str, isid: &[u8; 6]) -> String {
+    // iSCSI names are compared without regard to case (RFC 7143 §4.2.7.2).
+    let name = name.to_ascii_lowercase();
     let isid: String = isid.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{name},i,0x{isid}")
 }

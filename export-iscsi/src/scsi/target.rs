@@ -3,7 +3,7 @@
 mod begin;
 mod management;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use pss_core::time::Instant;
@@ -40,6 +40,8 @@ pub struct Target {
     tasks: BTreeMap<u64, Task>,
     /// What devices and reservations have been asked.
     requests: HashMap<u64, Request>,
+    /// Those of them for which nobody waits any more.
+    leftovers: BTreeSet<u64>,
     management: Vec<Management>,
     /// Nexuses whose RESERVE(6) is to be given up, which the cell has not been told.
     lost: Vec<(u16, Nexus)>,
@@ -109,6 +111,7 @@ impl Target {
             nexuses: BTreeMap::new(),
             tasks: BTreeMap::new(),
             requests: HashMap::new(),
+            leftovers: BTreeSet::new(),
             management: Vec::new(),
             lost: Vec::new(),
             next_task: 0,
@@ -417,9 +420,11 @@ impl Target {
     /// Whether a request overlaps one that nobody waits for any more, which may still take effect: it must
     /// not overtake what is written now.
     fn meets_leftover(&self, lun: u16, request: &DeviceRequest) -> bool {
-        self.requests.values().any(|other| {
-            matches!(other.owner, Owner::Nobody)
-                && other.lun == lun
+        self.leftovers.iter().any(|cookie| {
+            let Some(other) = self.requests.get(cookie) else {
+                return false;
+            };
+            other.lun == lun
                 && other
                     .request
                     .as_ref()
@@ -524,6 +529,7 @@ impl Target {
             };
             if own {
                 request.owner = Owner::Nobody;
+                self.leftovers.insert(*cookie);
                 if request.request.as_ref().is_none_or(changes) {
                     left.push(*cookie);
                 }
@@ -537,6 +543,7 @@ impl Target {
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
+        self.leftovers.remove(&cookie);
         self.note_device(request.lun, &result);
         match request.owner {
             Owner::Task(id) => match (result, request.request) {
@@ -600,6 +607,7 @@ impl Target {
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
+        self.leftovers.remove(&cookie);
         if let Some(reply) = &reply {
             self.reservations_changed(request.lun, Arc::clone(&reply.now), actions);
         }

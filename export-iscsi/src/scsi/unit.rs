@@ -18,7 +18,7 @@ use super::sense::{Asc, Failure, Sense, SenseKey};
 /// Most unit attention conditions that wait for one nexus; older ones are kept.
 const ATTENTIONS_MAX: usize = 16;
 /// Longest READ, WRITE, VERIFY and so on, bytes (VPD B0, MAXIMUM TRANSFER LENGTH).
-pub(super) const TRANSFER_BYTES_MAX: u64 = 16 << 20;
+pub(super) const TRANSFER_BYTES_MAX: u64 = 32 << 20;
 
 /// A logical unit.
 pub(super) struct Unit {

@@ -61,7 +61,7 @@ proptest! {
         for (lun, first, cdb, data) in commands {
             let nexus = if first { A } else { B };
             let outcome = rig.run(nexus, lun, &cdb, &data);
-            prop_assert!(outcome.in_bytes <= 16 * MIB);
+            prop_assert!(outcome.in_bytes <= 32 * MIB);
             prop_assert!(outcome.sense.len() <= 252);
             let check = outcome.status == Status::CheckCondition;
             prop_assert_eq!(check, !outcome.sense.is_empty());
