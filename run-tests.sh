@@ -3,7 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# Debian package and the program that shows that it is there. The tests drive PSS with clients that
+# Debian package and the program (or, with a slash, the file of Perl's library) that shows that it is
+# there. The tests drive PSS with clients that
 # others wrote; without one of them they would prove less, so a missing one is an error.
 needed=(
     "nbdkit nbdkit"
@@ -16,6 +17,7 @@ needed=(
     "e2fsprogs mke2fs"
     "strace strace"
     "libiscsi-bin iscsi-test-cu"
+    "libconfig-general-perl Config/General.pm"
 )
 
 missing_packages() {
@@ -23,7 +25,11 @@ missing_packages() {
     for entry in "${needed[@]}"; do
         read -r package program <<<"$entry"
         # System administration programs are not in everybody's PATH.
-        PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || echo "$package"
+        if [[ $program == */* ]]; then
+            perl -e 'exit !grep { -e "$_/$ARGV[0]" } @INC' "$program" || echo "$package"
+        else
+            PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || echo "$package"
+        fi
     done
 }
 
