@@ -32,7 +32,7 @@ use tokio::sync::watch;
 
 use crate::cli::cell::{connect, explain};
 use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
-use crate::config::{CellFiles, ServerConfig, Tuning};
+use crate::config::{CellFiles, Tuning};
 use crate::logging::{self, LogLevel};
 use crate::node::ServerHandle;
 
@@ -345,23 +345,26 @@ impl RunningServers {
             servers: Vec::new(),
             running: Arc::new(watch::Sender::new(0)),
         };
-        for record in &files.file.records {
-            let config = files.server(record.id.0, None, None, tuning())?;
-            if let Err(error) = running.start_one(config) {
-                // What was started stops cleanly; the first error is the one to show.
-                let _ = running.stop();
-                return Err(failed(error));
+        let mut first_error = None;
+        for started in start_all(files) {
+            if let Err(error) = started.and_then(|handle| running.watch(handle)) {
+                first_error.get_or_insert(error);
             }
         }
-        Ok(running)
+        match first_error {
+            None => Ok(running),
+            Some(error) => {
+                // What was started stops cleanly; the first error is the one to show.
+                let _ = running.stop();
+                Err(failed(error))
+            }
+        }
     }
 
-    fn start_one(&mut self, config: ServerConfig) -> anyhow::Result<()> {
-        if is_new(&config.path) {
-            format(&config, false)?;
-        }
-        let id = config.id;
-        let handle = Arc::new(start_server(config).map_err(anyhow::Error::msg)?);
+    /// Takes a server in.
+    fn watch(&mut self, handle: ServerHandle) -> anyhow::Result<()> {
+        let id = handle.id();
+        let handle = Arc::new(handle);
         self.running.send_modify(|running| *running += 1);
         let (waiting, running) = (Arc::clone(&handle), Arc::clone(&self.running));
         let waiter = std::thread::Builder::new()
@@ -409,11 +412,35 @@ impl RunningServers {
     }
 }
 
-/// Smaller than a server's own: these are several servers on somebody's workstation.
+/// Starts all servers at a time, as each reads its log first, and gives them in order.
+fn start_all(files: &CellFiles) -> Vec<anyhow::Result<ServerHandle>> {
+    let start = |id: ServerId| {
+        let config = files.server(id.0, None, None, tuning())?;
+        if is_new(&config.path) {
+            format(&config, false)?;
+        }
+        start_server(config).map_err(anyhow::Error::msg)
+    };
+    std::thread::scope(|scope| {
+        let records = &files.file.records;
+        let starting: Vec<_> = records
+            .iter()
+            .map(|record| scope.spawn(move || start(record.id)))
+            .collect();
+        let ended = starting.into_iter().map(|thread| {
+            // A panic has been told on stderr by itself.
+            let panicked = |_| Err(anyhow::anyhow!("a server panicked at its start"));
+            thread.join().unwrap_or_else(panicked)
+        });
+        ended.collect()
+    })
+}
+
+/// Smaller than a server's own: these are several servers on somebody's workstation, and start soon.
 fn tuning() -> Tuning {
     Tuning {
         segment_bytes: 64 << 20,
-        checkpoint_bytes: 256 << 20,
+        checkpoint_bytes: 64 << 20,
         log_retain_bytes: 256 << 20,
         ..Tuning::default()
     }

@@ -27,8 +27,10 @@ use crate::disk::{ALIGN_BYTES, AlignedBuf, DiskFile};
 use crate::entry::Entry;
 use crate::types::{Ballot, EntryId, Slot};
 
-/// Read at once.
-const WINDOW_BYTES: usize = 1 << 20;
+/// Read at once where the records before were not wanted whole: enough for most headers.
+const WINDOW_BYTES_MIN: usize = 16 << 10;
+/// Read at once where every byte is wanted.
+const WINDOW_BYTES_MAX: usize = 4 << 20;
 
 /// What the segments hold.
 pub(super) struct Scan {
@@ -330,7 +332,8 @@ impl Record {
     }
 }
 
-/// Reads a segment front to back, a megabyte at a time.
+/// Reads a segment front to back: the more at once the longer nothing is left out. Payloads up to the
+/// checkpoint are left out, so that large ones cost no time.
 struct Window {
     file: Arc<dyn DiskFile>,
     path: String,
@@ -342,6 +345,8 @@ struct Window {
     buffer: AlignedBuf,
     /// Bytes of the buffer that were read.
     filled: usize,
+    /// What is read at once next.
+    want: usize,
 }
 
 impl Window {
@@ -355,6 +360,7 @@ impl Window {
             start: 0,
             buffer: AlignedBuf::zeroed(0),
             filled: 0,
+            want: WINDOW_BYTES_MIN,
         }
     }
 
@@ -365,7 +371,12 @@ impl Window {
             && self.filled > 0;
         if !inside {
             let rest = self.file_bytes.saturating_sub(offset) as usize;
-            let want = WINDOW_BYTES.min(rest).max(bytes);
+            let is_next = offset >= self.start && offset <= self.start + self.filled as u64;
+            self.want = match is_next {
+                true => (self.want * 2).min(WINDOW_BYTES_MAX),
+                false => WINDOW_BYTES_MIN,
+            };
+            let want = self.want.min(rest).max(bytes);
             let want = want.next_multiple_of(ALIGN_BYTES);
             if self.buffer.len() < want {
                 self.buffer = AlignedBuf::zeroed(want);
