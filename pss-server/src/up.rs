@@ -1,4 +1,4 @@
-//! `pss up`: a whole cell in one process, to try PSS out and for development.
+//! `pss up`: a whole cell with its NBD and iSCSI servers in one process, to try PSS out and for development.
 //!
 //! ```text
 //! DIR/server.conf   the list of servers, rewritten at every start
@@ -17,9 +17,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use clap::Args;
+use export_iscsi::catalog::{Catalog, LunEntry, TargetEntry};
+use export_iscsi::scsi::LunSettings;
+use export_iscsi::server as iscsi;
 use export_nbd::export::{Exports, Policy};
-use export_nbd::listen::Listener;
-use export_nbd::server::{Limits, Server as NbdServer};
+use export_nbd::server as nbd;
 use pss_core::client::{Cell, ClientError};
 use pss_core::disk::files::{FileDisk, LOCK_FILE};
 use pss_core::key::{CellKey, KEY_FILE_NAME};
@@ -28,6 +30,7 @@ use pss_core::size::{Size, parse_size};
 use pss_core::state::CHUNK_BYTES_DEFAULT;
 use pss_core::types::ServerId;
 use pss_core::volume::device::Volumes;
+use pss_gateway::listen::Listener;
 use tokio::sync::watch;
 
 use crate::cli::cell::{connect, explain};
@@ -51,6 +54,9 @@ pub struct UpArgs {
     /// Where the NBD server listens [default: 127.0.0.1:10809, or the next free port]
     #[arg(long, value_name = "ADDR:PORT")]
     nbd: Option<SocketAddr>,
+    /// Where the iSCSI server listens [default: 127.0.0.1:3260, or the next free port]
+    #[arg(long, value_name = "ADDR:PORT")]
+    iscsi: Option<SocketAddr>,
     /// How much is logged to stderr
     #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
@@ -78,8 +84,27 @@ impl FromStr for VolumeSpec {
     }
 }
 
-const NBD_DEFAULT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10809);
-/// So many ports after the usual one are tried for NBD, and so many addresses for the cell.
+/// A front end of the cell: how it is called, and where it usually listens.
+#[derive(Clone, Copy, Debug)]
+struct FrontEnd {
+    name: &'static str,
+    flag: &'static str,
+    usual: SocketAddr,
+}
+
+const NBD: FrontEnd = FrontEnd {
+    name: "NBD",
+    flag: "--nbd",
+    usual: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10809),
+};
+const ISCSI: FrontEnd = FrontEnd {
+    name: "iSCSI",
+    flag: "--iscsi",
+    usual: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 3260),
+};
+/// The target whose disks are the volumes, in their order from LUN 1 on: tgt's LUN 0 is no disk either.
+const TARGET: &str = "iqn.2001-03.jp.tritech:pss-up";
+/// So many ports after the usual one are tried for a front end, and so many addresses for the cell.
 const TRIES: u8 = 20;
 /// For a request to the cell; an election after a crash takes part of a second.
 const CELL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -240,9 +265,16 @@ fn replace_file(file: &Path, content: &[u8]) -> io::Result<()> {
     std::fs::rename(&new, file)
 }
 
-/// Opens the NBD port: the one that was asked for, or else the usual one or the next that is free.
-fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<String>), CliError> {
-    let first = asked.unwrap_or(NBD_DEFAULT);
+/// An open port, and what the user should know about it.
+struct Port {
+    listener: Listener,
+    address: SocketAddr,
+    remark: Option<String>,
+}
+
+/// Opens a front end's port: the one that was asked for, or else the usual one or the next that is free.
+fn bind(end: FrontEnd, asked: Option<SocketAddr>) -> Result<Port, CliError> {
+    let first = asked.unwrap_or(end.usual);
     let taken = match Listener::tcp(first) {
         Ok(listener) => {
             let address = match &listener {
@@ -250,7 +282,11 @@ fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<S
                 Listener::Tcp(socket) => socket.local_addr().map_err(failed)?,
                 Listener::Unix { .. } => first,
             };
-            return Ok((listener, address, None));
+            return Ok(Port {
+                listener,
+                address,
+                remark: None,
+            });
         }
         Err(error) => error,
     };
@@ -259,14 +295,21 @@ fn bind_nbd(asked: Option<SocketAddr>) -> Result<(Listener, SocketAddr, Option<S
         None => u16::from(TRIES),
     };
     for port in 1..=ports {
-        let next = SocketAddr::new(first.ip(), first.port() + port);
-        if let Ok(listener) = Listener::tcp(next) {
-            let remark = format!("{first} is taken ({taken}): NBD uses {next} instead.");
-            return Ok((listener, next, Some(remark)));
+        let address = SocketAddr::new(first.ip(), first.port() + port);
+        if let Ok(listener) = Listener::tcp(address) {
+            let name = end.name;
+            return Ok(Port {
+                listener,
+                address,
+                remark: Some(format!(
+                    "{first} is taken ({taken}): {name} uses {address} instead."
+                )),
+            });
         }
     }
     Err(failed(format!(
-        "{first}: cannot listen for NBD: {taken}; use another --nbd ADDR:PORT"
+        "{first}: cannot listen for {}: {taken}; use another {} ADDR:PORT",
+        end.name, end.flag
     )))
 }
 
@@ -287,11 +330,11 @@ pub fn run(args: &UpArgs) -> Result<(), CliError> {
         .build()
         .map_err(failed)?;
     runtime.block_on(async {
-        let nbd = bind_nbd(args.nbd)?;
+        let ports = [bind(NBD, args.nbd)?, bind(ISCSI, args.iscsi)?];
         // Before anything runs, so that Ctrl-C is never the end of a half-started cell.
         let stop = stop_signal()?;
         let servers = RunningServers::start(&files)?;
-        let served = serve(&plan, &files, &volumes, nbd, &servers, stop).await;
+        let served = serve(&plan, &files, &volumes, ports, &servers, stop).await;
         let stopped = servers.stop();
         served.and(stopped)
     })
@@ -446,12 +489,12 @@ fn tuning() -> Tuning {
     }
 }
 
-/// Opens the volumes, serves them over NBD, and says so, until told to stop.
+/// Opens the volumes, serves them over NBD and iSCSI, and says so, until told to stop.
 async fn serve(
     plan: &Plan,
     files: &CellFiles,
     volumes: &[VolumeSpec],
-    (listener, nbd, remark): (Listener, SocketAddr, Option<String>),
+    [nbd_port, iscsi_port]: [Port; 2],
     servers: &RunningServers,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), CliError> {
@@ -461,18 +504,56 @@ async fn serve(
         _ = stopping.wait_for(|stop| *stop) => return Ok(()),
     };
     let exports = Exports::new(Arc::clone(&cell) as Arc<dyn Volumes>, Policy::default());
-    let nbd_server = NbdServer::new(exports, Limits::default());
-    let remarks: Vec<_> = plan.remarks.iter().chain(&remark).collect();
-    cli::print(&summary(plan, &volumes, nbd, &remarks))?;
+    let nbd_server = nbd::Server::new(exports, nbd::Limits::default());
+    let iscsi_server = iscsi::Server::new(Arc::clone(&cell) as _, 1, iscsi::Limits::default());
+    for missing in iscsi_server.apply(catalog(&volumes)).await {
+        missing.log();
+    }
+    let remarks = [&nbd_port.remark, &iscsi_port.remark];
+    let remarks: Vec<_> = plan
+        .remarks
+        .iter()
+        .chain(remarks.into_iter().flatten())
+        .collect();
+    let addresses = (nbd_port.address, iscsi_port.address);
+    cli::print(&summary(plan, &volumes, addresses, &remarks))?;
     let stopped = async {
         tokio::select! {
             _ = stop.wait_for(|stop| *stop) => {}
             () = servers.all_ended() => tracing::error!("all servers have stopped"),
         }
     };
-    nbd_server.run(vec![listener], stopped).await;
+    let (end, ended) = watch::channel(false);
+    let told = |mut ended: watch::Receiver<bool>| async move {
+        // It cannot be dropped before both servers have ended.
+        let _ = ended.wait_for(|end| *end).await;
+    };
+    tokio::join!(
+        async {
+            stopped.await;
+            end.send_replace(true);
+        },
+        nbd_server.run(vec![nbd_port.listener], told(ended.clone())),
+        iscsi_server.run(vec![iscsi_port.listener], told(ended)),
+    );
     cell.close().await;
     Ok(())
+}
+
+/// One target with the volumes as its disks.
+fn catalog(volumes: &[VolumeSpec]) -> Catalog {
+    let disk = |volume: &VolumeSpec| LunEntry {
+        volume: volume.name.clone(),
+        settings: LunSettings::default(),
+    };
+    let target = TargetEntry {
+        luns: (1..).zip(volumes.iter().map(disk)).collect(),
+        ..TargetEntry::new(TARGET)
+    };
+    Catalog {
+        targets: [(TARGET.to_owned(), Arc::new(target))].into(),
+        ..Catalog::default()
+    }
 }
 
 /// Connects to the cell and creates the volumes that are missing; says what the volumes are.
@@ -519,7 +600,12 @@ fn is_new(path: &Path) -> bool {
 }
 
 /// What the user can do now.
-fn summary(plan: &Plan, volumes: &[VolumeSpec], nbd: SocketAddr, remarks: &[&String]) -> String {
+fn summary(
+    plan: &Plan,
+    volumes: &[VolumeSpec],
+    (nbd, iscsi): (SocketAddr, SocketAddr),
+    remarks: &[&String],
+) -> String {
     let mut text = String::new();
     for remark in remarks {
         text.push_str(&format!("{remark}\n"));
@@ -538,9 +624,9 @@ fn summary(plan: &Plan, volumes: &[VolumeSpec], nbd: SocketAddr, remarks: &[&Str
         TCP_PORT_BASE + last,
         plan.dir.display(),
     ));
-    for volume in volumes {
+    for (lun, volume) in (1..).zip(volumes) {
         text.push_str(&format!(
-            "Volume {} of {} at nbd://{nbd}/{}\n",
+            "Volume {} of {} at nbd://{nbd}/{}\n    or iscsi://{iscsi}/{TARGET}/{lun}\n",
             volume.name,
             Size(volume.size_bytes),
             uri_escaped(&volume.name),
@@ -558,6 +644,8 @@ fn summary(plan: &Plan, volumes: &[VolumeSpec], nbd: SocketAddr, remarks: &[&Str
   attach it (Linux)    sudo modprobe nbd && sudo nbd-client {ip} {port} /dev/nbd0 -N {name}
   use it               sudo mkfs.ext4 /dev/nbd0 && sudo mount /dev/nbd0 /mnt
   detach it            sudo umount /mnt && sudo nbd-client -d /dev/nbd0
+  over iSCSI (Linux)   sudo iscsiadm -m discovery -t sendtargets -p {iscsi} && sudo iscsiadm -m node -T {TARGET} -l
+  leave it             sudo iscsiadm -m node -T {TARGET} -u
 
 Ctrl-C stops the cell, a second Ctrl-C at once; the same command starts it again on the same data.
 ",
@@ -611,6 +699,7 @@ mod tests {
             volumes: Vec::new(),
             dir: dir.to_owned(),
             nbd: None,
+            iscsi: None,
             log_level: LogLevel::Warn,
         }
     }
@@ -683,12 +772,15 @@ mod tests {
             remarks: Vec::new(),
         };
         let volumes = ["a b:1G".parse().unwrap()];
-        let text = summary(&plan, &volumes, NBD_DEFAULT, &[&"remark".to_owned()]);
+        let addresses = (NBD.usual, ISCSI.usual);
+        let text = summary(&plan, &volumes, addresses, &[&"remark".to_owned()]);
         assert!(text.starts_with("remark\nPSS cell of 3 servers at 127.0.0.1 (UDP 4000-4002,"));
         assert!(
             text.contains("nbdinfo nbd://127.0.0.1:10809/a%20b\n"),
             "{text}"
         );
+        let iscsi = "or iscsi://127.0.0.1:3260/iqn.2001-03.jp.tritech:pss-up/1\n";
+        assert!(text.contains(iscsi), "{text}");
         assert!(text.contains("nbd-client 127.0.0.1 10809 /dev/nbd0 -N 'a b'\n"));
         assert!(text.contains(r"--servers '/tmp/it'\''s/server.conf' status"));
     }

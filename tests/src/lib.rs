@@ -3,6 +3,7 @@
 pub mod binaries;
 pub mod checker;
 pub mod disk;
+pub mod iscsi;
 pub mod load;
 pub mod nbd_client;
 pub mod processes;

@@ -101,7 +101,11 @@ fn start_with_a_taken_port() {
         .run("pssd", "start --id 0 --path data")
         .fails(1, &["127.0.3.3:4010"]);
     let _taken = TcpListener::bind("127.0.3.3:10809").unwrap();
-    for program in ["pss-nbd --listen", "pss-up --dir up --nbd"] {
+    for program in [
+        "pss-nbd --listen",
+        "pss-up --dir up --nbd",
+        "pss-up --dir up --nbd 127.0.3.3:0 --iscsi",
+    ] {
         let (program, flags) = program.split_once(' ').unwrap();
         bench
             .run(program, &format!("{flags} 127.0.3.3:10809"))
@@ -187,7 +191,14 @@ impl Up {
 
     fn start(bench: &Bench) -> (Running, String) {
         let mut command = bench.command("pss-up");
-        command.args(["--dir", ".", "--nbd", "127.0.0.1:0"]);
+        command.args([
+            "--dir",
+            ".",
+            "--nbd",
+            "127.0.0.1:0",
+            "--iscsi",
+            "127.0.0.1:0",
+        ]);
         let mut running = Running::start(&mut command);
         let line = running.wait_for("nbd://", SOON);
         let nbd = line.split_once("nbd://").unwrap().1;
@@ -307,7 +318,9 @@ fn servers_are_stopped_one_by_one() {
 fn up_again_on_the_same_data() {
     let mut up = Up::new("127.0.3.13");
     up.bench.run("pss", "volume create kept 3M").done();
-    let other = up.bench.run("pss-up", "--dir . --nbd 127.0.0.1:0");
+    let other = up
+        .bench
+        .run("pss-up", "--dir . --nbd 127.0.0.1:0 --iscsi 127.0.0.1:0");
     other.fails(1, &["another 'pss up' runs there", "--dir"]);
     up.running.signal("INT");
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
@@ -418,6 +431,7 @@ fn up_chooses_other_ports_and_says_so() {
     let bench = Bench::new();
     // If somebody else has the usual port already, so much the better.
     let _taken = TcpListener::bind("127.0.0.1:10809");
+    let _taken_too = TcpListener::bind("127.0.0.1:3260");
     let host = "127.0.3.17";
     bench.servers(format!("0 {host} {}\n", bench.path("server0").display()));
     bench.run("pss", "key new cell.key").done();
@@ -428,6 +442,8 @@ fn up_chooses_other_ports_and_says_so() {
     running.wait_for("127.0.3.17:4000 is taken", SOON);
     let said = running.wait_for("127.0.0.1:10809 is taken", SOON);
     assert!(said.contains("NBD uses 127.0.0.1:108"), "{said}");
+    let said = running.wait_for("127.0.0.1:3260 is taken", SOON);
+    assert!(said.contains("iSCSI uses 127.0.0.1:32"), "{said}");
     let said = running.wait_for("PSS cell of 1 server at 127.0.", SOON);
     assert!(!said.contains(host), "{said}");
     running.wait_for("Volume a of 1M at nbd://127.0.0.1:108", SOON);
@@ -439,6 +455,16 @@ fn up_chooses_other_ports_and_says_so() {
         .output()
         .unwrap();
     assert_eq!(output.stdout, b"2097152\n", "{uri}");
+    // The second volume is the second disk of the target.
+    let said = running.wait_for(":pss-up/2", SOON);
+    let url = said.trim().trim_start_matches("or ");
+    let capacity = binaries::tool("iscsi-readcapacity16", "libiscsi-bin");
+    let output = std::process::Command::new(capacity)
+        .arg(url)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("Total size:2097152"), "{url}: {output:?}");
     running.signal("INT");
     assert_eq!(running.ends(SOON), Some(0), "{}", running.output());
 }

@@ -49,6 +49,7 @@ impl Up {
     fn start(&self) -> Process {
         let mut command = self.bench.command("pss-up");
         command.args(["--dir", ".", "--nbd", &self.nbd.to_string()]);
+        command.args(["--iscsi", "127.0.0.1:0"]);
         Process::start("pss-up", &mut command, self.bench.path("log"))
     }
 

@@ -1,0 +1,130 @@
+//! `pss-iscsi` as a process before a cell, and what libiscsi's conformance suite says of it.
+
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::binaries::tool;
+use crate::processes::{Cell, PATIENCE, Process, wait_until};
+
+/// One test of the suite takes a second or two; one that resets and waits, twenty.
+const TEST_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A gateway that runs.
+pub struct Gateway {
+    /// Its process.
+    pub process: Process,
+    /// Where it listens.
+    pub portal: SocketAddr,
+}
+
+impl Gateway {
+    /// Starts a gateway on a targets.conf and waits until it listens.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn start(cell: &Cell, number: u16, conf: &str) -> Gateway {
+        let file = cell.bench.path(&format!("targets{number}.conf"));
+        fs::write(&file, conf).expect("the test directory can be used");
+        // The addresses of NBD gateways of the same cell are free on other ports.
+        let portal = SocketAddr::new(cell.nbd(0).ip(), 3260 + number);
+        let mut command = cell.bench.command("pss-iscsi");
+        command.args(["--portal", &portal.to_string()]);
+        command.args(["--portal-group", &(number + 1).to_string()]);
+        command.arg("--config").arg(&file);
+        let output = cell.bench.path(&format!("pss-iscsi{number}.log"));
+        let mut process = Process::start(&format!("pss-iscsi {number}"), &mut command, output);
+        wait_until("the gateway listens", PATIENCE, || {
+            assert!(process.runs(), "{}", process.text());
+            TcpStream::connect(portal).is_ok()
+        });
+        Gateway { process, portal }
+    }
+
+    /// The URL of a disk, with a user and secret (`user%secret@`) or without.
+    pub fn url(&self, user: &str, target: &str, lun: u16) -> String {
+        format!("iscsi://{user}{}/{target}/{lun}", self.portal)
+    }
+}
+
+/// Runs one of libiscsi's programs; whether it succeeded, and what it wrote.
+///
+/// # Panics
+/// If it cannot be run or does not end.
+pub fn libiscsi(program: &str, args: &[&str]) -> (bool, String) {
+    let (code, text) = run(program, args);
+    (code == Some(0), text)
+}
+
+fn run(program: &str, args: &[&str]) -> (Option<i32>, String) {
+    let output = tempfile::NamedTempFile::new().expect("temporary files can be made");
+    let file = output.reopen().expect("the file is there");
+    let second = file.try_clone().expect("a descriptor can be doubled");
+    let mut child = Command::new(tool(program, "libiscsi-bin"))
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(second)
+        .spawn()
+        .expect("the program can be run");
+    let end = Instant::now() + TEST_PATIENCE;
+    let text = || {
+        let bytes = fs::read(output.path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    loop {
+        if let Some(status) = child.try_wait().expect("it is our child") {
+            return (status.code(), text());
+        }
+        if Instant::now() > end {
+            let _ = child.kill();
+            let _ = child.wait();
+            return (None, text() + "\nDID NOT END IN TIME");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What became of one test of the suite.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// It passed. The suite calls a test that it skipped passed as well; that is `Skipped` here.
+    Passed,
+    /// The disk or the machine does not have what it is about.
+    Skipped,
+    /// It failed, or did not end.
+    Failed,
+}
+
+/// Names of all tests of the suite, as `Suite.Test`.
+///
+/// # Panics
+/// If the suite cannot list them.
+pub fn suite() -> Vec<String> {
+    let (_, text) = libiscsi("iscsi-test-cu", &["-l"]);
+    let names = text.lines().filter_map(|line| {
+        let name = line.trim().strip_prefix("ALL.")?;
+        name.contains('.').then(|| name.to_owned())
+    });
+    let names: Vec<String> = names.collect();
+    assert!(names.len() > 200, "{text}");
+    names
+}
+
+/// Runs one test of the suite in a process of its own, on a disk by one or two paths.
+pub fn suite_test(name: &str, urls: &[String]) -> (Verdict, String) {
+    let test = format!("ALL.{name}");
+    let mut args = vec!["-d", "-S", "-f", "-v", "-t", &test];
+    args.extend(urls.iter().map(String::as_str));
+    let (code, text) = run("iscsi-test-cu", &args);
+    // Its exit code is that of the last test that it ran.
+    let verdict = if code != Some(0) || !text.contains("...passed") {
+        Verdict::Failed
+    } else if text.contains("[SKIPPED]") {
+        Verdict::Skipped
+    } else {
+        Verdict::Passed
+    };
+    (verdict, text)
+}

@@ -1,0 +1,178 @@
+//! iSCSI before a real cell, seen by initiators that others wrote: libiscsi's tools and its suite.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pss_tests::iscsi::{Gateway, Verdict, libiscsi, suite, suite_test};
+use pss_tests::nbd_client::Command;
+use pss_tests::processes::{Cell, Layout};
+
+/// The manual's example, to the letter.
+const MANUAL: &str = "\
+<target iqn.2001-03.jp.tritech:tgtd-pss>
+  <backing-store vol001>
+    bs-type pss
+    lun 1
+  </backing-store>
+  incominguser iscsi_pss iscsi_pss000
+</target>
+";
+const TARGET: &str = "iqn.2001-03.jp.tritech:tgtd-pss";
+const USER: &str = "iscsi_pss%iscsi_pss000@";
+
+/// The shapes of disks on which the suite runs: name, directives, whether it goes by two gateways.
+const SHAPES: [(&str, &str, bool); 3] = [
+    ("thin", "", false),
+    ("exponent0", "lbppbe 0", true),
+    ("removable", "removable 1", false),
+];
+
+/// What may fail on any shape, and why.
+const MAY_FAIL: [(&str, &str); 0] = [];
+
+/// What is skipped on every shape, and why.
+const MAY_SKIP: [(&str, &str); 0] = [];
+
+fn cell(volumes: &[&str]) -> Cell {
+    let mut cell = Cell::new(Layout {
+        gateways: 0,
+        ..Layout::small(3)
+    });
+    for id in 0..3 {
+        cell.start(id);
+    }
+    cell.wait_current();
+    for volume in volumes {
+        let create = format!("volume create {volume}");
+        cell.bench.run("pss", &create).done();
+    }
+    cell
+}
+
+#[test]
+fn the_manuals_example_on_two_gateways() {
+    let mut cell = cell(&["vol001 1G"]);
+    let gateways = [0, 1].map(|number| Gateway::start(&cell, number, MANUAL));
+    let mut identities = Vec::new();
+    for gateway in &gateways {
+        let portal = format!("iscsi://{}", gateway.portal);
+        let (done, said) = libiscsi("iscsi-ls", &[&portal]);
+        assert!(done && said.contains(TARGET), "{said}");
+        let (done, said) = libiscsi("iscsi-readcapacity16", &[&gateway.url(USER, TARGET, 1)]);
+        assert!(done && said.contains("Total size:1073741824"), "{said}");
+        let mut identity = String::new();
+        for page in ["128", "131"] {
+            let url = gateway.url(USER, TARGET, 1);
+            let (done, said) = libiscsi("iscsi-inq", &["-e", "1", "-c", page, &url]);
+            assert!(done, "{said}");
+            // The port is another one on every gateway; the disk is not.
+            let of_disk = said.split("Designator").filter(|it| !it.contains("PORT"));
+            identity.extend(of_disk);
+        }
+        identities.push(identity);
+        for wrong in ["", "iscsi_pss%iscsi_pss001@", "someone%iscsi_pss000@"] {
+            let (done, said) = libiscsi("iscsi-inq", &[&gateway.url(wrong, TARGET, 1)]);
+            assert!(!done, "{wrong}: {said}");
+        }
+        let text = gateway.process.text();
+        assert!(text.contains("refused"), "{text}");
+        assert!(!text.contains("iscsi_pss000"), "secrets are never logged");
+    }
+    assert_eq!(identities[0], identities[1]);
+    // What is written over iSCSI is what NBD reads, with a server killed in between.
+    let urls = gateways.each_ref().map(|it| it.url(USER, TARGET, 1));
+    let (verdict, said) = suite_test("CompareAndWrite.Simple", &urls[..1]);
+    assert_eq!(verdict, Verdict::Passed, "{said}");
+    let leader = cell.leader();
+    cell.kill(leader);
+    let (verdict, said) = suite_test("WriteVerify10.Simple", &urls[1..]);
+    assert_eq!(verdict, Verdict::Passed, "{said}");
+    cell.start(leader);
+    cell.wait_current();
+    cell.start_gateway(0);
+    let mut nbd = pss_tests::nbd_client::NbdClient::connect(
+        cell.nbd(0),
+        "vol001",
+        pss_tests::processes::PATIENCE,
+    )
+    .unwrap();
+    let reply = nbd.request(Command::Read, 0, 4096, &[]).unwrap();
+    assert_eq!(reply.error, 0);
+    // WriteVerify10.Simple writes 0xa6 over the first 256 blocks of 512.
+    assert!(
+        reply.data.iter().all(|byte| *byte == 0xa6),
+        "{:?}",
+        &reply.data[..8]
+    );
+}
+
+#[test]
+fn libiscsis_suite() {
+    let names = suite();
+    let cell = cell(&["thin 1G", "exponent0 1G", "removable 1G"]);
+    let conf: String = SHAPES
+        .iter()
+        .map(|(shape, directives, _)| {
+            format!(
+                "<target iqn.2001-03.jp.tritech:{shape}>\n<backing-store {shape}>\nbs-type pss\nlun 1\n\
+                 sanitize 1\n{directives}\n</backing-store>\n</target>\n"
+            )
+        })
+        .collect();
+    let gateways = [0, 1].map(|number| Gateway::start(&cell, number, &conf));
+    let verdicts = Mutex::new(BTreeMap::<String, Vec<Verdict>>::new());
+    let failures = Mutex::new(Vec::new());
+    let counts: [[AtomicUsize; 3]; 3] = Default::default();
+    // A disk is for one test at a time; the shapes are independent of each other.
+    std::thread::scope(|scope| {
+        for ((shape, _, two), count) in SHAPES.iter().zip(&counts) {
+            let target = format!("iqn.2001-03.jp.tritech:{shape}");
+            let used = if *two { 2 } else { 1 };
+            let urls: Vec<_> = gateways[..used]
+                .iter()
+                .map(|it| it.url("", &target, 1))
+                .collect();
+            let (names, verdicts, failures) = (&names, &verdicts, &failures);
+            scope.spawn(move || {
+                for name in names {
+                    let (verdict, said) = suite_test(name, &urls);
+                    count[verdict as usize].fetch_add(1, Ordering::Relaxed);
+                    let mut verdicts = verdicts.lock().unwrap();
+                    verdicts.entry(name.clone()).or_default().push(verdict);
+                    let may = MAY_FAIL.iter().any(|(it, _)| it == name);
+                    if verdict == Verdict::Failed && !may {
+                        failures
+                            .lock()
+                            .unwrap()
+                            .push(format!("{shape} {name}:\n{said}"));
+                    }
+                }
+            });
+        }
+    });
+    println!("| disk | paths | tests | passed | skipped | failed |\n|---|---|---|---|---|---|");
+    for ((shape, _, two), count) in SHAPES.iter().zip(&counts) {
+        let [passed, skipped, failed] = count.each_ref().map(|it| it.load(Ordering::Relaxed));
+        let paths = if *two { 2 } else { 1 };
+        let all = names.len();
+        println!("| {shape} | {paths} | {all} | {passed} | {skipped} | {failed} |");
+    }
+    let failures = failures.into_inner().unwrap();
+    assert!(failures.is_empty(), "{}", failures.join("\n\n"));
+    let never: Vec<String> = verdicts
+        .into_inner()
+        .unwrap()
+        .into_iter()
+        .filter(|(_, verdicts)| !verdicts.contains(&Verdict::Passed))
+        .map(|(name, _)| name)
+        .filter(|name| !MAY_FAIL.iter().chain(&MAY_SKIP).any(|(it, _)| it == name))
+        .collect();
+    assert!(never.is_empty(), "passed on no disk: {never:?}");
+    for mut gateway in gateways {
+        assert!(gateway.process.runs(), "{}", gateway.process.text());
+        assert!(!gateway.process.text().contains("panicked"));
+    }
+}
