@@ -46,7 +46,7 @@ const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(20);
 /// Receive buffer of the login.
 const LOGIN_RECEIVE_BYTES: usize = 4 << 10;
 /// How often volumes that could not be opened are tried again.
-const OPEN_AGAIN: Duration = Duration::from_secs(5);
+const OPEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// Bounds of a server.
 #[derive(Clone, Copy, Debug)]
