@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,8 @@ pub struct Gateway {
     pub process: Process,
     /// Where it listens.
     pub portal: SocketAddr,
+    /// Its control socket.
+    pub control: PathBuf,
 }
 
 impl Gateway {
@@ -33,13 +36,19 @@ impl Gateway {
         command.args(["--portal", &portal.to_string()]);
         command.args(["--portal-group", &(number + 1).to_string()]);
         command.arg("--config").arg(&file);
+        let control = cell.bench.path(&format!("iscsi{number}.sock"));
+        command.arg("--control").arg(&control);
         let output = cell.bench.path(&format!("pss-iscsi{number}.log"));
         let mut process = Process::start(&format!("pss-iscsi {number}"), &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {
             assert!(process.runs(), "{}", process.text());
             TcpStream::connect(portal).is_ok()
         });
-        Gateway { process, portal }
+        Gateway {
+            process,
+            portal,
+            control,
+        }
     }
 
     /// The URL of a disk, with a user and secret (`user%secret@`) or without.

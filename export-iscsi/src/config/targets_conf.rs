@@ -358,17 +358,16 @@ pub(crate) fn set_parameter(wishes: &mut Wishes, key: &str, value: &str) -> Opti
     const BURST_MAX: u32 = (1 << 24) - 1;
     match key {
         "MaxRecvDataSegmentLength" => bytes(SEGMENT_MAX).map(|it| wishes.data_bytes_max = it),
-        "MaxXmitDataSegmentLength" => {
-            bytes(SEGMENT_MAX).map(|it| wishes.sent_data_bytes_max = it)
-        }
+        "MaxXmitDataSegmentLength" => bytes(SEGMENT_MAX).map(|it| wishes.sent_data_bytes_max = it),
         "MaxBurstLength" => bytes(BURST_MAX).map(|it| wishes.max_burst_length = it),
         "FirstBurstLength" => bytes(1 << 20).map(|it| wishes.first_burst_length = it),
         "HeaderDigest" => digest.map(|it| wishes.header_digest = it),
         "DataDigest" => digest.map(|it| wishes.data_digest = it),
         "InitialR2T" => yes.map(|it| wishes.initial_r2t = it),
         "ImmediateData" => yes.map(|it| wishes.immediate_data = it),
-        "MaxOutstandingR2T" => ranged(1, OUTSTANDING_R2T_MAX.into())
-            .map(|it| wishes.max_outstanding_r2t = it as u16),
+        "MaxOutstandingR2T" => {
+            ranged(1, OUTSTANDING_R2T_MAX.into()).map(|it| wishes.max_outstanding_r2t = it as u16)
+        }
         "MaxConnections" => {
             ranged(1, CONNECTIONS_MAX.into()).map(|it| wishes.max_connections = it as u16)
         }
@@ -413,8 +412,9 @@ pub(crate) fn set_lun_option(settings: &mut LunSettings, key: &str, value: &str)
         "block-size" => number(value, 512, 4096)
             .filter(|bytes| matches!(bytes, 512 | 4096))
             .map(|it| settings.block_bytes = it),
-        "lbppbe" => number(value, 0, 8)
-            .map(|it| settings.physical_block_bytes = settings.block_bytes << it),
+        "lbppbe" => {
+            number(value, 0, 8).map(|it| settings.physical_block_bytes = settings.block_bytes << it)
+        }
         "scsi_id" => text(value, 24).map(|it| settings.scsi_id = Some(it)),
         "scsi_sn" => text(value, 36).map(|it| settings.serial = Some(it)),
         "vendor_id" => text(value, 8).map(|it| settings.vendor = it),
@@ -467,7 +467,10 @@ pub(crate) fn is_parameter(key: &str) -> bool {
 /// Addresses as tgt names them: `ALL`, or one network.
 pub(crate) fn networks(value: &str) -> Result<Vec<Network>, NotANetwork> {
     match value {
-        "ALL" => ["0.0.0.0/0", "::/0"].iter().map(|all| all.parse()).collect(),
+        "ALL" => ["0.0.0.0/0", "::/0"]
+            .iter()
+            .map(|all| all.parse())
+            .collect(),
         _ => Ok(vec![value.parse()?]),
     }
 }

@@ -150,7 +150,9 @@ impl Edit {
             | Edit::UnbindAddress { target, .. }
             | Edit::BindName { target, .. }
             | Edit::UnbindName { target, .. } => Some(target),
-            Edit::BindAccount { target, .. } | Edit::UnbindAccount { target, .. } => target.as_mut(),
+            Edit::BindAccount { target, .. } | Edit::UnbindAccount { target, .. } => {
+                target.as_mut()
+            }
             Edit::NewTarget { .. } | Edit::NewAccount { .. } | Edit::DeleteAccount { .. } => None,
         }
     }
@@ -205,7 +207,7 @@ impl Edit {
                 user,
                 outgoing,
             } => {
-                let account = find_account(catalog, user)?;
+                let account = one_account(catalog, user)?;
                 bind_account(accounts(catalog, target.as_deref())?, account, *outgoing)
             }
             Edit::UnbindAccount {
@@ -215,7 +217,14 @@ impl Edit {
             } => {
                 // It can be bound again: tgt's accounts live on their own.
                 let account = find_account(catalog, user)?;
-                unbind_account(accounts(catalog, target.as_deref())?, user, *outgoing)?;
+                let accounts = accounts(catalog, target.as_deref())?;
+                unbind_account(accounts, user, *outgoing)?;
+                if !outgoing && !accounts.required() {
+                    let what = target.as_deref().unwrap_or("discovery");
+                    warnings.push(format!(
+                        "{what} has no account now: it needs no CHAP any more"
+                    ));
+                }
                 keep(catalog, account);
                 Ok(())
             }
@@ -235,7 +244,12 @@ impl Edit {
             Edit::UnbindAddress { target, address } => {
                 let entry = entry(catalog, target)?;
                 let rules = address_rule(address)?;
-                if !rules.iter().all(|it| entry.addresses.contains(it)) {
+                // A file without rules means ALL, and is shown so.
+                let open = entry.addresses.is_empty()
+                    && entry.initiators.is_empty()
+                    && !entry.closed
+                    && address == "ALL";
+                if !open && !rules.iter().all(|it| entry.addresses.contains(it)) {
                     let text = format!("initiator-address {address} is not bound to {target}");
                     return Err(Failure::new(Kind::NotFound, text));
                 }
@@ -282,7 +296,7 @@ fn no_account(user: &str) -> Failure {
     Failure::new(Kind::NotFound, format!("there is no account {user}"))
 }
 
-fn wrong(text: impl Into<String>) -> Failure {
+fn wrong(text: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Usage, text)
 }
 
@@ -319,7 +333,9 @@ fn update_target(entry: &mut TargetEntry, name: &str, value: &str) -> Result<(),
         }
         parameter if is_parameter(parameter) => set_parameter(&mut entry.wishes, parameter, value),
         other => {
-            let text = format!("{other} is no parameter: state, alias, or one of RFC 7143 such as MaxBurstLength");
+            let text = format!(
+                "{other} is no parameter: state, alias, or one of RFC 7143 such as MaxBurstLength"
+            );
             return Err(wrong(text));
         }
     };
@@ -340,7 +356,10 @@ fn new_lun(
         )));
     }
     if let Some(there) = entry.luns.get(&lun) {
-        let text = format!("LUN {lun} of {} is volume {} already", entry.name, there.volume);
+        let text = format!(
+            "LUN {lun} of {} is volume {} already",
+            entry.name, there.volume
+        );
         return Err(Failure::new(Kind::Exists, text));
     }
     let mut settings = LunSettings::default();
@@ -379,7 +398,9 @@ fn new_account(
 ) -> Result<(), Failure> {
     let word = |it: &str| !it.is_empty() && !it.contains(|c: char| c.is_whitespace() || c == '\0');
     if !word(user) || !word(&password.0) {
-        return Err(wrong("an account wants a user and a password, without spaces"));
+        return Err(wrong(
+            "an account wants a user and a password, without spaces",
+        ));
     }
     if find_account(catalog, user).is_ok() {
         let text = format!("account {user} is there already");
@@ -400,6 +421,21 @@ fn new_account(
 fn find_account(catalog: &Catalog, user: &str) -> Result<Account, Failure> {
     let found = all_accounts(catalog).find(|it| it.name == user);
     found.cloned().ok_or_else(|| no_account(user))
+}
+
+/// The account of a name. Files may give one name two secrets, on two targets.
+fn one_account(catalog: &Catalog, user: &str) -> Result<Account, Failure> {
+    let account = find_account(catalog, user)?;
+    let mut same = all_accounts(catalog).filter(|it| it.name == user);
+    match same.all(|it| it.secret == account.secret) {
+        true => Ok(account),
+        false => Err(Failure::new(
+            Kind::Busy,
+            format!(
+                "account {user} has another password on another target: make one of another name"
+            ),
+        )),
+    }
 }
 
 /// All accounts; one that several targets use comes as often.
@@ -428,7 +464,10 @@ fn delete_account(catalog: &mut Catalog, user: &str) -> Result<(), Failure> {
         .collect();
     // A target whose last account goes would be open to everyone.
     if !users.is_empty() {
-        let text = format!("account {user} is bound to {}: unbind it first", users.join(", "));
+        let text = format!(
+            "account {user} is bound to {}: unbind it first",
+            users.join(", ")
+        );
         return Err(Failure::new(Kind::Busy, text));
     }
     catalog.accounts.retain(|it| it.name != user);
@@ -454,7 +493,10 @@ fn bind_account(accounts: &mut Accounts, account: Account, outgoing: bool) -> Re
     let exists = |text: String| Err(Failure::new(Kind::Exists, text));
     match (outgoing, &accounts.outgoing) {
         (true, Some(there)) => {
-            return exists(format!("{} is the outgoing account already; there is one", there.name));
+            return exists(format!(
+                "{} is the outgoing account already; there is one",
+                there.name
+            ));
         }
         (true, None) => accounts.outgoing = Some(account),
         (false, _) if accounts.incoming.iter().any(|it| it.name == account.name) => {
@@ -544,6 +586,14 @@ mod tests {
         let unbind = r#"{"edit":"unbind-name","target":"TARGET","initiator":"iqn.x"}"#;
         let catalog = edited(&catalog, unbind).unwrap();
         assert!(target(&catalog).admits_nobody());
+        // One without rules, which is shown as ALL.
+        let mut catalog = Catalog::default();
+        let of_file = TargetEntry::new(TARGET);
+        catalog.targets.insert(TARGET.into(), Arc::new(of_file));
+        let unbind = ALL.replace("bind", "unbind");
+        let catalog = edited(&catalog, &unbind).unwrap();
+        assert!(target(&catalog).admits_nobody());
+        assert_eq!(edited(&catalog, &unbind).unwrap_err().kind, Kind::NotFound);
     }
 
     #[test]
@@ -594,16 +644,30 @@ mod tests {
         assert_eq!(kind(&lun(0x4000, "")), Kind::Usage);
         assert_eq!(kind(&lun(2, r#"["bs-type","rdwr"]"#)), Kind::Usage);
         assert_eq!(kind(&lun(2, r#"["wibble","1"]"#)), Kind::Usage);
-        assert_eq!(kind(&lun(2, "").replace(r#""v""#, r#""/dev/sda""#)), Kind::Usage);
+        assert_eq!(
+            kind(&lun(2, "").replace(r#""v""#, r#""/dev/sda""#)),
+            Kind::Usage
+        );
         assert_eq!(kind(&lun(2, "").replace("TARGET", "iqn.x")), Kind::NotFound);
         assert_eq!(kind(NEW), Kind::Exists);
         let update = |name: &str, value: &str| {
-            format!(r#"{{"edit":"update-target","target":"TARGET","name":"{name}","value":"{value}"}}"#)
+            format!(
+                r#"{{"edit":"update-target","target":"TARGET","name":"{name}","value":"{value}"}}"#
+            )
         };
         let changed = edited(&catalog, &update("MaxBurstLength", "65536")).unwrap();
         assert_eq!(changed.targets[TARGET].wishes.max_burst_length, 65536);
-        assert!(edited(&catalog, &update("state", "offline")).unwrap().targets[TARGET].offline);
-        for (name, value) in [("MaxBurstLength", "abc"), ("nonsense", "1"), ("state", "gone")] {
+        assert!(
+            edited(&catalog, &update("state", "offline"))
+                .unwrap()
+                .targets[TARGET]
+                .offline
+        );
+        for (name, value) in [
+            ("MaxBurstLength", "abc"),
+            ("nonsense", "1"),
+            ("state", "gone"),
+        ] {
             assert_eq!(kind(&update(name, value)), Kind::Usage);
         }
     }
