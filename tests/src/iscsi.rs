@@ -23,7 +23,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts a gateway on a targets.conf and waits until it listens.
+    /// Starts a gateway on a targets.conf and waits until it listens and has its disks.
     ///
     /// # Panics
     /// If it does not.
@@ -43,6 +43,12 @@ impl Gateway {
         wait_until("the gateway listens", PATIENCE, || {
             assert!(process.runs(), "{}", process.text());
             TcpStream::connect(portal).is_ok()
+        });
+        // Until its disks are there it tells initiators to come again, which libiscsi's tools do not.
+        let targets = format!("iscsi --control {} --json targets", control.display());
+        wait_until("the gateway has its disks", PATIENCE, || {
+            let seen = cell.bench.run("pss", &targets).done().stdout();
+            !seen.contains("\"opening\"")
         });
         Gateway {
             process,
