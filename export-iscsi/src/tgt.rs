@@ -1,5 +1,5 @@
 //! tgt's command line for what tgt's users have in their fingers and scripts: `tgtadm` ([`admin`]) and
-//! `tgt-admin` ([`batch`]), over the control socket, in tgt's layout ([`layout`]).
+//! `tgt-admin` ([`batch`]), over the control socket, in tgt's layout ([`layout`], [`dump`]).
 
 use std::fmt::Display;
 use std::io::Write;
@@ -16,6 +16,7 @@ use crate::control::report::{Sessions, Targets};
 
 pub mod admin;
 pub mod batch;
+pub mod dump;
 pub mod layout;
 
 /// Longer than the cell's own time for a volume.

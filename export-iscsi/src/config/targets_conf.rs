@@ -434,6 +434,55 @@ pub(crate) fn set_lun_option(settings: &mut LunSettings, key: &str, value: &str)
     }
 }
 
+/// How options other than the usual are said, for [`set_lun_option`].
+pub(crate) fn lun_options(settings: &LunSettings) -> Vec<(String, String)> {
+    let usual = LunSettings::default();
+    let bit = |it: bool| if it { "1" } else { "0" }.to_owned();
+    let on = |it: bool| if it { "on" } else { "off" }.to_owned();
+    let exponent = (settings.physical_block_bytes / settings.block_bytes).ilog2();
+    let physical_differs = match settings.block_bytes == usual.block_bytes {
+        true => settings.physical_block_bytes != usual.physical_block_bytes,
+        false => exponent != 0,
+    };
+    let text = |value: &String, usual: &String| (value != usual).then(|| value.clone());
+    let all = [
+        (
+            "block-size",
+            (settings.block_bytes != usual.block_bytes).then(|| settings.block_bytes.to_string()),
+        ),
+        ("lbppbe", physical_differs.then(|| exponent.to_string())),
+        (
+            "readonly",
+            (settings.read_only != usual.read_only).then(|| bit(settings.read_only)),
+        ),
+        (
+            "removable",
+            (settings.removable != usual.removable).then(|| bit(settings.removable)),
+        ),
+        (
+            "thin-provisioning",
+            (settings.thin != usual.thin).then(|| bit(settings.thin)),
+        ),
+        (
+            "write-cache",
+            (settings.write_cache != usual.write_cache).then(|| on(settings.write_cache)),
+        ),
+        (
+            "sanitize",
+            (settings.sanitize != usual.sanitize).then(|| bit(settings.sanitize)),
+        ),
+        ("vendor_id", text(&settings.vendor, &usual.vendor)),
+        ("product_id", text(&settings.product, &usual.product)),
+        ("product_rev", text(&settings.revision, &usual.revision)),
+        ("scsi_sn", settings.serial.clone()),
+        ("scsi_id", settings.scsi_id.clone()),
+    ];
+    let said = all
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    said.collect()
+}
+
 fn says_lun(node: &Node) -> bool {
     node.block
         .iter()
@@ -592,6 +641,30 @@ mod tests {
         );
         assert!(a.removable && !a.write_cache && !b.removable);
         assert_eq!((&*b.vendor, b.physical_block_bytes), ("ACME", 512));
+    }
+
+    #[test]
+    fn options_are_said_as_they_are_read() {
+        for said in [
+            "",
+            "block-size 4096",
+            "lbppbe 0",
+            "block-size 4096\nlbppbe 2",
+            "readonly 1\nremovable 1\nthin-provisioning 0\nwrite-cache on\nsanitize 1",
+            "vendor_id A\nproduct_id B C\nproduct_rev 1\nscsi_sn s\nscsi_id i",
+        ] {
+            let block = format!("<backing-store a>\n{said}\n</backing-store>");
+            let settings = only(&in_target(&block)).luns[&1].settings.clone();
+            let mut again = LunSettings::default();
+            let options = lun_options(&settings);
+            let lines = options.iter().map(|(key, value)| format!("{key} {value}"));
+            assert_eq!(lines.collect::<Vec<_>>().join("\n"), said);
+            for (key, value) in options {
+                assert_eq!(set_lun_option(&mut again, &key, &value), LunOption::Done);
+            }
+            again.physical_block_bytes = again.physical_block_bytes.max(again.block_bytes);
+            assert_eq!(again, settings);
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Tids;
 use super::edit::all_accounts;
 use crate::catalog::{Catalog, LunEntry, TargetEntry};
+use crate::config::targets_conf::lun_options;
 use crate::host::Host;
 use crate::keys::{DigestPolicy, Wishes};
 use crate::scsi::{hex, naa};
@@ -97,6 +98,8 @@ pub struct Lun {
     pub serial: String,
     /// NAA identifier, as in `/dev/disk/by-id/wwn-0x...`.
     pub naa: Option<String>,
+    /// What is not as usual, as a targets.conf says it.
+    pub options: Vec<(String, String)>,
 }
 
 /// All sessions.
@@ -256,12 +259,13 @@ fn luns(entry: &TargetEntry, host: Option<&Host>) -> Vec<Lun> {
             scsi_id: settings.scsi_id.clone().unwrap_or_else(|| uuid.clone()),
             serial: settings.serial.clone().unwrap_or_else(|| uuid.clone()),
             naa: info.map(|info| hex(&naa(&info.uuid))),
+            options: lun_options(settings),
         }
     };
     entry.luns.iter().map(lun).collect()
 }
 
-fn parameters(wishes: &Wishes) -> BTreeMap<String, String> {
+pub(crate) fn parameters(wishes: &Wishes) -> BTreeMap<String, String> {
     let digest = |policy: DigestPolicy| match policy {
         DigestPolicy::Never => "None",
         DigestPolicy::Always => "CRC32C",

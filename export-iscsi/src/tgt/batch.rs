@@ -5,12 +5,12 @@ use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 
-use super::{Server, called_as, finish, layout, parse, print, usage};
+use super::{Server, called_as, dump, finish, layout, parse, print, usage};
 use crate::control::SOCKET;
 use crate::control::client::ClientError;
 use crate::control::edit::Edit;
 use crate::control::protocol::{Named, Request};
-use crate::control::report::Target;
+use crate::control::report::{Accounts, Target};
 
 /// tgt's tgt-admin before pss-iscsi: shows targets, and makes them what the configuration says
 #[derive(Debug, Parser)]
@@ -19,6 +19,9 @@ struct Args {
     /// Shows all targets
     #[arg(short, long, group = "action")]
     show: bool,
+    /// Prints what is exported as a targets.conf, without passwords
+    #[arg(long, group = "action")]
+    dump: bool,
     /// Reads the configuration of pss-iscsi again
     #[arg(short, long, group = "action")]
     execute: bool,
@@ -34,6 +37,9 @@ struct Args {
     /// Lets a target, or ALL, take sessions again
     #[arg(long, group = "action", value_name = "ALL|tid=N|NAME")]
     ready: Option<String>,
+    /// Not taken: pss-iscsi reads the file that it was started with
+    #[arg(short, long, value_name = "FILE")]
+    conf: Option<PathBuf>,
     /// Even if sessions use it
     #[arg(short, long)]
     force: bool,
@@ -66,6 +72,17 @@ fn run(program: &str, args: &Args) -> Result<(), ClientError> {
     if args.show {
         print(&layout::targets(&server.targets()?, &server.sessions()?));
         return Ok(());
+    }
+    if args.dump {
+        let accounts: Accounts = server.ask(&Request::Accounts)?;
+        print(&dump::dump(&server.targets()?, &accounts));
+        return Ok(());
+    }
+    if let Some(file) = &args.conf {
+        return Err(usage(format!(
+            "--conf {}: pss-iscsi reads the file that it was started with",
+            file.display()
+        )));
     }
     for request in requests(args, &server.targets()?.targets)? {
         if args.verbose || args.pretend {

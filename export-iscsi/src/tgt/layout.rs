@@ -236,7 +236,7 @@ mod tests {
                 "lun": 1, "volume": "vol001", "online": true, "size_bytes": 67108864,
                 "block_bytes": 512, "read_only": false, "removable": false, "thin": true,
                 "write_cache": false, "vendor": "PSS", "scsi_id": "00ff", "serial": "00ff",
-                "naa": "3000000000000000",
+                "naa": "3000000000000000", "options": [],
             }],
             "accounts": ["u1"], "outgoing_account": "u2",
             "initiator_addresses": ["0.0.0.0/0", "::/0", "10.0.0.0/8", "10.0.0.1/32", "fe80::1/128"],
