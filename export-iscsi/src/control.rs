@@ -313,7 +313,11 @@ impl Control {
 
     /// What sessions use goes only by force.
     fn check_use(&self, change: &Edit) -> Result<(), Failure> {
-        let (Edit::DeleteTarget { target } | Edit::DeleteLun { target, .. }) = change else {
+        // A disk that is shown in another way is taken away and comes again.
+        let (Edit::DeleteTarget { target }
+        | Edit::DeleteLun { target, .. }
+        | Edit::UpdateLun { target, .. }) = change
+        else {
             return Ok(());
         };
         let sessions = self

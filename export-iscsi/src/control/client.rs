@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{Answer, Failure, Request};
 
@@ -64,15 +65,15 @@ pub fn ask<T: DeserializeOwned>(
         }
         _ => broken(source.to_string()),
     };
-    let mut stream = UnixStream::connect(path).map_err(|source| match source.kind() {
+    let mut stream = connect(path, patience).map_err(|source| match source.kind() {
         io::ErrorKind::PermissionDenied => ClientError::Denied(path.to_owned()),
+        io::ErrorKind::WouldBlock => ClientError::Timeout(path.to_owned()),
         _ => ClientError::Absent {
             path: path.to_owned(),
             source,
         },
     })?;
     stream.set_read_timeout(Some(patience)).map_err(failed)?;
-    stream.set_write_timeout(Some(patience)).map_err(failed)?;
     let mut line = serde_json::to_vec(request).map_err(|error| broken(error.to_string()))?;
     line.push(b'\n');
     stream.write_all(&line).map_err(failed)?;
@@ -88,5 +89,33 @@ pub fn ask<T: DeserializeOwned>(
             serde_json::from_value(value).map_err(|error| broken(error.to_string()))
         }
         Answer::Error(failure) => Err(failure.into()),
+    }
+}
+
+/// Connects; a server that takes nobody is waited for no longer than for an answer.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // It bounds connecting, too (unix(7) waits while the backlog is full).
+    socket.set_write_timeout(Some(patience))?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_take_nobody_or_say_nothing_are_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        socket.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        socket.listen(0).unwrap();
+        let asked = || ask::<()>(&path, &Request::Targets, Duration::from_millis(50));
+        let _first = UnixStream::connect(&path).unwrap();
+        assert!(matches!(asked(), Err(ClientError::Timeout(_))));
+        drop(socket);
+        assert!(matches!(asked(), Err(ClientError::Absent { .. })));
     }
 }

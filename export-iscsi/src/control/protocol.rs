@@ -185,6 +185,15 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn any_line_is_parsed_or_refused(line: Vec<u8>) {
+            if let Err(failure) = parse(&line) {
+                assert_eq!(failure.kind, Kind::Usage);
+            }
+        }
+    }
+
     #[test]
     fn answers_as_lines() {
         let failure = Failure::new(Kind::NotFound, "gone");

@@ -135,7 +135,7 @@ fn make_room(path: &Path) -> Result<(), SocketError> {
     if !metadata.file_type().is_socket() {
         return Err(SocketError::NotASocket(path.to_owned()));
     }
-    match std::os::unix::net::UnixStream::connect(path) {
+    match probe(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
             .map_err(|source| SocketError::Io {
                 path: path.to_owned(),
@@ -150,6 +150,13 @@ fn make_room(path: &Path) -> Result<(), SocketError> {
         // A full backlog is a server, too.
         _ => Err(SocketError::InUse(path.to_owned())),
     }
+}
+
+/// Connects, and does not wait for a server that takes nobody.
+fn probe(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.connect(&SockAddr::unix(path)?)
 }
 
 /// Makes the socket so that it was never open to others, whatever the umask is: the file gets the mode

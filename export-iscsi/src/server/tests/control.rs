@@ -240,6 +240,15 @@ async fn targets_are_made_while_running() {
     steered.edit(bind).await;
     let mut client = steered.bench.client(&name).await;
     client.ready().await;
+    let read_only = |force| {
+        let options = json!([["readonly", "1"]]);
+        edit(
+            force,
+            json!({ "edit": "update-lun", "target": "", "lun": 1, "options": options }),
+        )
+    };
+    assert_eq!(steered.refused(read_only(false)).await.0, "busy");
+    steered.done(read_only(true)).await;
     let delete = |force| edit(force, json!({ "edit": "delete-target", "target": "" }));
     let (kind, message) = steered.refused(delete(false)).await;
     assert_eq!(kind, "busy");
