@@ -68,6 +68,13 @@ pub struct Accounts {
 }
 
 impl Accounts {
+    /// Whether a secret serves both directions, which lets an initiator have our answer made by ourselves.
+    pub fn share_a_secret(&self) -> bool {
+        let mut incoming = self.incoming.iter();
+        let outgoing = self.outgoing.as_ref();
+        outgoing.is_some_and(|outgoing| incoming.any(|it| it.secret == outgoing.secret))
+    }
+
     /// Whether CHAP is needed.
     pub fn required(&self) -> bool {
         !self.incoming.is_empty()

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use pss_gateway::peer::Network;
 
-use crate::auth::{Accounts, Algorithm};
+use crate::auth::{Account, Accounts, Algorithm};
 use crate::keys::Wishes;
 use crate::scsi::LunSettings;
 
@@ -24,6 +24,8 @@ pub struct Catalog {
     pub algorithms: ChapAlgorithms,
     /// Addresses that initiators are told instead of those that connections come in on, as `host:port`.
     pub advertised: Vec<String>,
+    /// Accounts that were made while running; a target uses them once they are bound to it.
+    pub accounts: Vec<Account>,
 }
 
 /// CHAP algorithms, the preferred one first.
@@ -51,6 +53,9 @@ pub struct TargetEntry {
     pub addresses: Vec<Network>,
     /// Names of initiators that may use it, which may end in `*`; empty for all.
     pub initiators: Vec<String>,
+    /// Without any rule it is for nobody instead of for all: a target made while running is closed until it
+    /// is bound, and taking the last rule away opens nothing.
+    pub closed: bool,
     /// What it wants in negotiations.
     pub wishes: Wishes,
     /// Where it is instead of here.
@@ -69,15 +74,24 @@ impl TargetEntry {
             accounts: Accounts::default(),
             addresses: Vec::new(),
             initiators: Vec::new(),
+            closed: false,
             wishes: Wishes::default(),
             redirect: None,
             offline: false,
         }
     }
 
+    /// Whether it is for nobody.
+    pub fn admits_nobody(&self) -> bool {
+        self.closed && self.addresses.is_empty() && self.initiators.is_empty()
+    }
+
     /// Whether an initiator's address may use it.
     pub fn admits_address(&self, address: IpAddr) -> bool {
         let networks = &self.addresses;
+        if self.admits_nobody() {
+            return false;
+        }
         networks.is_empty() || networks.iter().any(|it| it.contains(address))
     }
 
@@ -204,5 +218,15 @@ mod tests {
         assert!(target.admits_initiator("iqn.1994-05.com.redhat:abc"));
         assert!(target.admits_initiator("IQN.X:y"));
         assert!(!target.admits_initiator("iqn.x:z"));
+    }
+
+    #[test]
+    fn a_closed_target_is_for_nobody_until_it_has_a_rule() {
+        let address = "10.1.2.3".parse().unwrap();
+        let mut target = TargetEntry::new("iqn.2001-03.com.example:a");
+        target.closed = true;
+        assert!(target.admits_nobody() && !target.admits_address(address));
+        target.initiators = vec!["iqn.x".into()];
+        assert!(target.admits_address(address) && target.admits_initiator("iqn.x"));
     }
 }

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 
-use pss_core::volume::device::{BlockDevice, CompletionQueue, DeviceError, DeviceResult};
+use pss_core::volume::device::{
+    BlockDevice, CompletionQueue, DeviceError, DeviceInfo, DeviceResult,
+};
 use pss_core::volume::reservation::{
     Nexus, ReservationAction, ReservationReply, ReservationRequest, Reservations,
 };
@@ -120,6 +122,14 @@ impl Host {
             (*lun, (name, disk.settings.clone()))
         };
         state.disks.iter().map(named).collect()
+    }
+
+    /// Its disks and how they are shown.
+    pub fn disks(&self) -> BTreeMap<u16, (DeviceInfo, LunSettings)> {
+        let state = self.state();
+        let shown =
+            |(lun, disk): (&u16, &Disk)| (*lun, (disk.device.info(), disk.settings.clone()));
+        state.disks.iter().map(shown).collect()
     }
 
     /// Shows a volume as a disk.

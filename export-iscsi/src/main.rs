@@ -1,14 +1,16 @@
 //! `pss-iscsi`: serves the volumes of a cell to iSCSI initiators.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
 use export_iscsi::auth::Algorithm;
-use export_iscsi::config::{self, Loaded};
+use export_iscsi::config::{self, ConfigError, Loaded};
+use export_iscsi::control::socket::ControlSocket;
+use export_iscsi::control::{Control, Load, SOCKET};
 use export_iscsi::server::{CONNECTIONS_MAX, Limits, Server};
 use export_iscsi::session::Probing;
 use export_iscsi::sessions::SESSIONS_MAX;
@@ -60,6 +62,9 @@ struct Args {
     /// it is dropped
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     probe: u64,
+    /// Socket for `pss iscsi` and pss-tgtadm [default: /run/pss/iscsi.sock, if it can be made]
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// Read the configuration, say what is wrong with it, and end
     #[arg(long)]
     check: bool,
@@ -103,7 +108,7 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(serve(args, loaded))
 }
 
-fn load(args: &Args) -> anyhow::Result<Loaded> {
+fn load(args: &Args) -> Result<Loaded, ConfigError> {
     let loaded = config::load(&args.config)?;
     for warning in &loaded.warnings {
         warn!("{warning}");
@@ -122,6 +127,7 @@ fn load(args: &Args) -> anyhow::Result<Loaded> {
 }
 
 async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
+    let socket = control_socket(args.control.as_deref())?;
     // Sockets before the cell: a wrong address is told at once.
     let listeners = listeners(&args)?;
     // The SCSI side answers in time; the cell's requests may take a little longer, so that what was
@@ -142,8 +148,13 @@ async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
     let server = Server::new(Arc::clone(&cell) as _, args.portal_group, limits);
     let stop = program::stop_signal()?;
     let hangups = signal(SignalKind::hangup())?;
+    let load: Load = Box::new(move || load(&args));
+    let control = Control::new(Arc::clone(&server), Some(load));
+    if let Some(socket) = socket {
+        tokio::spawn(socket.serve(Arc::clone(&control)));
+    }
     // Initiators are told to come again until the cell has been asked for the volumes.
-    tokio::spawn(reload(hangups, Arc::clone(&server), args, loaded));
+    tokio::spawn(reload(hangups, Arc::clone(&server), control, loaded));
     program::tell_manager(NotifyState::Ready);
     server.run(listeners, stop).await;
     // The cell need not wait for this gateway's session to run out.
@@ -171,22 +182,28 @@ fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// Applies the configuration, now and on SIGHUP.
-async fn reload(mut hangups: Signal, server: Arc<Server>, args: Args, first: Loaded) {
-    apply(&server, first).await;
-    while hangups.recv().await.is_some() {
-        match load(&args) {
-            Ok(loaded) => {
-                apply(&server, loaded).await;
-                info!("configuration read again");
-            }
-            Err(error) => error!("configuration stays as it was: {error:#}"),
+/// The socket that was asked for, or the usual one if it can be made.
+fn control_socket(path: Option<&Path>) -> anyhow::Result<Option<ControlSocket>> {
+    if let Some(path) = path {
+        return Ok(Some(ControlSocket::bind(path)?));
+    }
+    match ControlSocket::bind(Path::new(SOCKET)) {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) => {
+            warn!("{error}; this server cannot be seen or steered");
+            Ok(None)
         }
     }
 }
 
-async fn apply(server: &Arc<Server>, loaded: Loaded) {
-    for missing in server.apply(loaded.catalog).await {
+/// Applies the configuration, now and on SIGHUP.
+async fn reload(mut hangups: Signal, server: Arc<Server>, control: Arc<Control>, first: Loaded) {
+    for missing in server.apply(first.catalog).await {
         missing.log();
+    }
+    while hangups.recv().await.is_some() {
+        if let Err(failure) = control.reload().await {
+            error!("{failure}");
+        }
     }
 }

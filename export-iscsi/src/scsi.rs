@@ -29,5 +29,6 @@ pub use actions::{
     TaskResponse,
 };
 pub use config::{COMMAND_TIMEOUT, LUN_MAX, LunConfig, LunSettings, TargetConfig};
+pub(crate) use inquiry::{hex, naa};
 pub use report::{decode_lun, encode_lun};
 pub use target::Target;

@@ -125,9 +125,18 @@ impl Server {
         Arc::clone(&self.catalog.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn host(&self, name: &str) -> Option<Arc<Host>> {
+    /// A target that is served.
+    pub fn host(&self, name: &str) -> Option<Arc<Host>> {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         hosts.get(name).cloned()
+    }
+
+    /// Whether there is a volume of this name.
+    ///
+    /// # Errors
+    /// If the cell cannot be asked.
+    pub async fn has_volume(&self, name: &str) -> Result<bool, DeviceError> {
+        Ok(self.volumes.open(name).await?.is_some())
     }
 
     /// Exports what a catalog says from now on. Sessions of targets that are still there go on; disks
@@ -535,6 +544,22 @@ pub struct Missing {
     pub volume: String,
     /// Why, if not because there is no such volume.
     pub why: Option<DeviceError>,
+}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Missing {
+            target,
+            lun,
+            volume,
+            why,
+        } = self;
+        write!(f, "target {target}, LUN {lun}: ")?;
+        match why {
+            None => write!(f, "there is no volume {volume}"),
+            Some(why) => write!(f, "cannot open volume {volume}: {why}"),
+        }
+    }
 }
 
 impl Missing {

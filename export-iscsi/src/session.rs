@@ -134,6 +134,8 @@ pub struct Session {
     ending: Option<Ending>,
     /// By when it is to have logged out.
     deadline: Option<Instant>,
+    /// When its last command came.
+    last_command: Option<Instant>,
 }
 
 /// What came before its turn.
@@ -181,6 +183,7 @@ impl Session {
             outputs: VecDeque::new(),
             ending: None,
             deadline: None,
+            last_command: None,
         }
     }
 
@@ -216,6 +219,16 @@ impl Session {
     /// Tasks under way.
     pub fn tasks(&self) -> usize {
         self.tasks.len()
+    }
+
+    /// When its last command came.
+    pub fn last_command(&self) -> Option<Instant> {
+        self.last_command
+    }
+
+    /// Whether it was asked to log out.
+    pub fn is_asked_to_leave(&self) -> bool {
+        self.deadline.is_some()
     }
 
     /// What was agreed on.
@@ -306,6 +319,9 @@ impl Session {
         };
         if let Some(exp_stat_sn) = exp_stat_sn(&request) {
             connection.acknowledge(exp_stat_sn);
+        }
+        if matches!(request, Request::Command(_)) {
+            self.last_command = Some(now);
         }
         match request {
             Request::DataOut(data) => self.handle_data_out(cid, data, pdu.data, &pdu.bhs),

@@ -15,6 +15,7 @@ use crate::config::{CellFiles, ConfigError};
 pub(crate) mod cell;
 mod format;
 mod health;
+mod iscsi;
 mod key;
 mod server;
 mod signals;
@@ -36,26 +37,28 @@ pub enum Exit {
     Failed = 1,
     /// Used wrongly: flags, sizes, names, server.conf, key file.
     Usage = 2,
-    /// There is no such volume or server.
+    /// There is no such volume, server, target or session.
     NotFound = 3,
     /// It exists already, or is in use.
     Busy = 4,
-    /// The servers do not accept this client.
+    /// The servers, or the gateway, do not accept this client.
     Denied = 5,
-    /// No server, or no majority of the core servers, can be reached.
+    /// No server, no majority of the core servers, or no gateway can be reached.
     NoQuorum = 6,
     /// No answer in time.
     Timeout = 7,
+    /// What was asked does not do that.
+    Unsupported = 9,
 }
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
   1  failed
   2  used wrongly: flags, sizes, names, server.conf or key file
-  3  there is no such volume or server
+  3  there is no such volume, server, target or session
   4  exists already, or is in use
-  5  denied: the key is not that of the cell
-  6  no majority of the core servers, or no server, can be reached
+  5  denied: the key is not that of the cell, or the control socket is not yours
+  6  no majority of the core servers, no server, or no gateway can be reached
   7  no answer within --timeout; a change may or may not have been made
   8  data differ
   9  not supported";
@@ -147,6 +150,8 @@ enum Verb {
     /// Makes the cell key
     #[command(subcommand)]
     Key(key::KeyVerb),
+    /// Sees and steers the iSCSI gateway (pss-iscsi) of this machine
+    Iscsi(iscsi::IscsiArgs),
     /// Runs a whole cell with its NBD server in this process, to try it out
     Up(crate::up::UpArgs),
 }
@@ -183,6 +188,7 @@ pub fn pss_main() -> ExitCode {
         Verb::Volume(verb) => volume::run(&pss.cell, verb),
         Verb::Server(verb) => server::run(&pss.cell, verb),
         Verb::Key(verb) => key::run(&pss.cell, verb),
+        Verb::Iscsi(args) => iscsi::run(&pss.cell, args),
         Verb::Up(args) => crate::up::run(&args),
     })
 }

@@ -18,6 +18,8 @@ use std::time::Duration;
 
 use clap::Args;
 use export_iscsi::catalog::{Catalog, LunEntry, TargetEntry};
+use export_iscsi::control::Control;
+use export_iscsi::control::socket::ControlSocket;
 use export_iscsi::scsi::LunSettings;
 use export_iscsi::server as iscsi;
 use export_nbd::export::{Exports, Policy};
@@ -122,6 +124,11 @@ struct Plan {
 impl Plan {
     fn servers_file(&self) -> PathBuf {
         self.dir.join("server.conf")
+    }
+
+    /// Socket for `pss iscsi`.
+    fn control(&self) -> PathBuf {
+        self.dir.join("iscsi.sock")
     }
 
     fn server_dir(&self, id: u8) -> PathBuf {
@@ -509,6 +516,11 @@ async fn serve(
     for missing in iscsi_server.apply(catalog(&volumes)).await {
         missing.log();
     }
+    let control = Control::new(Arc::clone(&iscsi_server), None);
+    match ControlSocket::bind(&plan.control()) {
+        Ok(socket) => drop(tokio::spawn(socket.serve(control))),
+        Err(error) => tracing::warn!("{error}; 'pss iscsi' cannot see this cell"),
+    }
     let remarks = [&nbd_port.remark, &iscsi_port.remark];
     let remarks: Vec<_> = plan
         .remarks
@@ -645,12 +657,14 @@ fn summary(
   use it               sudo mkfs.ext4 /dev/nbd0 && sudo mount /dev/nbd0 /mnt
   detach it            sudo umount /mnt && sudo nbd-client -d /dev/nbd0
   over iSCSI (Linux)   sudo iscsiadm -m discovery -t sendtargets -p {iscsi} && sudo iscsiadm -m node -T {TARGET} -l
+  who is logged in     {pss} iscsi --control {control} sessions
   leave it             sudo iscsiadm -m node -T {TARGET} -u
 
 Ctrl-C stops the cell, a second Ctrl-C at once; the same command starts it again on the same data.
 ",
         pss = pss_command(),
         conf = shell_quoted(&plan.servers_file().display().to_string()),
+        control = shell_quoted(&plan.control().display().to_string()),
         ip = nbd.ip(),
         port = nbd.port(),
     ));

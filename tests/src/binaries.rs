@@ -28,6 +28,7 @@ pub fn command(name: &str) -> Command {
     for variable in [
         "PSS_SERVERS",
         "PSS_KEY",
+        "PSS_ISCSI_CONTROL",
         "PSS_SYSLOG_SOCKET",
         "NOTIFY_SOCKET",
     ] {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,10 +18,12 @@ pub struct Gateway {
     pub process: Process,
     /// Where it listens.
     pub portal: SocketAddr,
+    /// Its control socket.
+    pub control: PathBuf,
 }
 
 impl Gateway {
-    /// Starts a gateway on a targets.conf and waits until it listens.
+    /// Starts a gateway on a targets.conf and waits until it listens and has its disks.
     ///
     /// # Panics
     /// If it does not.
@@ -33,13 +36,25 @@ impl Gateway {
         command.args(["--portal", &portal.to_string()]);
         command.args(["--portal-group", &(number + 1).to_string()]);
         command.arg("--config").arg(&file);
+        let control = cell.bench.path(&format!("iscsi{number}.sock"));
+        command.arg("--control").arg(&control);
         let output = cell.bench.path(&format!("pss-iscsi{number}.log"));
         let mut process = Process::start(&format!("pss-iscsi {number}"), &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {
             assert!(process.runs(), "{}", process.text());
             TcpStream::connect(portal).is_ok()
         });
-        Gateway { process, portal }
+        // Until its disks are there it tells initiators to come again, which libiscsi's tools do not.
+        let targets = format!("iscsi --control {} --json targets", control.display());
+        wait_until("the gateway has its disks", PATIENCE, || {
+            let seen = cell.bench.run("pss", &targets).done().stdout();
+            !seen.contains("\"opening\"")
+        });
+        Gateway {
+            process,
+            portal,
+            control,
+        }
     }
 
     /// The URL of a disk, with a user and secret (`user%secret@`) or without.

@@ -290,6 +290,17 @@ fn an_attached_volume_is_not_deleted() {
 }
 
 #[test]
+fn the_iscsi_server_of_pss_up_is_seen() {
+    let up = Up::new("127.0.3.29");
+    let targets = up.json("iscsi --control iscsi.sock targets");
+    assert_eq!(targets["targets"][0]["state"], "ready");
+    assert_eq!(targets["targets"][0]["luns"][0]["volume"], "vol001");
+    up.bench
+        .run("pss", "iscsi --control iscsi.sock reload")
+        .fails(9, &["no configuration file"]);
+}
+
+#[test]
 fn servers_are_stopped_one_by_one() {
     let mut up = Up::new("127.0.3.12");
     up.status_is("All 3 copies current.");

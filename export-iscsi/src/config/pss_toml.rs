@@ -196,11 +196,8 @@ fn target_entry(target: Target) -> Result<TargetEntry, String> {
         entry.addresses.push(network);
     }
     entry.accounts = accounts(target.incoming, target.outgoing);
-    if let Some(outgoing) = &entry.accounts.outgoing {
-        let mut incoming = entry.accounts.incoming.iter();
-        if incoming.any(|it| it.secret == outgoing.secret) {
-            return Err("incoming and outgoing have one secret: both need their own".to_owned());
-        }
+    if entry.accounts.share_a_secret() {
+        return Err("incoming and outgoing have one secret: both need their own".to_owned());
     }
     entry.redirect = target.redirect.map(|it| Redirect {
         address: it.address,

@@ -14,14 +14,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use pss_gateway::peer::Network;
+use pss_gateway::peer::{Network, NotANetwork};
 
 use super::general::{self, Node};
 use super::{ConfigError, Loaded, Problem};
 use crate::auth::{Account, Accounts, Secret};
 use crate::catalog::{Catalog, LunEntry, Redirect, TargetEntry, normal_name};
 use crate::keys::{
-    CONNECTIONS_MAX, DigestPolicy, ERROR_RECOVERY_LEVEL_MAX, OUTSTANDING_R2T_MAX, number,
+    CONNECTIONS_MAX, DigestPolicy, ERROR_RECOVERY_LEVEL_MAX, OUTSTANDING_R2T_MAX, Wishes, number,
 };
 use crate::scsi::{LUN_MAX, LunSettings};
 
@@ -186,11 +186,7 @@ impl Reader {
                 permanent: redirect.permanent,
             });
         }
-        let equal = |outgoing: &Account| {
-            let mut incoming = entry.accounts.incoming.iter();
-            incoming.any(|it| it.secret == outgoing.secret)
-        };
-        if entry.accounts.outgoing.as_ref().is_some_and(equal) {
+        if entry.accounts.share_a_secret() {
             self.error(
                 node,
                 "incominguser and outgoinguser have one password: both directions need their own",
@@ -223,22 +219,16 @@ impl Reader {
                 entry.accounts.outgoing = self.account(node);
             }
             "initiator-address" => match value {
-                "ALL" => {
-                    let all = ["0.0.0.0/0", "::/0"]
-                        .iter()
-                        .map(|all| all.parse::<Network>());
-                    entry.addresses.extend(all.filter_map(Result::ok));
-                }
-                _ => match value.parse() {
-                    Ok(network) => entry.addresses.push(network),
+                "" => self.error(node, "initiator-address wants an address"),
+                _ => match networks(value) {
+                    Ok(networks) => entry.addresses.extend(networks),
                     Err(error) => self.error(node, format!("initiator-address {value}: {error}")),
                 },
             },
-            "initiator-name" if value == "ALL" => entry.initiators.push("*".to_owned()),
             "initiator-name" if value.is_empty() => {
                 self.error(node, "initiator-name wants a name");
             }
-            "initiator-name" => entry.initiators.push(value.to_owned()),
+            "initiator-name" => entry.initiators.push(name_pattern(value)),
             "driver" | "controller_tid" => {}
             "RedirectAddress" => draft.redirect.address = Some(value.to_owned()),
             "RedirectPort" => match value.parse::<u16>() {
@@ -263,98 +253,25 @@ impl Reader {
         accounts.incoming.push(account);
     }
 
-    /// iSCSI parameters of a target, by their names in RFC 7143.
     fn parameter(&mut self, entry: &mut TargetEntry, node: &Node) {
-        let wishes = &mut entry.wishes;
-        let value = node.value.as_str();
-        let bytes = |most: u32| number(value, 512, most);
-        let ranged = |min: u32, max: u32| number(value, min, max);
-        let yes = match value {
-            "Yes" | "yes" | "1" => Some(true),
-            "No" | "no" | "0" => Some(false),
-            _ => None,
-        };
-        let digest = match value {
-            "None" => Some(DigestPolicy::Never),
-            "CRC32C" => Some(DigestPolicy::Always),
-            "CRC32C,None" | "None,CRC32C" => Some(DigestPolicy::Either),
-            _ => None,
-        };
-        const SEGMENT_MAX: u32 = 1 << 20;
-        const BURST_MAX: u32 = (1 << 24) - 1;
-        // Each arm is whether the value could be used.
-        let done = match node.key.as_str() {
-            "MaxRecvDataSegmentLength" => bytes(SEGMENT_MAX).map(|it| wishes.data_bytes_max = it),
-            "MaxXmitDataSegmentLength" => {
-                bytes(SEGMENT_MAX).map(|it| wishes.sent_data_bytes_max = it)
-            }
-            "MaxBurstLength" => bytes(BURST_MAX).map(|it| wishes.max_burst_length = it),
-            "FirstBurstLength" => bytes(1 << 20).map(|it| wishes.first_burst_length = it),
-            "HeaderDigest" => digest.map(|it| wishes.header_digest = it),
-            "DataDigest" => digest.map(|it| wishes.data_digest = it),
-            "InitialR2T" => yes.map(|it| wishes.initial_r2t = it),
-            "ImmediateData" => yes.map(|it| wishes.immediate_data = it),
-            "MaxOutstandingR2T" => ranged(1, OUTSTANDING_R2T_MAX.into())
-                .map(|it| wishes.max_outstanding_r2t = it as u16),
-            "MaxConnections" => {
-                ranged(1, CONNECTIONS_MAX.into()).map(|it| wishes.max_connections = it as u16)
-            }
-            "ErrorRecoveryLevel" => ranged(0, ERROR_RECOVERY_LEVEL_MAX.into())
-                .map(|it| wishes.error_recovery_level = it as u8),
-            "DefaultTime2Wait" => ranged(0, 3600).map(|it| wishes.time2wait = it as u16),
-            "DefaultTime2Retain" => ranged(0, 3600).map(|it| wishes.time2retain = it as u16),
-            "DataPDUInOrder" | "DataSequenceInOrder" => yes.filter(|it| *it).map(drop),
-            "IFMarker" | "OFMarker" => yes.filter(|it| !*it).map(drop),
-            _ => Some(()),
-        };
-        if done.is_none() {
-            self.error(node, format!("{} cannot be `{value}`", node.key));
+        if set_parameter(&mut entry.wishes, &node.key, &node.value).is_none() {
+            self.error(node, format!("{} cannot be `{}`", node.key, node.value));
         }
     }
 
-    /// Options of a disk.
     fn lun_option(&mut self, settings: &mut LunSettings, node: &Node) {
-        let value = node.value.as_str();
-        let on = match value {
-            "1" | "on" | "yes" | "Yes" => Some(true),
-            "0" | "off" | "no" | "No" => Some(false),
-            _ => None,
-        };
-        let done = match node.key.as_str() {
-            // The bare word means on.
-            "write-cache" => on
-                .or(value.is_empty().then_some(true))
-                .map(|it| settings.write_cache = it),
-            "removable" => on.map(|it| settings.removable = it),
-            "readonly" => on.map(|it| settings.read_only = it),
-            "thin-provisioning" | "thin_provisioning" => on.map(|it| settings.thin = it),
-            "allow-in-use" => on.map(drop),
-            "sanitize" => on.map(|it| settings.sanitize = it),
-            "block-size" => number(value, 512, 4096)
-                .filter(|bytes| matches!(bytes, 512 | 4096))
-                .map(|it| settings.block_bytes = it),
-            "lbppbe" => number(value, 0, 8)
-                .map(|it| settings.physical_block_bytes = settings.block_bytes << it),
-            "scsi_id" => text(value, 24).map(|it| settings.scsi_id = Some(it)),
-            "scsi_sn" => text(value, 36).map(|it| settings.serial = Some(it)),
-            "vendor_id" => text(value, 8).map(|it| settings.vendor = it),
-            "product_id" => text(value, 16).map(|it| settings.product = it),
-            "product_rev" => text(value, 4).map(|it| settings.revision = it),
-            "bs-type" => (value == "pss").then_some(()),
-            "device-type" => matches!(value, "disk" | "sbc").then_some(()),
-            "sense_format" | "mode_page" | "path" | "bsopts" | "bsoflags" | "la_lba" | "online"
-            | "optimal_xfer_gran" | "optimal_xfer_len" | "params" => {
-                return self.warn(node, format!("{} has no meaning here; ignored", node.key));
+        let (key, value) = (&node.key, &node.value);
+        match set_lun_option(settings, key, value) {
+            LunOption::Done => {}
+            LunOption::Meaningless => {
+                self.warn(node, format!("{key} has no meaning here; ignored"));
             }
-            other => return self.error(node, format!("unknown directive `{other}`")),
-        };
-        match done {
-            Some(()) => {}
-            None if node.key == "bs-type" => {
+            LunOption::Unknown => self.error(node, format!("unknown directive `{key}`")),
+            LunOption::Wrong if key == "bs-type" => {
                 let text = format!("bs-type {value}: the volumes of the cell are bs-type pss");
                 self.error(node, text);
             }
-            None => self.error(node, format!("{} cannot be `{value}`", node.key)),
+            LunOption::Wrong => self.error(node, format!("{key} cannot be `{value}`")),
         }
     }
 
@@ -391,15 +308,7 @@ impl Reader {
             self.error(store, text);
             return None;
         }
-        if store.value.is_empty() {
-            self.error(store, "backing-store wants the name of a volume");
-            return None;
-        }
-        if store.value.contains('/') {
-            let text = format!(
-                "backing-store {}: this is a file; pss-iscsi exports the cell's volumes, by name",
-                store.value
-            );
+        if let Err(text) = check_volume(&store.value) {
             self.error(store, text);
             return None;
         }
@@ -430,6 +339,150 @@ impl Reader {
     }
 }
 
+/// iSCSI parameters of a target, by their names in RFC 7143; whether the value could be used.
+pub(crate) fn set_parameter(wishes: &mut Wishes, key: &str, value: &str) -> Option<()> {
+    let bytes = |most: u32| number(value, 512, most);
+    let ranged = |min: u32, max: u32| number(value, min, max);
+    let yes = match value {
+        "Yes" | "yes" | "1" => Some(true),
+        "No" | "no" | "0" => Some(false),
+        _ => None,
+    };
+    let digest = match value {
+        "None" => Some(DigestPolicy::Never),
+        "CRC32C" => Some(DigestPolicy::Always),
+        "CRC32C,None" | "None,CRC32C" => Some(DigestPolicy::Either),
+        _ => None,
+    };
+    const SEGMENT_MAX: u32 = 1 << 20;
+    const BURST_MAX: u32 = (1 << 24) - 1;
+    match key {
+        "MaxRecvDataSegmentLength" => bytes(SEGMENT_MAX).map(|it| wishes.data_bytes_max = it),
+        "MaxXmitDataSegmentLength" => bytes(SEGMENT_MAX).map(|it| wishes.sent_data_bytes_max = it),
+        "MaxBurstLength" => bytes(BURST_MAX).map(|it| wishes.max_burst_length = it),
+        "FirstBurstLength" => bytes(1 << 20).map(|it| wishes.first_burst_length = it),
+        "HeaderDigest" => digest.map(|it| wishes.header_digest = it),
+        "DataDigest" => digest.map(|it| wishes.data_digest = it),
+        "InitialR2T" => yes.map(|it| wishes.initial_r2t = it),
+        "ImmediateData" => yes.map(|it| wishes.immediate_data = it),
+        "MaxOutstandingR2T" => {
+            ranged(1, OUTSTANDING_R2T_MAX.into()).map(|it| wishes.max_outstanding_r2t = it as u16)
+        }
+        "MaxConnections" => {
+            ranged(1, CONNECTIONS_MAX.into()).map(|it| wishes.max_connections = it as u16)
+        }
+        "ErrorRecoveryLevel" => ranged(0, ERROR_RECOVERY_LEVEL_MAX.into())
+            .map(|it| wishes.error_recovery_level = it as u8),
+        "DefaultTime2Wait" => ranged(0, 3600).map(|it| wishes.time2wait = it as u16),
+        "DefaultTime2Retain" => ranged(0, 3600).map(|it| wishes.time2retain = it as u16),
+        "DataPDUInOrder" | "DataSequenceInOrder" => yes.filter(|it| *it).map(drop),
+        "IFMarker" | "OFMarker" => yes.filter(|it| !*it).map(drop),
+        _ => None,
+    }
+}
+
+/// What became of an option of a disk.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum LunOption {
+    Done,
+    /// tgt's, without a meaning here.
+    Meaningless,
+    Unknown,
+    /// It cannot have this value.
+    Wrong,
+}
+
+/// Options of a disk.
+pub(crate) fn set_lun_option(settings: &mut LunSettings, key: &str, value: &str) -> LunOption {
+    let on = match value {
+        "1" | "on" | "yes" | "Yes" => Some(true),
+        "0" | "off" | "no" | "No" => Some(false),
+        _ => None,
+    };
+    let done = match key {
+        // The bare word means on.
+        "write-cache" => on
+            .or(value.is_empty().then_some(true))
+            .map(|it| settings.write_cache = it),
+        "removable" => on.map(|it| settings.removable = it),
+        "readonly" => on.map(|it| settings.read_only = it),
+        "thin-provisioning" | "thin_provisioning" => on.map(|it| settings.thin = it),
+        "allow-in-use" => on.map(drop),
+        "sanitize" => on.map(|it| settings.sanitize = it),
+        "block-size" => number(value, 512, 4096)
+            .filter(|bytes| matches!(bytes, 512 | 4096))
+            .map(|it| settings.block_bytes = it),
+        "lbppbe" => {
+            number(value, 0, 8).map(|it| settings.physical_block_bytes = settings.block_bytes << it)
+        }
+        "scsi_id" => text(value, 24).map(|it| settings.scsi_id = Some(it)),
+        "scsi_sn" => text(value, 36).map(|it| settings.serial = Some(it)),
+        "vendor_id" => text(value, 8).map(|it| settings.vendor = it),
+        "product_id" => text(value, 16).map(|it| settings.product = it),
+        "product_rev" => text(value, 4).map(|it| settings.revision = it),
+        "bs-type" => (value == "pss").then_some(()),
+        "device-type" => matches!(value, "disk" | "sbc").then_some(()),
+        "sense_format" | "mode_page" | "path" | "bsopts" | "bsoflags" | "la_lba" | "online"
+        | "optimal_xfer_gran" | "optimal_xfer_len" | "params" => {
+            return LunOption::Meaningless;
+        }
+        _ => return LunOption::Unknown,
+    };
+    match done {
+        Some(()) => LunOption::Done,
+        None => LunOption::Wrong,
+    }
+}
+
+/// How options other than the usual are said, for [`set_lun_option`].
+pub(crate) fn lun_options(settings: &LunSettings) -> Vec<(String, String)> {
+    let usual = LunSettings::default();
+    let bit = |it: bool| if it { "1" } else { "0" }.to_owned();
+    let on = |it: bool| if it { "on" } else { "off" }.to_owned();
+    let exponent = (settings.physical_block_bytes / settings.block_bytes).ilog2();
+    let physical_differs = match settings.block_bytes == usual.block_bytes {
+        true => settings.physical_block_bytes != usual.physical_block_bytes,
+        false => exponent != 0,
+    };
+    let text = |value: &String, usual: &String| (value != usual).then(|| value.clone());
+    let all = [
+        (
+            "block-size",
+            (settings.block_bytes != usual.block_bytes).then(|| settings.block_bytes.to_string()),
+        ),
+        ("lbppbe", physical_differs.then(|| exponent.to_string())),
+        (
+            "readonly",
+            (settings.read_only != usual.read_only).then(|| bit(settings.read_only)),
+        ),
+        (
+            "removable",
+            (settings.removable != usual.removable).then(|| bit(settings.removable)),
+        ),
+        (
+            "thin-provisioning",
+            (settings.thin != usual.thin).then(|| bit(settings.thin)),
+        ),
+        (
+            "write-cache",
+            (settings.write_cache != usual.write_cache).then(|| on(settings.write_cache)),
+        ),
+        (
+            "sanitize",
+            (settings.sanitize != usual.sanitize).then(|| bit(settings.sanitize)),
+        ),
+        ("vendor_id", text(&settings.vendor, &usual.vendor)),
+        ("product_id", text(&settings.product, &usual.product)),
+        ("product_rev", text(&settings.revision, &usual.revision)),
+        ("scsi_sn", settings.serial.clone()),
+        ("scsi_id", settings.scsi_id.clone()),
+    ];
+    let said = all
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    said.collect()
+}
+
 fn says_lun(node: &Node) -> bool {
     node.block
         .iter()
@@ -437,7 +490,7 @@ fn says_lun(node: &Node) -> bool {
         .any(|option| option.key == "lun")
 }
 
-fn is_parameter(key: &str) -> bool {
+pub(crate) fn is_parameter(key: &str) -> bool {
     matches!(
         key,
         "MaxRecvDataSegmentLength"
@@ -458,6 +511,36 @@ fn is_parameter(key: &str) -> bool {
             | "IFMarker"
             | "OFMarker"
     )
+}
+
+/// Addresses as tgt names them: `ALL`, or one network.
+pub(crate) fn networks(value: &str) -> Result<Vec<Network>, NotANetwork> {
+    match value {
+        "ALL" => ["0.0.0.0/0", "::/0"]
+            .iter()
+            .map(|all| all.parse())
+            .collect(),
+        _ => Ok(vec![value.parse()?]),
+    }
+}
+
+/// Names as tgt has them: `ALL`, or one name, which may end in `*`.
+pub(crate) fn name_pattern(value: &str) -> String {
+    match value {
+        "ALL" => "*".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
+/// What cannot name a volume of the cell, and why.
+pub(crate) fn check_volume(name: &str) -> Result<(), String> {
+    match name {
+        "" => Err("backing-store wants the name of a volume".to_owned()),
+        _ if name.contains('/') => Err(format!(
+            "backing-store {name}: this is a file; pss-iscsi exports the cell's volumes, by name"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Printable ASCII of at most so many characters.
@@ -558,6 +641,30 @@ mod tests {
         );
         assert!(a.removable && !a.write_cache && !b.removable);
         assert_eq!((&*b.vendor, b.physical_block_bytes), ("ACME", 512));
+    }
+
+    #[test]
+    fn options_are_said_as_they_are_read() {
+        for said in [
+            "",
+            "block-size 4096",
+            "lbppbe 0",
+            "block-size 4096\nlbppbe 2",
+            "readonly 1\nremovable 1\nthin-provisioning 0\nwrite-cache on\nsanitize 1",
+            "vendor_id A\nproduct_id B C\nproduct_rev 1\nscsi_sn s\nscsi_id i",
+        ] {
+            let block = format!("<backing-store a>\n{said}\n</backing-store>");
+            let settings = only(&in_target(&block)).luns[&1].settings.clone();
+            let mut again = LunSettings::default();
+            let options = lun_options(&settings);
+            let lines = options.iter().map(|(key, value)| format!("{key} {value}"));
+            assert_eq!(lines.collect::<Vec<_>>().join("\n"), said);
+            for (key, value) in options {
+                assert_eq!(set_lun_option(&mut again, &key, &value), LunOption::Done);
+            }
+            again.physical_block_bytes = again.physical_block_bytes.max(again.block_bytes);
+            assert_eq!(again, settings);
+        }
     }
 
     #[test]

@@ -184,7 +184,7 @@ fn ascii(text: &str, most: usize) -> Vec<u8> {
     text.chars().take(most).map(ascii).collect()
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -218,7 +218,7 @@ impl Designator {
 
 /// Network address authority identifier of type 3h, locally assigned (SPC-4 §7.8.6.6.4): 60 bits that
 /// depend on all of the volume's UUID. Initiators know disks by it: it must never change.
-pub(super) fn naa(uuid: &[u8; 16]) -> [u8; 8] {
+pub(crate) fn naa(uuid: &[u8; 16]) -> [u8; 8] {
     let half = |at: usize| {
         uuid[at..at + 8]
             .iter()

@@ -17,6 +17,8 @@ use crate::session::opcode_of;
 use pss_gateway::memory::{MemoryDevice, MemoryVolumes};
 use tokio::net::TcpStream;
 
+mod control;
+
 const TARGET: &str = "iqn.2001-03.jp.tritech:a";
 const LUN: [u8; 8] = [0, 1, 0, 0, 0, 0, 0, 0];
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -1,0 +1,397 @@
+//! Seeing and steering a server while it runs, over a unix socket that only its own user can open:
+//! [`protocol`] (what is said), [`report`] (what is seen), [`edit`] (what can be changed), [`socket`] (who
+//! is served) and [`client`] (the other end, for `pss iscsi` and `pss-tgtadm`).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+use tracing::{info, warn};
+
+use crate::catalog::Catalog;
+use crate::config::{ConfigError, Loaded};
+use crate::server::{Missing, Server};
+
+pub mod client;
+pub mod edit;
+pub mod protocol;
+pub mod report;
+pub mod socket;
+
+use edit::Edit;
+use protocol::{Failure, Kind, LEAVE_SECONDS, LEAVE_SECONDS_MAX, Named, Request};
+
+/// Where the socket is, unless configured.
+pub const SOCKET: &str = "/run/pss/iscsi.sock";
+
+/// How often it is looked whether initiators have left.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// Sessions that were dropped are gone so soon after.
+const DROP_TIME: Duration = Duration::from_secs(3);
+
+/// Reads the configuration.
+pub type Load = Box<dyn Fn() -> Result<Loaded, ConfigError> + Send + Sync>;
+
+/// Steers a server.
+pub struct Control {
+    server: Arc<Server>,
+    load: Option<Load>,
+    tids: Mutex<Tids>,
+    /// Changes of the catalog are made one after the other.
+    changing: tokio::sync::Mutex<()>,
+}
+
+/// tgt's numbers of targets.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tids(BTreeMap<String, u32>);
+
+impl Tids {
+    fn of(&self, name: &str) -> u32 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+
+    fn name(&self, tid: u32) -> Option<&str> {
+        let mut all = self.0.iter();
+        all.find(|(_, it)| **it == tid)
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// Numbers new targets, and forgets those that are gone. A number is not used again while a higher one
+    /// is in use, so that a script that is late does not meet another target.
+    fn follow(&mut self, catalog: &Catalog) {
+        self.0.retain(|name, _| catalog.targets.contains_key(name));
+        for name in catalog.targets.keys() {
+            if !self.0.contains_key(name) {
+                let next = self.0.values().max().map_or(1, |it| it.saturating_add(1));
+                self.0.insert(name.clone(), next);
+            }
+        }
+    }
+}
+
+impl Control {
+    /// Steers a server; `load` reads its configuration, if it has one.
+    pub fn new(server: Arc<Server>, load: Option<Load>) -> Arc<Control> {
+        Arc::new(Control {
+            server,
+            load,
+            tids: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// The numbers of what is exported now.
+    fn tids(&self, catalog: &Catalog) -> MutexGuard<'_, Tids> {
+        let mut tids = self.tids.lock().unwrap_or_else(PoisonError::into_inner);
+        tids.follow(catalog);
+        tids
+    }
+
+    /// Does what a request wants.
+    ///
+    /// # Errors
+    /// [`Failure`] if nothing was done.
+    pub async fn handle(&self, request: Request) -> Result<Value, Failure> {
+        let catalog = self.server.catalog();
+        match request {
+            Request::Targets => {
+                let tids = self.tids(&catalog).clone();
+                value(&report::targets(&self.server, &catalog, &tids))
+            }
+            Request::Sessions => value(&report::sessions(&self.server)),
+            Request::Connections => value(&report::connections(&self.server)),
+            Request::Accounts => value(&report::accounts(&catalog)),
+            Request::Kick { session, within_s } => self.kick(session, within(within_s)?).await,
+            Request::Drain { target, within_s } => {
+                let within = within(within_s)?;
+                let target = self.find(&catalog, target)?;
+                self.drain(target.as_deref(), within).await
+            }
+            Request::Undrain { target } => {
+                let target = self.find(&catalog, target)?;
+                self.set_offline(target.as_deref(), false).await?;
+                Ok(json!({ "target": target }))
+            }
+            Request::Reload { target: None } => self.reload().await,
+            Request::Reload {
+                target: Some(Named::Tid(tid)),
+            } => {
+                let name = self.name_of(&catalog, tid)?;
+                self.reload_only(Some(&name)).await
+            }
+            Request::Reload {
+                target: Some(Named::Name(name)),
+            } => self.reload_only(Some(&name.to_lowercase())).await,
+            Request::Edit { tid, force, change } => self.edit(tid, force, change).await,
+        }
+    }
+
+    fn find(&self, catalog: &Catalog, named: Option<Named>) -> Result<Option<String>, Failure> {
+        match named {
+            None => Ok(None),
+            Some(Named::Tid(tid)) => Ok(Some(self.name_of(catalog, tid)?)),
+            Some(Named::Name(name)) => {
+                let lower = name.to_lowercase();
+                match catalog.targets.contains_key(&lower) {
+                    true => Ok(Some(lower)),
+                    false => Err(Failure::new(
+                        Kind::NotFound,
+                        format!("there is no target {name}"),
+                    )),
+                }
+            }
+        }
+    }
+
+    fn name_of(&self, catalog: &Catalog, tid: u32) -> Result<String, Failure> {
+        let tids = self.tids(catalog);
+        let name = tids.name(tid).map(str::to_owned);
+        name.ok_or_else(|| {
+            Failure::new(
+                Kind::NotFound,
+                format!("there is no target with number {tid}"),
+            )
+        })
+    }
+
+    async fn kick(&self, tsih: u16, within: Duration) -> Result<Value, Failure> {
+        let all = self.server.sessions().all();
+        let found = all.into_iter().find(|it| it.tsih == tsih);
+        let handle = found
+            .ok_or_else(|| Failure::new(Kind::NotFound, format!("there is no session {tsih}")))?;
+        info!(session = tsih, initiator = handle.initiator_name, "kicked");
+        self.server.kick(tsih, within);
+        let ended = self
+            .until(within, || handle.session().ending().is_some())
+            .await;
+        Ok(json!({ "session": tsih, "ended": ended }))
+    }
+
+    async fn drain(&self, target: Option<&str>, within: Duration) -> Result<Value, Failure> {
+        self.set_offline(target, true).await?;
+        let meant = || {
+            let all = self.server.sessions().all().into_iter();
+            let meant = all.filter(|it| {
+                let name = it.host.as_ref().map(|host| host.name());
+                target.is_none() || name == target
+            });
+            meant.count()
+        };
+        let asked = meant();
+        info!(
+            target_name = target.unwrap_or("all"),
+            sessions = asked,
+            "drained"
+        );
+        self.server.drain(target, within);
+        self.until(within, || meant() == 0).await;
+        Ok(json!({ "target": target, "asked": asked, "left": meant() }))
+    }
+
+    /// Waits until initiators have left, or were dropped.
+    async fn until(&self, within: Duration, mut gone: impl FnMut() -> bool) -> bool {
+        let end = Instant::now() + within + DROP_TIME;
+        while !gone() {
+            if Instant::now() >= end {
+                return false;
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+        true
+    }
+
+    async fn set_offline(&self, target: Option<&str>, offline: bool) -> Result<(), Failure> {
+        let _changing = self.changing.lock().await;
+        let mut catalog = Catalog::clone(&self.server.catalog());
+        for (name, entry) in &mut catalog.targets {
+            if target.is_none_or(|it| it == name) && entry.offline != offline {
+                Arc::make_mut(entry).offline = offline;
+            }
+        }
+        self.server.apply(catalog).await;
+        Ok(())
+    }
+
+    /// Reads the configuration again. A wrong one changes nothing.
+    ///
+    /// # Errors
+    /// [`Failure`] with all that is wrong.
+    pub async fn reload(&self) -> Result<Value, Failure> {
+        self.reload_only(None).await
+    }
+
+    /// Reads the configuration of one target, or of all, again.
+    async fn reload_only(&self, only: Option<&str>) -> Result<Value, Failure> {
+        let Some(load) = &self.load else {
+            let text = "this server has no configuration file to read again";
+            return Err(Failure::new(Kind::Unsupported, text));
+        };
+        let _changing = self.changing.lock().await;
+        let loaded = load().map_err(|error| {
+            let text = format!("configuration stays as it was: {error}");
+            Failure::new(Kind::Usage, text)
+        })?;
+        let warnings: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();
+        let before = self.server.catalog();
+        let next = match only {
+            Some(name) => with_target_of(&before, &loaded.catalog, name)?,
+            None => loaded.catalog,
+        };
+        let (targets, changed) = changes(&before, &next);
+        let missing = self.server.apply(next).await;
+        info!("configuration read again");
+        missing.iter().for_each(Missing::log);
+        Ok(json!({
+            "targets": targets,
+            "changed": changed,
+            "warnings": warnings,
+            "missing": missing.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        }))
+    }
+
+    async fn edit(
+        &self,
+        tid: Option<u32>,
+        force: bool,
+        mut change: Edit,
+    ) -> Result<Value, Failure> {
+        let _changing = self.changing.lock().await;
+        let catalog = self.server.catalog();
+        let tid = self.resolve(&catalog, tid, &mut change)?;
+        let (next, warnings) = change.apply(&catalog)?;
+        if !force {
+            self.check_use(&change)?;
+        }
+        if let Edit::NewLun { volume, .. } = &change {
+            self.check_there(volume).await?;
+        }
+        info!(?change, "configuration changed");
+        for warning in &warnings {
+            warn!("{warning}");
+        }
+        let missing = self.server.apply(next).await;
+        missing.iter().for_each(Missing::log);
+        if let (Some(tid), Edit::NewTarget { target }) = (tid, &change) {
+            let mut tids = self.tids(&self.server.catalog());
+            tids.0.insert(target.clone(), tid);
+        }
+        Ok(json!({ "warnings": warnings }))
+    }
+
+    /// Puts in the name of a target that was told by its number; gives the number for a new one.
+    fn resolve(
+        &self,
+        catalog: &Catalog,
+        tid: Option<u32>,
+        change: &mut Edit,
+    ) -> Result<Option<u32>, Failure> {
+        if let Edit::NewTarget { target } = change {
+            *target = target.to_lowercase();
+            if tid == Some(0) {
+                return Err(Failure::new(Kind::Usage, "number 0 is no target's"));
+            }
+            let taken = tid.and_then(|tid| self.tids(catalog).name(tid).map(str::to_owned));
+            return match (taken, tid) {
+                (Some(name), Some(tid)) => Err(Failure::new(
+                    Kind::Exists,
+                    format!("target number {tid} is {name} already"),
+                )),
+                _ => Ok(tid),
+            };
+        }
+        if let Some(target) = change.target() {
+            *target = match tid {
+                Some(tid) => self.name_of(catalog, tid)?,
+                None => target.to_lowercase(),
+            };
+        }
+        Ok(None)
+    }
+
+    /// What sessions use goes only by force.
+    fn check_use(&self, change: &Edit) -> Result<(), Failure> {
+        // A disk that is shown in another way is taken away and comes again.
+        let (Edit::DeleteTarget { target }
+        | Edit::DeleteLun { target, .. }
+        | Edit::UpdateLun { target, .. }) = change
+        else {
+            return Ok(());
+        };
+        let sessions = self
+            .server
+            .host(target)
+            .map_or(0, |host| host.sessions().len());
+        match sessions {
+            0 => Ok(()),
+            1 => Err(Failure::new(
+                Kind::Busy,
+                format!("a session uses {target}: kick or drain it first, or use force"),
+            )),
+            more => Err(Failure::new(
+                Kind::Busy,
+                format!("{more} sessions use {target}: drain it first, or use force"),
+            )),
+        }
+    }
+
+    async fn check_there(&self, volume: &str) -> Result<(), Failure> {
+        match self.server.has_volume(volume).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Failure::new(
+                Kind::NotFound,
+                format!("there is no volume {volume} in the cell"),
+            )),
+            Err(error) => Err(Failure::new(
+                Kind::Unavailable,
+                format!("the cell cannot be asked for volume {volume}: {error}"),
+            )),
+        }
+    }
+}
+
+/// What is exported, with one target as a configuration has it.
+fn with_target_of(now: &Catalog, read: &Catalog, name: &str) -> Result<Catalog, Failure> {
+    let mut next = now.clone();
+    let gone = next.targets.remove(name).is_some();
+    match read.targets.get(name) {
+        Some(entry) => {
+            next.targets.insert(name.to_owned(), Arc::clone(entry));
+        }
+        None if gone => {}
+        None => {
+            let text = format!("there is no target {name}, nor is there in the configuration");
+            return Err(Failure::new(Kind::NotFound, text));
+        }
+    }
+    Ok(next)
+}
+
+/// How many targets there are, and which changed, came or went.
+fn changes(before: &Catalog, after: &Catalog) -> (usize, Vec<String>) {
+    let names = before.targets.keys().chain(after.targets.keys());
+    let mut changed: Vec<String> = names
+        .filter(|name| before.targets.get(*name) != after.targets.get(*name))
+        .cloned()
+        .collect();
+    changed.sort();
+    changed.dedup();
+    (after.targets.len(), changed)
+}
+
+fn within(seconds: Option<u16>) -> Result<Duration, Failure> {
+    let seconds = seconds.unwrap_or(LEAVE_SECONDS);
+    match seconds > LEAVE_SECONDS_MAX {
+        true => Err(Failure::new(
+            Kind::Usage,
+            format!("within {seconds} s: at most {LEAVE_SECONDS_MAX} s"),
+        )),
+        false => Ok(Duration::from_secs(seconds.into())),
+    }
+}
+
+fn value(report: &impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(report).map_err(|error| Failure::new(Kind::Failed, error))
+}
