@@ -237,8 +237,9 @@ impl Node {
         if let Some(failure) = self.engine.failure() {
             return Err(ServerError::Apply(super::explain(failure)));
         }
+        // Behind the jobs whose entries it may speak of: the log thread relies on it.
         self.chosen
-            .store(self.engine.replica().chosen().0, Ordering::Relaxed);
+            .store(self.engine.replica().chosen().0, Ordering::Release);
         Ok(flow)
     }
 
