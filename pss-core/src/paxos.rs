@@ -229,6 +229,8 @@ pub struct Replica {
     applied: Slot,
     installing: bool,
     free_bytes: u64,
+    /// See [`Replica::note_log_full`].
+    log_full: bool,
 
     // Follower.
     leader: Option<ServerId>,
@@ -278,6 +280,7 @@ impl Replica {
             applied: recovered.applied.slot,
             installing: recovered.installing,
             free_bytes: u64::MAX,
+            log_full: false,
             leader: None,
             matched: Slot(0),
             granted_until: now,
@@ -465,11 +468,9 @@ impl Replica {
         self.catch_up_timeout(now);
         if now >= self.progress_at {
             self.progress_at = now + self.config.tuning.lease;
-            if !matches!(self.role, Role::Leader(_)) {
-                let progress = self.progress();
-                for server in self.other_servers() {
-                    self.send(server, Message::Progress(progress));
-                }
+            let progress = self.progress();
+            for server in self.other_servers() {
+                self.send(server, Message::Progress(progress));
             }
         }
         self.advance(now);
@@ -494,6 +495,11 @@ impl Replica {
     pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot) {
         self.free_bytes = free_bytes;
         self.log_first = log_first;
+    }
+
+    /// Whether the log may not grow now: entries are dropped as if they were lost on the way.
+    pub fn note_log_full(&mut self, full: bool) {
+        self.log_full = full;
     }
 
     /// The state at `base` is durable and chunks are being copied: start the log behind it.
@@ -728,6 +734,16 @@ impl Replica {
     /// The other servers.
     pub fn peers(&self) -> impl Iterator<Item = (ServerId, PeerView)> + '_ {
         self.peers.iter().map(|(id, view)| (*id, *view))
+    }
+
+    /// Slot up to which a majority beside this server has applied every entry, as far as this one knows.
+    /// What is applied is durable there, and their chunks are complete.
+    pub fn applied_by_others(&self) -> Slot {
+        let core = &self.config.members.core;
+        let others = core.iter().filter_map(|server| self.peers.get(server));
+        let complete = others.filter(|peer| peer.heard.is_some() && !peer.progress.installing);
+        let applied = complete.map(|peer| peer.progress.applied);
+        quorum::reached_by_majority(core.len(), applied).unwrap_or_default()
     }
 
     /// Bytes free on the fullest disk of the best majority, this server's included: what a write must

@@ -240,10 +240,10 @@ impl Parts {
         })
     }
 
-    /// Free space, and the first slot of the log.
-    pub(crate) fn facts(&self) -> (u64, Slot) {
+    /// Free space, the first slot of the log, and its size.
+    pub(crate) fn facts(&self) -> (u64, Slot, u64) {
         let free = self.disk.space().map_or(0, |(free, _)| free);
-        (free, self.log.first_slot())
+        (free, self.log.first_slot(), self.log.kept_bytes())
     }
 }
 

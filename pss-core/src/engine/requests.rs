@@ -973,6 +973,7 @@ mod tests {
             checkpoint_bytes: u64::MAX,
             checkpoint_interval: Duration::from_secs(1000),
             checkpoint_chunks: usize::MAX,
+            log_bytes_max: u64::MAX,
             reserve_bytes: 0,
             session_lease: Duration::from_secs(60),
         };

@@ -147,6 +147,9 @@ impl Replica {
         if !self.follow(now, from, ballot) {
             return;
         }
+        if self.log_full && !entries.is_empty() {
+            return;
+        }
         let Some(last) = self.append_behind(prev, entries, chosen) else {
             // What is chosen is equal everywhere.
             let resume_after = self.equal_to_leader();

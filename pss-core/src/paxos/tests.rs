@@ -1247,6 +1247,75 @@ fn a_log_that_nobody_can_confirm_from_its_start() {
     assert_eq!(outputs, ["copy chunks of 1"]);
 }
 
+/// Chunks are copied only if no log goes on where ours ends; and if who has such a log does not give it.
+#[test]
+fn every_log_is_asked_before_chunks_are_copied() {
+    let mut server = Server::awake(3.1, log([1.0]));
+    server.gets(1, heartbeat(3.1, 9));
+    let keeps = Progress {
+        chosen: Slot(9),
+        applied: Slot(9),
+        log_first: Slot(1),
+        ..Progress::default()
+    };
+    let trimmed = Progress {
+        log_first: Slot(5),
+        ..keeps
+    };
+    server.gets(1, Message::Progress(keeps));
+    let mut copies = Vec::new();
+    for _ in 0..40 {
+        server.gets(1, heartbeat(3.1, 9));
+        server.gets(2, Message::Progress(trimmed));
+        let asked = server.wait(150);
+        let Some(asked) = asked.iter().find(|it| it.contains("catch-up after")) else {
+            continue;
+        };
+        // Server 1 keeps everything and never answers.
+        if asked.starts_with("2 <-") {
+            copies.push(server.gets(2, gone(5, 9)));
+        }
+    }
+    let (last, before) = copies.split_last().unwrap();
+    assert!(before.len() >= 5, "{copies:?}");
+    for asked in &before[..5] {
+        assert_eq!(*asked, ["1 <- catch-up after 0"]);
+    }
+    assert_eq!(*last, ["copy chunks of 2"]);
+}
+
+/// A log that may not grow takes no entries, as if they were lost; the leader is followed all the same.
+#[test]
+fn a_full_log_takes_no_entries() {
+    let mut server = Server::awake(2.1, log([1.0]));
+    let entries = accept(2.1, id(1, 1.0), [2.1], 0);
+    server.replica.note_log_full(true);
+    assert_eq!(server.gets(1, entries.clone()), NOTHING);
+    let outputs = server.gets(1, heartbeat(2.1, 0));
+    assert_eq!(outputs, ["1 <- lease 2.1 durable 0 received 0"]);
+    server.replica.note_log_full(false);
+    assert_eq!(server.gets(1, entries), ["persist [2@2.1]"]);
+}
+
+/// What a majority beside this server has applied, with complete chunks.
+#[test]
+fn applied_by_a_majority_of_others() {
+    let mut server = Server::awake(1.0, log([]));
+    let mut applied = |from, applied, installing| {
+        let progress = Progress {
+            applied: Slot(applied),
+            installing,
+            ..Progress::default()
+        };
+        server.gets(from, Message::Progress(progress));
+        server.replica.applied_by_others().0
+    };
+    assert_eq!(applied(1, 7, false), 0);
+    assert_eq!(applied(5, 7, false), 0, "a learner does not count");
+    assert_eq!(applied(2, 5, true), 0, "its chunks are not complete");
+    assert_eq!(applied(2, 6, false), 6);
+}
+
 /// While the log waits to be reset, what is on disk is the old one: nobody is fed from it.
 #[test]
 fn nobody_is_fed_from_a_log_that_is_to_be_reset() {

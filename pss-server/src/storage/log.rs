@@ -169,6 +169,7 @@ impl LogThread {
         let growth = self.log_bytes_max.saturating_sub(self.log.bytes());
         self.free_bytes = free_bytes.saturating_sub(growth);
         self.reporter.inbox.push(Event::Space {
+            log_bytes: self.log.kept_bytes(),
             free_bytes: self.free_bytes,
             total_bytes,
             log_first: self.log.first_slot(),
