@@ -56,6 +56,8 @@ pub struct EngineConfig {
     /// While chunks are being copied here, the log keeps what may be nowhere else. At this size, bytes, it
     /// takes no more entries.
     pub log_bytes_max: u64,
+    /// About so much is applied at once, bytes: that must not hold up heartbeats.
+    pub apply_bytes: usize,
     /// Writes are refused when a majority has less than this free, bytes.
     pub reserve_bytes: u64,
     /// See [`SESSION_LEASE`].
@@ -511,13 +513,20 @@ impl Engine {
         self.checkpoint_running && self.chunks.dirty_count() >= most
     }
 
-    /// Whether [`Engine::apply_chosen`] has something to do.
+    /// Whether [`Engine::apply_chosen`] has something to do now.
     pub fn has_chosen(&self) -> bool {
-        !self.backlog.is_empty()
+        !self.backlog.is_empty() && self.may_apply()
     }
 
-    /// Applies what is chosen and answers whoever waits for it. To be called after every batch of inputs,
-    /// when the actions that they led to are under way: the log and the other servers do not wait for it.
+    fn may_apply(&self) -> bool {
+        let stuck = self.failure.is_some() || self.stalled.is_some();
+        !stuck && !self.holds_back() && !self.waits_for_checkpoint()
+    }
+
+    /// Applies what is chosen, or some of it if that is much, and answers whoever waits for it. To be
+    /// called after every batch of inputs, when the actions that they led to are under way: the log and the
+    /// other servers do not wait for it. To be called again as long as [`Engine::has_chosen`] says so, with
+    /// other inputs between.
     pub fn apply_chosen(&mut self, now: Instant) {
         if self.has_chosen() {
             self.apply_backlog(now);
@@ -525,15 +534,18 @@ impl Engine {
         }
     }
 
-    /// Applies what waits, unless the disk is full or chunks are on their way here.
+    /// Applies some of what waits, unless the disk is full or chunks are on their way here.
     fn apply_backlog(&mut self, now: Instant) {
-        if self.failure.is_some() || self.stalled.is_some() || self.holds_back() {
+        if !self.may_apply() {
             return;
         }
-        while !self.waits_for_checkpoint()
+        let mut bytes = 0;
+        while bytes < self.config.apply_bytes
+            && !self.waits_for_checkpoint()
             && let Some(entry) = self.backlog.pop_front()
         {
             self.backlog_bytes -= entry.weight_bytes();
+            bytes += entry.weight_bytes();
             let copying = self.copying.as_ref().filter(|it| it.is_installing());
             let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
             let filter: Option<storage::ChunkFilter<'_>> = match copying {
@@ -557,11 +569,13 @@ impl Engine {
                     return;
                 }
             }
+            let much = self.bytes_applied >= self.config.checkpoint_bytes
+                || self.chunks.dirty_count() >= self.config.checkpoint_chunks;
+            if much {
+                self.checkpoint_if_due(now);
+            }
         }
         self.replica.handle_applied(now, self.state.applied());
-        if self.bytes_applied >= self.config.checkpoint_bytes {
-            self.checkpoint_if_due(now);
-        }
     }
 
     fn entry_applied(&mut self, entry: &Entry, answers: Vec<Answer>) {

@@ -79,6 +79,10 @@ pub struct Tuning {
     pub peer_window_bytes: u64,
     /// Entries that are applied stay in memory for servers that lag a little, up to so many bytes.
     pub tail_bytes: u64,
+    /// Chosen entries that are not applied stay in memory, up to about so many bytes: more are not taken,
+    /// and who has so many does not lead. Beyond it lies at most what is on its way to be chosen, see
+    /// [`Tuning::window_bytes`].
+    pub backlog_bytes: u64,
     /// Most bytes of one catch-up message.
     pub catch_up_bytes: usize,
 }
@@ -98,6 +102,7 @@ impl Default for Tuning {
             entry_commands: 256,
             peer_window_bytes: 24 << 20,
             tail_bytes: 24 << 20,
+            backlog_bytes: 256 << 20,
             catch_up_bytes: 1 << 20,
         }
     }
@@ -560,6 +565,12 @@ impl Replica {
             .expect("what is not applied stays in memory");
         self.applying = until;
         self.outputs.push_back(Output::Apply { entries });
+    }
+
+    /// Whether applying is so far behind that more entries would take too much memory.
+    pub(super) fn has_backlog(&self) -> bool {
+        let waiting = self.tail.weight_between(self.applied, self.chosen);
+        waiting >= self.config.tuning.backlog_bytes
     }
 
     fn forget_applied(&mut self) {

@@ -720,6 +720,8 @@ impl Sim {
     /// After every input of a node: checks, then its actions, then its timer.
     fn after(&mut self, index: usize) -> Checked<()> {
         self.check_node(index)?;
+        // Once in a turn; what is left has to wait for the next.
+        let mut applied = false;
         loop {
             let now = self.clock(index);
             let Some(running) = &mut self.nodes[index].running else {
@@ -732,14 +734,11 @@ impl Sim {
                 actions.push(action);
             }
             if actions.is_empty() {
-                if !running.engine.has_chosen() {
+                if applied || !running.engine.has_chosen() {
                     break;
                 }
-                let applied = running.engine.state().applied();
                 running.engine.apply_chosen(now);
-                if running.engine.state().applied() == applied {
-                    break;
-                }
+                applied = true;
             }
             for action in actions {
                 self.act(index, action)?;
@@ -759,7 +758,10 @@ impl Sim {
             self.schedule(at, Event::Start { node: index });
             return Ok(());
         }
-        let at = self.when(index, running.engine.poll_timeout());
+        let at = match running.engine.has_chosen() {
+            true => self.now + MS / 10,
+            false => self.when(index, running.engine.poll_timeout()),
+        };
         let life = self.nodes[index].life;
         let Some(running) = &mut self.nodes[index].running else {
             return Ok(());
@@ -1793,6 +1795,7 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
         window_bytes: 256 << 10,
         window_slots: 16,
         tail_bytes: 96 << 10,
+        backlog_bytes: 512 << 10,
         peer_window_bytes: 128 << 10,
         entry_bytes: 32 << 10,
         catch_up_bytes: 64 << 10,
@@ -1809,6 +1812,7 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
         checkpoint_interval: Duration::from_secs(5),
         checkpoint_chunks: 24,
         log_bytes_max: 1 << 20,
+        apply_bytes: 48 << 10,
         reserve_bytes: 0,
         session_lease: Duration::from_secs(4),
     }

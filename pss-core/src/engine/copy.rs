@@ -30,7 +30,8 @@ const MOVING: Duration = Duration::from_secs(10);
 /// Chunks asked for at once; entries wait until they are all here.
 const CHUNKS_AT_ONCE: usize = 4;
 /// Entries that wait at most, bytes; then they are applied, and what comes too late is asked for again.
-const BACKLOG_BYTES_MAX: usize = 256 << 20;
+/// Less than `Tuning::backlog_bytes`, at which no more come.
+const BACKLOG_BYTES_MAX: usize = 128 << 20;
 /// Chunks in one list.
 const LIST_MAX: usize = 1024;
 

@@ -961,9 +961,13 @@ mod tests {
 
     /// A cell of one server, which leads.
     fn leader(directory: &tempfile::TempDir) -> Engine {
+        leader_with(directory, |_| {})
+    }
+
+    fn leader_with(directory: &tempfile::TempDir, change: impl Fn(&mut EngineConfig)) -> Engine {
         let disk = Arc::new(FileDisk::open(directory.path()).unwrap());
         let chunks = ChunkStore::open(disk, ChunkParams::default(), &[]).unwrap();
-        let config = EngineConfig {
+        let mut config = EngineConfig {
             replica: Config {
                 id: ServerId(0),
                 members: Membership::new([ServerId(0)]),
@@ -974,9 +978,11 @@ mod tests {
             checkpoint_interval: Duration::from_secs(1000),
             checkpoint_chunks: usize::MAX,
             log_bytes_max: u64::MAX,
+            apply_bytes: usize::MAX,
             reserve_bytes: 0,
             session_lease: Duration::from_secs(60),
         };
+        change(&mut config);
         let state = State::default();
         let start = Instant(0);
         let recovered = Recovered::default();
@@ -1039,6 +1045,88 @@ mod tests {
             Ok(ReplyBody::Done)
         );
         assert_eq!(ask(5, session, RequestBody::KeepAlive), stale);
+    }
+
+    /// Proposes writes of the first blocks of chunks, and has them chosen.
+    fn choose_writes(engine: &mut Engine, chunks: std::ops::Range<u64>) {
+        let now = Instant(0) + Duration::from_secs(1);
+        for chunk in chunks {
+            let volume = VolumeId(1);
+            let first_block = chunk * 16;
+            let payload = Bytes::from(vec![chunk as u8 + 1; BLOCK_BYTES]);
+            let op = Op::Write {
+                volume,
+                first_block,
+                checksums: crate::entry::block_checksums(volume, first_block, &payload),
+                payload,
+            };
+            engine
+                .replica
+                .propose(vec![Command::internal(op)])
+                .expect("it leads");
+            engine.finish_batch(now);
+            while let Some(action) = engine.poll_action() {
+                if let Action::Persist { write, .. } = action {
+                    engine.handle_persisted(now, write);
+                }
+            }
+        }
+    }
+
+    fn create_volume(engine: &mut Engine) {
+        let create = Op::CreateVolume {
+            name: "a".to_owned(),
+            size_bytes: 4 << 20,
+            chunk_bytes: crate::state::CHUNK_BYTES_MIN,
+            uuid: [1; 16],
+        };
+        let proposed = engine.replica.propose(vec![Command::internal(create)]);
+        proposed.expect("it leads");
+        perform(engine);
+        assert!(engine.state.volume(VolumeId(1)).is_some());
+    }
+
+    /// So that heartbeats have their turn between.
+    #[test]
+    fn a_backlog_is_applied_bit_by_bit() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader_with(&directory, |config| config.apply_bytes = 2 * BLOCK_BYTES);
+        create_volume(&mut engine);
+        let before = engine.state.applied().0;
+        choose_writes(&mut engine, 0..5);
+        let mut steps = Vec::new();
+        while engine.has_chosen() {
+            engine.apply_chosen(Instant(0) + Duration::from_secs(1));
+            steps.push(engine.state.applied().0 - before);
+        }
+        assert_eq!(steps, [2, 4, 5]);
+    }
+
+    /// The checkpoint that a backlog needs begins while it is applied, and at twice as many changed chunks
+    /// the rest waits until it is done.
+    #[test]
+    fn a_backlog_waits_for_the_checkpoint() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader_with(&directory, |config| config.checkpoint_chunks = 2);
+        create_volume(&mut engine);
+        let now = Instant(0) + Duration::from_secs(1);
+        let before = engine.state.applied().0;
+        choose_writes(&mut engine, 0..9);
+        engine.apply_chosen(now);
+        assert_eq!(engine.state.applied().0 - before, 6);
+        assert!(!engine.has_chosen(), "nothing can be applied now");
+        let checkpoint = std::iter::from_fn(|| engine.poll_action())
+            .find_map(|action| match action {
+                Action::Checkpoint(checkpoint) => Some(checkpoint),
+                _ => None,
+            })
+            .expect("a checkpoint is due");
+        assert_eq!(checkpoint.applied.slot.0 - before, 2);
+        checkpoint.chunks.flush().unwrap();
+        engine.handle_checkpoint_done(checkpoint.applied.slot);
+        assert!(engine.has_chosen());
+        engine.apply_chosen(now);
+        assert_eq!(engine.state.applied().0 - before, 9);
     }
 
     #[test]

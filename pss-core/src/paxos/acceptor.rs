@@ -147,7 +147,8 @@ impl Replica {
         if !self.follow(now, from, ballot) {
             return;
         }
-        if self.log_full && !entries.is_empty() {
+        if (self.log_full || self.has_backlog()) && !entries.is_empty() {
+            // As if they were lost; the leader sends them again.
             return;
         }
         let Some(last) = self.append_behind(prev, entries, chosen) else {

@@ -1049,6 +1049,90 @@ fn lost_entries_are_sent_again() {
     }
 }
 
+/// Who took nothing, for whatever reason, is not sent everything again and again: one message, until it
+/// takes that.
+#[test]
+fn a_follower_that_takes_nothing_is_tried_with_one_message() {
+    let tuning = Tuning {
+        entry_bytes: 1,
+        ..tuning()
+    };
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        tail: log([1.0, 1.0]),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2], tuning, recovered);
+    server.pass(500);
+    server.elect(id(2, 1.0));
+    server.all_persisted();
+    let mut sent = Vec::new();
+    for _ in 0..4 {
+        server.wait(100);
+        sent.push(server.gets(1, granted(2.0, server.now, 0)));
+    }
+    let first = "1 <- accept 2.0 behind 0@0.0 [1@1.0] chosen 0";
+    let nothing: Vec<String> = Vec::new();
+    assert_eq!(
+        sent,
+        [&nothing[..], &[first.into()], &nothing, &[first.into()]]
+    );
+    let rest = server.gets(1, accepted(2.0, 1));
+    assert_eq!(rest.len(), 2, "{rest:?}");
+}
+
+/// Applying is far behind: entries are not taken, and nobody leads with that.
+#[test]
+fn a_backlog_takes_no_entries_and_does_not_lead() {
+    let tuning = Tuning {
+        backlog_bytes: 1,
+        ..tuning()
+    };
+    let recovered = Recovered {
+        promised: ballot(2.1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2], tuning, recovered);
+    server.pass(500);
+    // It has looked at time before.
+    server.gets(1, accept(2.1, EntryId::default(), [2.1], 1));
+    let write = server.writes.pop_front().unwrap();
+    server.replica.handle_persisted(server.now, write);
+    let (from, now) = (ServerId(1), server.now);
+    let hand_over = Message::HandOver {
+        ballot: ballot(2.1),
+    };
+    let more = accept(2.1, id(1, 2.1), [2.1], 1);
+    server.replica.handle_message(now, from, more.clone());
+    server.replica.handle_message(now, from, hand_over.clone());
+    assert_eq!(
+        server.outputs(),
+        ["1 <- accepted 2.1 to 1", "apply [1@2.1]"],
+        "neither"
+    );
+    assert_eq!(server.gets(1, more), ["persist [2@2.1]"]);
+    assert_eq!(server.gets(1, hand_over), ["persist promise 3.0"]);
+}
+
+/// A leader that is far behind with applying proposes no more until it has caught up.
+#[test]
+fn a_leader_with_a_backlog_lets_requests_wait() {
+    let tuning = Tuning {
+        backlog_bytes: 1,
+        ..tuning()
+    };
+    let mut server = Server::start_as(0, &[0], tuning, Recovered::default());
+    server.wait(0);
+    server.all_persisted();
+    server.propose(vec![write(1)]);
+    let persisted = server.writes.pop_front().unwrap();
+    server.replica.handle_persisted(server.now, persisted);
+    server.replica.propose(vec![write(1)]).unwrap();
+    server.replica.flush(server.now);
+    assert_eq!(server.replica.queued(), 1);
+    assert_eq!(server.outputs(), ["apply [2@1.0]", "persist [3@1.0]"]);
+}
+
 /// A follower that needs entries which are not in memory any more catches up from someone; but it may hold
 /// them without knowing that they are chosen, and then nobody else can tell it.
 #[test]

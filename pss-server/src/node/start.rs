@@ -33,6 +33,8 @@ const RESERVE_BYTES: u64 = 64 << 20;
 const CHECKPOINT_CHUNKS: usize = 4096;
 /// The log may hold so much more while chunks are being copied to this server.
 const INSTALLING_LOG_BYTES: u64 = 4 << 30;
+/// A turn applies about so much: a few milliseconds.
+const APPLY_BYTES: usize = 8 << 20;
 /// Callers that the kernel keeps until they are accepted.
 const BACKLOG: i32 = 1024;
 
@@ -236,6 +238,7 @@ fn engine_config(config: &ServerConfig, seed: u64) -> EngineConfig {
         checkpoint_interval: tuning.checkpoint_interval,
         checkpoint_chunks: CHECKPOINT_CHUNKS,
         log_bytes_max: log_bytes_max(tuning) + INSTALLING_LOG_BYTES,
+        apply_bytes: APPLY_BYTES,
         reserve_bytes: RESERVE_BYTES,
         session_lease: SESSION_LEASE,
     }

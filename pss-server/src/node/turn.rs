@@ -198,6 +198,7 @@ impl Node {
     fn patience(&self) -> Duration {
         let now = clock::now();
         let more = !self.ready.is_empty()
+            || self.engine.has_chosen()
             || self.udp_readable
             || (self.accept_ready && now >= self.accept_at && self.connections.has_room());
         if more || !self.inbox.sleep() {

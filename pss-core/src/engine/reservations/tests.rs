@@ -52,6 +52,7 @@ impl Rig {
             checkpoint_interval: Duration::from_secs(1000),
             checkpoint_chunks: 1000,
             log_bytes_max: u64::MAX,
+            apply_bytes: usize::MAX,
             reserve_bytes: 0,
             session_lease: Duration::from_secs(1000),
         };
