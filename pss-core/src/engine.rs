@@ -179,6 +179,9 @@ pub struct Checkpoint {
     pub state: Vec<u8>,
     /// Whether chunks are still being copied to this server.
     pub installing: bool,
+    /// The state is between two entries, because the disk is full: only flush the chunks, which frees what was
+    /// zeroed, store nothing, and call [`Engine::handle_checkpoint_done`] with slot 0.
+    pub flush_only: bool,
     /// The chunks to flush.
     pub chunks: chunk::Checkpoint,
 }
@@ -377,6 +380,9 @@ impl Engine {
             self.housekeeping_at = now + HOUSEKEEPING;
             self.resume_applying(now);
             if self.stalled.is_some() {
+                if self.chunks.dirty_count() > 0 {
+                    self.start_checkpoint(now);
+                }
                 // Nobody is answered here; a server with space can answer.
                 self.replica.resign(now);
             }
@@ -686,8 +692,7 @@ impl Engine {
             return;
         };
         let storing_base = self.copying.as_ref().is_some_and(Copying::is_storing);
-        let unfit = self.failure.is_some() || self.stalled.is_some();
-        if self.checkpoint_running || storing_base || unfit {
+        if self.checkpoint_running || storing_base || self.failure.is_some() {
             return;
         }
         let Some(chunks) = self.chunks.begin_checkpoint() else {
@@ -695,12 +700,16 @@ impl Engine {
         };
         self.checkpoint_running = true;
         self.checkpoint_installing = self.is_installing();
-        self.checkpoint_at = now;
-        self.bytes_applied = 0;
+        let flush_only = self.stalled.is_some();
+        if !flush_only {
+            self.checkpoint_at = now;
+            self.bytes_applied = 0;
+        }
         self.actions.push_back(Action::Checkpoint(Checkpoint {
             applied,
             state: self.state.encode(),
             installing: self.is_installing(),
+            flush_only,
             chunks,
         }));
     }

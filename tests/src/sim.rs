@@ -1113,7 +1113,10 @@ impl Sim {
         running.checkpoint_busy = false;
         let stored = match running.checkpoint_queue.pop_front() {
             Some(Work::Checkpoint(checkpoint)) => {
-                let slot = checkpoint.applied.slot;
+                let slot = match checkpoint.flush_only {
+                    true => Slot(0),
+                    false => checkpoint.applied.slot,
+                };
                 let stored = running.storage.checkpoint(checkpoint);
                 stored.map(|()| running.engine.handle_checkpoint_done(slot))
             }

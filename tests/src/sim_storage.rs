@@ -207,8 +207,12 @@ impl Parts {
             applied,
             installing,
             state,
+            flush_only,
             ..
         } = checkpoint;
+        if flush_only {
+            return Ok(());
+        }
         self.checkpoint
             .store(applied, installing, &state)
             .map_err(|error| error.to_string())
