@@ -173,6 +173,8 @@ impl Engine {
         self.reads_waiting.retain(|(waiting, _)| *waiting != client);
         self.queued.retain(|(waiting, _)| *waiting != client);
         self.reads_done.retain(|(waiting, _)| *waiting != client);
+        let left = self.reads_done.iter();
+        self.reads_done_bytes = left.map(|(_, reply)| data_bytes(&reply.body)).sum();
     }
 
     /// Another thread has read blocks.
@@ -202,9 +204,7 @@ impl Engine {
     }
 
     fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
-        if let Ok(ReplyBody::Data(parts)) = &body {
-            self.reads_done_bytes += parts.iter().map(ReadPart::data_bytes).sum::<usize>();
-        }
+        self.reads_done_bytes += data_bytes(&body);
         self.reads_done
             .push((client, crate::wire::client::Reply { tag, body }));
     }
@@ -827,6 +827,7 @@ impl Engine {
                 .drain(..)
                 .map(|(client, it)| (client, it.tag)),
         );
+        self.reads_done_bytes = 0;
         // In a fixed order, so that simulations repeat.
         away.sort_unstable();
         self.in_flight.clear();
@@ -943,6 +944,14 @@ fn join_parts(parts: &[ReadPart], bytes: usize) -> BytesMut {
     }
     out.resize(bytes, 0);
     out
+}
+
+/// How much an answer brings.
+fn data_bytes(body: &Result<ReplyBody, ReplyError>) -> usize {
+    match body {
+        Ok(ReplyBody::Data(parts)) => parts.iter().map(ReadPart::data_bytes).sum(),
+        _ => 0,
+    }
 }
 
 #[cfg(test)]
@@ -1127,6 +1136,27 @@ mod tests {
         assert!(engine.has_chosen());
         engine.apply_chosen(now);
         assert_eq!(engine.state.applied().0 - before, 9);
+    }
+
+    /// A turn ends early if reads have brought much; those that nobody waits for do not count.
+    #[test]
+    fn reads_of_clients_that_are_gone_bring_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        let body = || {
+            Ok(ReplyBody::Data(vec![ReadPart::Data(Bytes::from(vec![
+                1;
+                100
+            ]))]))
+        };
+        for client in [1, 1, 2] {
+            engine.read_done(ClientId(client), 0, body());
+        }
+        assert_eq!(engine.finished_read_bytes(), 300);
+        engine.handle_client_gone(ClientId(1));
+        assert_eq!(engine.finished_read_bytes(), 100);
+        engine.send_everyone_away();
+        assert_eq!(engine.finished_read_bytes(), 0);
     }
 
     #[test]
