@@ -53,6 +53,11 @@ pub struct EngineConfig {
     pub checkpoint_interval: Duration,
     /// ... or when so many chunks have tables that are not on disk.
     pub checkpoint_chunks: usize,
+    /// While chunks are being copied here, the log keeps what may be nowhere else. At this size, bytes, it
+    /// takes no more entries.
+    pub log_bytes_max: u64,
+    /// About so much is applied at once, bytes: that must not hold up heartbeats.
+    pub apply_bytes: usize,
     /// Writes are refused when a majority has less than this free, bytes.
     pub reserve_bytes: u64,
     /// See [`SESSION_LEASE`].
@@ -174,6 +179,9 @@ pub struct Checkpoint {
     pub state: Vec<u8>,
     /// Whether chunks are still being copied to this server.
     pub installing: bool,
+    /// The state is between two entries, because the disk is full: only flush the chunks, which frees what was
+    /// zeroed, store nothing, and call [`Engine::handle_checkpoint_done`] with slot 0.
+    pub flush_only: bool,
     /// The chunks to flush.
     pub chunks: chunk::Checkpoint,
 }
@@ -223,8 +231,16 @@ pub struct Engine {
     // Housekeeping.
     housekeeping_at: Instant,
     checkpoint_running: bool,
+    /// What was applied when the last one was made.
     checkpoint_slot: Slot,
+    /// Of the newest that this process has stored.
+    stored_slot: Slot,
     checkpoint_at: Instant,
+    /// The one under way says that chunks are still being copied.
+    checkpoint_installing: bool,
+    /// The newest checkpoint says so too: the log began behind this slot then.
+    installed_base: Option<Slot>,
+    log_bytes: u64,
     bytes_applied: u64,
     /// Everything that was in the log at the start is applied again or replaced: until then blocks may
     /// be newer than their checksums.
@@ -249,6 +265,7 @@ impl Engine {
     ) -> Engine {
         let installing = recovered.installing;
         let applied = state.applied();
+        let log_base = Slot(recovered.log_first.0.saturating_sub(1));
         let recovered_last = recovered.tail.last().map_or(applied, |entry| entry.id.slot);
         let replica = Replica::new(config.replica.clone(), recovered, now);
         let mut engine = Engine {
@@ -275,7 +292,11 @@ impl Engine {
             housekeeping_at: now + HOUSEKEEPING,
             checkpoint_running: false,
             checkpoint_slot: applied,
+            stored_slot: Slot(0),
             checkpoint_at: now,
+            checkpoint_installing: false,
+            installed_base: installing.then_some(log_base),
+            log_bytes: 0,
             bytes_applied: 0,
             recovered_last,
             failure: None,
@@ -323,6 +344,7 @@ impl Engine {
 
     /// A message of another server.
     pub fn handle_message(&mut self, now: Instant, from: ServerId, message: Message) {
+        self.replica.note_log_full(self.is_log_full(now));
         match message {
             Message::Sync(sync) => self.on_sync(now, from, sync),
             message => self.replica.handle_message(now, from, message),
@@ -350,6 +372,7 @@ impl Engine {
 
     /// Time has passed: [`Engine::poll_timeout`].
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.replica.note_log_full(self.is_log_full(now));
         if now >= self.replica.poll_timeout() {
             self.replica.handle_timeout(now);
         }
@@ -357,6 +380,9 @@ impl Engine {
             self.housekeeping_at = now + HOUSEKEEPING;
             self.resume_applying(now);
             if self.stalled.is_some() {
+                if self.chunks.dirty_count() > 0 {
+                    self.start_checkpoint(now);
+                }
                 // Nobody is answered here; a server with space can answer.
                 self.replica.resign(now);
             }
@@ -380,8 +406,9 @@ impl Engine {
         self.actions.pop_front()
     }
 
-    /// Free space of the disk, and where the log begins.
-    pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot) {
+    /// Free space of the disk, where the log begins, and its size.
+    pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot, log_bytes: u64) {
+        self.log_bytes = log_bytes;
         let free = free_bytes.saturating_sub(self.config.reserve_bytes);
         self.replica.note_storage(free, log_first);
     }
@@ -393,15 +420,43 @@ impl Engine {
         leads
     }
 
-    /// The checkpoint that was asked for is durable up to `slot`.
+    /// The checkpoint that was asked for is durable up to `slot`, or was not made: 0.
     pub fn handle_checkpoint_done(&mut self, slot: Slot) {
         self.checkpoint_running = false;
         self.checkpoint_slot = self.checkpoint_slot.max(slot);
+        self.stored_slot = self.stored_slot.max(slot);
+        if slot > Slot(0) && !self.checkpoint_installing {
+            self.installed_base = None;
+        }
     }
 
-    /// Slot of the newest durable checkpoint: the log may be trimmed up to it.
-    pub fn checkpoint_slot(&self) -> Slot {
-        self.checkpoint_slot
+    /// The log may be trimmed up to this slot.
+    ///
+    /// That is the newest durable checkpoint, unless it says that chunks are being copied here. Entries of
+    /// chunks that were not copied took no effect then, and this server has acknowledged them all the same:
+    /// its log may be the only other place that has them. It keeps them until a majority of others has
+    /// applied them, or all chunks are here.
+    pub fn trim_slot(&self) -> Slot {
+        match self.installed_base {
+            None => self.stored_slot,
+            Some(base) => {
+                let elsewhere = self.replica.applied_by_others();
+                self.stored_slot.min(elsewhere.max(base))
+            }
+        }
+    }
+
+    /// Whether the log keeps so much for chunks that are not here yet that it may not grow. As long as they
+    /// keep coming, that ends; if they do not, whoever could send them may need our acknowledgement first.
+    fn is_log_full(&self, now: Instant) -> bool {
+        let coming = |it: &Copying| it.is_installing() && it.is_moving(now);
+        let is_kept = self.installed_base.is_some() && self.copying.as_ref().is_some_and(coming);
+        is_kept && self.log_bytes >= self.config.log_bytes_max
+    }
+
+    /// See [`EngineConfig::log_bytes_max`]: whether entries are dropped now.
+    pub fn drops_entries(&self, now: Instant) -> bool {
+        self.is_log_full(now)
     }
 
     /// Makes a checkpoint now, if anything was applied since the last one and none is under way.
@@ -464,13 +519,20 @@ impl Engine {
         self.checkpoint_running && self.chunks.dirty_count() >= most
     }
 
-    /// Whether [`Engine::apply_chosen`] has something to do.
+    /// Whether [`Engine::apply_chosen`] has something to do now.
     pub fn has_chosen(&self) -> bool {
-        !self.backlog.is_empty()
+        !self.backlog.is_empty() && self.may_apply()
     }
 
-    /// Applies what is chosen and answers whoever waits for it. To be called after every batch of inputs,
-    /// when the actions that they led to are under way: the log and the other servers do not wait for it.
+    fn may_apply(&self) -> bool {
+        let stuck = self.failure.is_some() || self.stalled.is_some();
+        !stuck && !self.holds_back() && !self.waits_for_checkpoint()
+    }
+
+    /// Applies what is chosen, or some of it if that is much, and answers whoever waits for it. To be
+    /// called after every batch of inputs, when the actions that they led to are under way: the log and the
+    /// other servers do not wait for it. To be called again as long as [`Engine::has_chosen`] says so, with
+    /// other inputs between.
     pub fn apply_chosen(&mut self, now: Instant) {
         if self.has_chosen() {
             self.apply_backlog(now);
@@ -478,15 +540,18 @@ impl Engine {
         }
     }
 
-    /// Applies what waits, unless the disk is full or chunks are on their way here.
+    /// Applies some of what waits, unless the disk is full or chunks are on their way here.
     fn apply_backlog(&mut self, now: Instant) {
-        if self.failure.is_some() || self.stalled.is_some() || self.holds_back() {
+        if !self.may_apply() {
             return;
         }
-        while !self.waits_for_checkpoint()
+        let mut bytes = 0;
+        while bytes < self.config.apply_bytes
+            && !self.waits_for_checkpoint()
             && let Some(entry) = self.backlog.pop_front()
         {
             self.backlog_bytes -= entry.weight_bytes();
+            bytes += entry.weight_bytes();
             let copying = self.copying.as_ref().filter(|it| it.is_installing());
             let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
             let filter: Option<storage::ChunkFilter<'_>> = match copying {
@@ -510,11 +575,13 @@ impl Engine {
                     return;
                 }
             }
+            let much = self.bytes_applied >= self.config.checkpoint_bytes
+                || self.chunks.dirty_count() >= self.config.checkpoint_chunks;
+            if much {
+                self.checkpoint_if_due(now);
+            }
         }
         self.replica.handle_applied(now, self.state.applied());
-        if self.bytes_applied >= self.config.checkpoint_bytes {
-            self.checkpoint_if_due(now);
-        }
     }
 
     fn entry_applied(&mut self, entry: &Entry, answers: Vec<Answer>) {
@@ -608,8 +675,11 @@ impl Engine {
     }
 
     fn checkpoint_if_due(&mut self, now: Instant) {
-        let some = self.state.applied() > self.checkpoint_slot;
-        let due = self.bytes_applied >= self.config.checkpoint_bytes
+        // That all chunks are here is written down at once: only then the log may be trimmed.
+        let installed = self.installed_base.is_some() && !self.is_installing();
+        let some = self.state.applied() > self.checkpoint_slot || installed;
+        let due = installed
+            || self.bytes_applied >= self.config.checkpoint_bytes
             || now.since(self.checkpoint_at) >= self.config.checkpoint_interval
             || self.chunks.dirty_count() >= self.config.checkpoint_chunks;
         if some && due {
@@ -622,20 +692,24 @@ impl Engine {
             return;
         };
         let storing_base = self.copying.as_ref().is_some_and(Copying::is_storing);
-        let unfit = self.failure.is_some() || self.stalled.is_some();
-        if self.checkpoint_running || storing_base || unfit {
+        if self.checkpoint_running || storing_base || self.failure.is_some() {
             return;
         }
         let Some(chunks) = self.chunks.begin_checkpoint() else {
             return;
         };
         self.checkpoint_running = true;
-        self.checkpoint_at = now;
-        self.bytes_applied = 0;
+        self.checkpoint_installing = self.is_installing();
+        let flush_only = self.stalled.is_some();
+        if !flush_only {
+            self.checkpoint_at = now;
+            self.bytes_applied = 0;
+        }
         self.actions.push_back(Action::Checkpoint(Checkpoint {
             applied,
             state: self.state.encode(),
             installing: self.is_installing(),
+            flush_only,
             chunks,
         }));
     }

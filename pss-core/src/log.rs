@@ -391,10 +391,13 @@ impl Log {
 
     /// Bytes of all segments and spares.
     pub fn bytes(&self) -> u64 {
+        self.kept_bytes() + self.spares.bytes()
+    }
+
+    /// Bytes of all segments.
+    pub fn kept_bytes(&self) -> u64 {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        let segments: u64 = index.segments.iter().map(|segment| segment.bytes).sum();
-        drop(index);
-        segments + self.spares.bytes()
+        index.segments.iter().map(|segment| segment.bytes).sum()
     }
 
     /// The file that is written, and where in it the next record goes.

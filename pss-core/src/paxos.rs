@@ -79,6 +79,10 @@ pub struct Tuning {
     pub peer_window_bytes: u64,
     /// Entries that are applied stay in memory for servers that lag a little, up to so many bytes.
     pub tail_bytes: u64,
+    /// Chosen entries that are not applied stay in memory, up to about so many bytes: more are not taken,
+    /// and who has so many does not lead. Beyond it lies at most what is on its way to be chosen, see
+    /// [`Tuning::window_bytes`].
+    pub backlog_bytes: u64,
     /// Most bytes of one catch-up message.
     pub catch_up_bytes: usize,
 }
@@ -98,6 +102,7 @@ impl Default for Tuning {
             entry_commands: 256,
             peer_window_bytes: 24 << 20,
             tail_bytes: 24 << 20,
+            backlog_bytes: 256 << 20,
             catch_up_bytes: 1 << 20,
         }
     }
@@ -229,6 +234,8 @@ pub struct Replica {
     applied: Slot,
     installing: bool,
     free_bytes: u64,
+    /// See [`Replica::note_log_full`].
+    log_full: bool,
 
     // Follower.
     leader: Option<ServerId>,
@@ -278,6 +285,7 @@ impl Replica {
             applied: recovered.applied.slot,
             installing: recovered.installing,
             free_bytes: u64::MAX,
+            log_full: false,
             leader: None,
             matched: Slot(0),
             granted_until: now,
@@ -465,11 +473,9 @@ impl Replica {
         self.catch_up_timeout(now);
         if now >= self.progress_at {
             self.progress_at = now + self.config.tuning.lease;
-            if !matches!(self.role, Role::Leader(_)) {
-                let progress = self.progress();
-                for server in self.other_servers() {
-                    self.send(server, Message::Progress(progress));
-                }
+            let progress = self.progress();
+            for server in self.other_servers() {
+                self.send(server, Message::Progress(progress));
             }
         }
         self.advance(now);
@@ -494,6 +500,11 @@ impl Replica {
     pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot) {
         self.free_bytes = free_bytes;
         self.log_first = log_first;
+    }
+
+    /// Whether the log may not grow now: entries are dropped as if they were lost on the way.
+    pub fn note_log_full(&mut self, full: bool) {
+        self.log_full = full;
     }
 
     /// The state at `base` is durable and chunks are being copied: start the log behind it.
@@ -554,6 +565,12 @@ impl Replica {
             .expect("what is not applied stays in memory");
         self.applying = until;
         self.outputs.push_back(Output::Apply { entries });
+    }
+
+    /// Whether applying is so far behind that more entries would take too much memory.
+    pub(super) fn has_backlog(&self) -> bool {
+        let waiting = self.tail.weight_between(self.applied, self.chosen);
+        waiting >= self.config.tuning.backlog_bytes
     }
 
     fn forget_applied(&mut self) {
@@ -728,6 +745,16 @@ impl Replica {
     /// The other servers.
     pub fn peers(&self) -> impl Iterator<Item = (ServerId, PeerView)> + '_ {
         self.peers.iter().map(|(id, view)| (*id, *view))
+    }
+
+    /// Slot up to which a majority beside this server has applied every entry, as far as this one knows.
+    /// What is applied is durable there, and their chunks are complete.
+    pub fn applied_by_others(&self) -> Slot {
+        let core = &self.config.members.core;
+        let others = core.iter().filter_map(|server| self.peers.get(server));
+        let complete = others.filter(|peer| peer.heard.is_some() && !peer.progress.installing);
+        let applied = complete.map(|peer| peer.progress.applied);
+        quorum::reached_by_majority(core.len(), applied).unwrap_or_default()
     }
 
     /// Bytes free on the fullest disk of the best majority, this server's included: what a write must

@@ -136,6 +136,15 @@ impl Storage {
         Ok(storage)
     }
 
+    /// Frees what was zeroed or deleted. (No record is stored: the state is between two entries.)
+    fn make_room(&self) -> Result<(), ChunkError> {
+        self.chunks.empty_trash()?;
+        match self.chunks.begin_checkpoint().map(|it| it.flush()) {
+            None | Some(Ok(()) | Err(ChunkError::NoSpace)) => Ok(()),
+            Some(Err(error)) => Err(error),
+        }
+    }
+
     /// Applies the entries between the checkpoint and what is known chosen. While chunks are being
     /// copied that is right as well: what is missing is found by comparing with the other server.
     fn replay(&mut self) -> Result<(), StorageError> {
@@ -151,8 +160,15 @@ impl Storage {
                 match apply_entry(&mut self.state, &self.chunks, entry, None) {
                     Ok(_) => self.applied = entry.id,
                     Err(ApplyError::NoSpace(stalled)) => {
-                        self.stalled = Some(*stalled);
-                        return Ok(());
+                        self.make_room()?;
+                        match stalled.resume(&mut self.state, &self.chunks, None) {
+                            Ok(_) => self.applied = entry.id,
+                            Err(ApplyError::NoSpace(stalled)) => {
+                                self.stalled = Some(*stalled);
+                                return Ok(());
+                            }
+                            Err(ApplyError::Chunks(error)) => return Err(error.into()),
+                        }
                     }
                     Err(ApplyError::Chunks(error)) => return Err(error.into()),
                 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 use pss_core::engine::{
     Action, BlockRead, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig,
 };
-use pss_core::paxos::message::Message;
+use pss_core::paxos::message::{Message, SyncMessage};
 use pss_core::paxos::output::{Persist, WriteId};
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
@@ -112,8 +112,12 @@ pub struct Report {
     pub hangs: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
-    /// Times that a server copied chunks.
+    /// Times that a server copied chunks,
     pub copies: u64,
+    /// and that its log held too much meanwhile to grow.
+    pub drops: u64,
+    /// Servers that were lost for good while another copied chunks.
+    pub lost_for_good: u64,
     /// Ballots that led.
     pub leaders: u64,
     /// Simulated time, milliseconds.
@@ -133,6 +137,8 @@ impl Report {
         self.hangs += other.hangs;
         self.rots += other.rots;
         self.copies += other.copies;
+        self.drops += other.drops;
+        self.lost_for_good += other.lost_for_good;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
     }
@@ -248,6 +254,8 @@ struct Running {
     checkpoint_queue: VecDeque<Work>,
     checkpoint_busy: bool,
     timer_at: u64,
+    /// It took no entries when it was last looked at.
+    drops: bool,
 }
 
 struct Node {
@@ -273,6 +281,8 @@ struct Node {
     rotted: BTreeMap<Slot, EntryId>,
     /// A bit has rotted since the server stopped.
     rot_pending: bool,
+    /// It will not come back.
+    is_lost: bool,
     /// When it stopped: the end of its log, and behind which slot it was being cut.
     stopped_at: (String, u64),
     cut_pending: Option<Slot>,
@@ -304,6 +314,8 @@ pub struct Sim {
     fifo: BTreeMap<(u8, u8), u64>,
     /// The last leader that a rivalry was about.
     rival: Option<Ballot>,
+    /// Chunks that are copied get lost on the way.
+    loses_chunks: bool,
 }
 
 type Checked<T> = Result<T, Failure>;
@@ -359,6 +371,7 @@ impl Sim {
                 disk_log: BTreeMap::new(),
                 rotted: BTreeMap::new(),
                 rot_pending: false,
+                is_lost: false,
                 stopped_at: (String::new(), 0),
                 cut_pending: None,
             })
@@ -393,6 +406,7 @@ impl Sim {
             report: Report::default(),
             fifo: BTreeMap::new(),
             rival: None,
+            loses_chunks: false,
             config,
         }
     }
@@ -419,6 +433,7 @@ impl Sim {
         })?;
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
         self.lead_with_a_disk_that_hangs()?;
+        self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
         self.check_history()?;
         self.check_equal_data()?;
@@ -453,6 +468,74 @@ impl Sim {
         self.crash(index);
         self.schedule(self.now, Event::Start { node: index });
         self.step_until("the disk that hung catches up", Sim::has_converged)
+    }
+
+    /// Of three servers one is lost for good while chunks are being copied to another, which has
+    /// acknowledged entries for chunks that it does not have; the third has slept meanwhile. Nothing of
+    /// what was answered is lost.
+    fn lose_a_server_while_another_installs(&mut self) -> Checked<()> {
+        if self.core != 3 || self.config.seed % 5 != 2 {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        self.step_until("there is a leader", |sim| leads(sim).is_some())?;
+        let lost = leads(self).unwrap_or(0);
+        let (copies, sleeps) = ((lost + 1) % 3, (lost + 2) % 3);
+        self.crash(copies);
+        self.write_until_trimmed(&[lost, sleeps], copies)?;
+        self.loses_chunks = true;
+        self.schedule(self.now, Event::Start { node: copies });
+        let installs = |sim: &Sim| {
+            let running = sim.nodes[copies].running.as_ref();
+            running.is_some_and(|it| it.engine.is_installing())
+        };
+        self.step_until("chunks are copied", |sim| {
+            installs(sim) || sim.has_converged()
+        })?;
+        if !installs(self) {
+            // Someone had the entries in memory still.
+            self.loses_chunks = false;
+            return Ok(());
+        }
+        self.crash(sleeps);
+        self.write_until_trimmed(&[lost], sleeps)?;
+        self.crash(lost);
+        self.nodes[lost].is_lost = true;
+        self.report.lost_for_good += 1;
+        self.loses_chunks = false;
+        self.schedule(self.now, Event::Start { node: sleeps });
+        self.write(5)?;
+        self.step_until("two servers of three hold the same", Sim::has_converged)
+    }
+
+    /// Lets clients write until the logs of servers begin behind what another's ends with.
+    fn write_until_trimmed(&mut self, servers: &[usize], behind: usize) -> Checked<()> {
+        let last = self.nodes[behind].log_last().slot;
+        let first = |node: &Node| {
+            let running = node.running.as_ref();
+            running.map_or(Slot(0), |it| it.engine.replica().log_first())
+        };
+        for _ in 0..60 {
+            if servers
+                .iter()
+                .all(|it| first(&self.nodes[*it]) > last.next())
+            {
+                return Ok(());
+            }
+            self.write(40)?;
+        }
+        self.fail("the log is not trimmed")
+    }
+
+    /// Lets every client make some more requests.
+    fn write(&mut self, requests: u32) -> Checked<()> {
+        for client in 0..self.clients.len() {
+            self.clients[client].left += requests;
+            self.schedule(self.now, Event::Client { client });
+        }
+        self.step_until("every request ends", |sim| {
+            sim.clients.iter().all(Client::is_done)
+        })
     }
 
     /// A disk finishes nothing for a while.
@@ -571,6 +654,7 @@ impl Sim {
             checkpoint_queue: VecDeque::new(),
             checkpoint_busy: false,
             timer_at: u64::MAX,
+            drops: false,
         });
         let id = node.id;
         self.trace(|| {
@@ -636,6 +720,8 @@ impl Sim {
     /// After every input of a node: checks, then its actions, then its timer.
     fn after(&mut self, index: usize) -> Checked<()> {
         self.check_node(index)?;
+        // Once in a turn; what is left has to wait for the next.
+        let mut applied = false;
         loop {
             let now = self.clock(index);
             let Some(running) = &mut self.nodes[index].running else {
@@ -648,14 +734,11 @@ impl Sim {
                 actions.push(action);
             }
             if actions.is_empty() {
-                if !running.engine.has_chosen() {
+                if applied || !running.engine.has_chosen() {
                     break;
                 }
-                let applied = running.engine.state().applied();
                 running.engine.apply_chosen(now);
-                if running.engine.state().applied() == applied {
-                    break;
-                }
+                applied = true;
             }
             for action in actions {
                 self.act(index, action)?;
@@ -675,7 +758,10 @@ impl Sim {
             self.schedule(at, Event::Start { node: index });
             return Ok(());
         }
-        let at = self.when(index, running.engine.poll_timeout());
+        let at = match running.engine.has_chosen() {
+            true => self.now + MS / 10,
+            false => self.when(index, running.engine.poll_timeout()),
+        };
         let life = self.nodes[index].life;
         let Some(running) = &mut self.nodes[index].running else {
             return Ok(());
@@ -815,6 +901,10 @@ impl Sim {
         let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else {
             return;
         };
+        let is_chunk = matches!(message, Message::Sync(SyncMessage::Chunk { .. }));
+        if self.loses_chunks && is_chunk {
+            return;
+        }
         if self.blocked[a][b] || self.rng.chance(self.loss_per_mille) {
             return;
         }
@@ -930,9 +1020,16 @@ impl Sim {
             }
             Event::Timer { life, .. } if life == life_now => {
                 running.timer_at = u64::MAX;
-                let (free, first) = running.storage.facts();
-                running.engine.note_storage(free, first);
+                let (free, first, bytes) = running.storage.facts();
+                running.engine.note_storage(free, first, bytes);
                 running.engine.handle_timeout(now);
+                let drops = running.engine.drops_entries(now);
+                self.report.drops += u64::from(drops && !running.drops);
+                running.drops = drops;
+                let slot = running.engine.trim_slot();
+                if let Err(error) = running.storage.trim(slot) {
+                    return self.disk_failed(index, &error);
+                }
             }
             Event::LogDone { life, .. } if life == life_now => {
                 let batch: Vec<_> = running.log_queue.drain(..).collect();
@@ -1016,7 +1113,10 @@ impl Sim {
         running.checkpoint_busy = false;
         let stored = match running.checkpoint_queue.pop_front() {
             Some(Work::Checkpoint(checkpoint)) => {
-                let slot = checkpoint.applied.slot;
+                let slot = match checkpoint.flush_only {
+                    true => Slot(0),
+                    false => checkpoint.applied.slot,
+                };
                 let stored = running.storage.checkpoint(checkpoint);
                 stored.map(|()| running.engine.handle_checkpoint_done(slot))
             }
@@ -1030,7 +1130,7 @@ impl Sim {
         if let Err(error) = stored {
             return self.disk_failed(index, &error);
         }
-        let slot = running.engine.checkpoint_slot();
+        let slot = running.engine.trim_slot();
         if let Err(error) = running.storage.trim(slot) {
             return self.disk_failed(index, &error);
         }
@@ -1472,8 +1572,9 @@ impl Sim {
             let settled = replica.applied() == replica.last().slot && engine.copying().is_none();
             settled.then(|| replica.applied())
         };
-        let first = applied(&self.nodes[0]);
-        first.is_some() && self.nodes.iter().all(|node| applied(node) == first)
+        let mut nodes = self.nodes.iter().filter(|node| !node.is_lost);
+        let first = nodes.next().and_then(applied);
+        first.is_some() && nodes.all(|node| applied(node) == first)
     }
 
     /// Reads every block once more at the end, so that a loss that nobody happened to read is seen.
@@ -1697,6 +1798,7 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
         window_bytes: 256 << 10,
         window_slots: 16,
         tail_bytes: 96 << 10,
+        backlog_bytes: 512 << 10,
         peer_window_bytes: 128 << 10,
         entry_bytes: 32 << 10,
         catch_up_bytes: 64 << 10,
@@ -1712,6 +1814,8 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
         checkpoint_bytes: 256 << 10,
         checkpoint_interval: Duration::from_secs(5),
         checkpoint_chunks: 24,
+        log_bytes_max: 1 << 20,
+        apply_bytes: 48 << 10,
         reserve_bytes: 0,
         session_lease: Duration::from_secs(4),
     }

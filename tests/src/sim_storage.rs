@@ -207,8 +207,12 @@ impl Parts {
             applied,
             installing,
             state,
+            flush_only,
             ..
         } = checkpoint;
+        if flush_only {
+            return Ok(());
+        }
         self.checkpoint
             .store(applied, installing, &state)
             .map_err(|error| error.to_string())
@@ -240,10 +244,10 @@ impl Parts {
         })
     }
 
-    /// Free space, and the first slot of the log.
-    pub(crate) fn facts(&self) -> (u64, Slot) {
+    /// Free space, the first slot of the log, and its size.
+    pub(crate) fn facts(&self) -> (u64, Slot, u64) {
         let free = self.disk.space().map_or(0, |(free, _)| free);
-        (free, self.log.first_slot())
+        (free, self.log.first_slot(), self.log.kept_bytes())
     }
 }
 

@@ -10,15 +10,20 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
-use pss_core::chunk::{ChunkError, ChunkParams, ReadError};
+use pss_core::chunk::{ChunkError, ChunkParams, ChunkStore, ReadError};
 use pss_core::disk::files::FileDisk;
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
+use pss_core::engine::{Action, Engine, EngineConfig};
 use pss_core::entry::{Command, Entry, Op, block_checksums};
 use pss_core::log::{Log, LogError, LogParams, LogRead, LogReader, Recovered};
+use pss_core::paxos::quorum::Membership;
+use pss_core::paxos::{Config, Tuning};
 use pss_core::state::{Answer, Effect, State, Volume};
 use pss_core::storage::{ApplyError, Identity, IdentityFacts, Storage, StorageParams, apply_entry};
+use pss_core::time::Instant;
 use pss_core::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, RequestNumber, ServerId,
     SessionId, Slot, VolumeId,
@@ -1499,6 +1504,123 @@ fn full_disk_loses_nothing() {
         disk.power_cut(&mut rng);
         assert!(world.reopen(disk.disk()).is_ok());
     }
+}
+
+/// One block in each of 100 chunks, then all of them zeroed, then one block in each of 100 others. The first
+/// 64 files are removed with the zeroing, which is too few for the others.
+fn zeroed_and_written_elsewhere() -> impl Iterator<Item = Op> {
+    let zero = Op::Zero {
+        volume: VolumeId(1),
+        first_block: 0,
+        blocks: 1600,
+        allocate: false,
+    };
+    let write = |chunk: u64| write_op(VolumeId(1), chunk * 16, payload(chunk + 1, 1));
+    (0..100)
+        .map(write)
+        .chain([zero])
+        .chain((100..200).map(write))
+}
+
+/// What was zeroed gives its space back before a server gives up at its start.
+#[test]
+fn a_start_on_a_full_disk_frees_what_was_zeroed() {
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    apply_op(&mut world, create("v", 3200)).unwrap();
+    let mut ops = zeroed_and_written_elsewhere();
+    for op in ops.by_ref().take(100) {
+        apply_op(&mut world, op).unwrap();
+    }
+    checkpoint(&mut world);
+    let mut prev = world.last();
+    for op in ops {
+        let entry = Entry {
+            id: EntryId {
+                ballot: prev.ballot,
+                slot: prev.slot.next(),
+            },
+            prev: prev.ballot,
+            commands: [Command::internal(op)].into(),
+        };
+        let log = &mut world.storage.log;
+        log.append(None, std::slice::from_ref(&entry), prev.slot)
+            .unwrap();
+        prev = entry.id;
+    }
+    world.storage.log.mark_idle(prev.slot).unwrap();
+    drop(world);
+    // Enough for a log segment.
+    disk.set_capacity(disk.used_bytes() + SEGMENT_BYTES + 8 * BLOCK_BYTES as u64);
+    let storage = Storage::open(disk.disk(), &params()).unwrap();
+    assert!(storage.stalled.is_none(), "the disk has space enough");
+    assert_eq!(storage.applied, prev);
+}
+
+/// The same while a server runs: it flushes its chunks without storing a record.
+#[test]
+fn a_full_server_frees_what_was_zeroed() {
+    let disk = SimDisk::new();
+    let chunks = ChunkStore::open(disk.disk(), ChunkParams::default(), &[]).unwrap();
+    let chunks = Arc::new(chunks);
+    let config = EngineConfig {
+        replica: Config {
+            id: ServerId(0),
+            members: Membership::new([ServerId(0)]),
+            tuning: Tuning::default(),
+            seed: 1,
+        },
+        checkpoint_bytes: u64::MAX,
+        checkpoint_interval: Duration::from_secs(1000),
+        checkpoint_chunks: usize::MAX,
+        log_bytes_max: u64::MAX,
+        apply_bytes: usize::MAX,
+        reserve_bytes: 0,
+        session_lease: Duration::from_secs(60),
+    };
+    let nothing = pss_core::paxos::Recovered::default();
+    let mut now = Instant(1_000_000_000);
+    let mut engine = Engine::new(config, nothing, State::default(), chunks, now);
+    let mut flushed = 0;
+    let mut perform = |engine: &mut Engine, now: Instant| {
+        engine.finish_batch(now);
+        loop {
+            match engine.poll_action() {
+                Some(Action::Persist { write, .. }) => engine.handle_persisted(now, write),
+                Some(Action::Checkpoint(checkpoint)) => {
+                    assert!(checkpoint.flush_only, "the state is between two entries");
+                    checkpoint.chunks.flush().unwrap();
+                    engine.handle_checkpoint_done(Slot(0));
+                    flushed += 1;
+                }
+                Some(_) => {}
+                None if engine.has_chosen() => engine.apply_chosen(now),
+                None => return,
+            }
+        }
+    };
+    now += Duration::from_secs(1);
+    engine.handle_timeout(now);
+    perform(&mut engine, now);
+    let ops = [create("v", 3200)].into_iter();
+    for (at, op) in ops.chain(zeroed_and_written_elsewhere()).enumerate() {
+        let proposed = engine.replica_mut().propose(vec![Command::internal(op)]);
+        proposed.expect("it leads");
+        perform(&mut engine, now);
+        if at == 100 {
+            disk.set_capacity(disk.used_bytes() + 8 * BLOCK_BYTES as u64);
+        }
+    }
+    assert!(engine.is_stalled(), "the disk is full");
+    for _ in 0..4 {
+        now += Duration::from_secs(1);
+        engine.handle_timeout(now);
+        perform(&mut engine, now);
+    }
+    assert!(!engine.is_stalled());
+    assert_eq!(engine.state().applied(), engine.replica().last().slot);
+    assert_eq!(flushed, 1);
+    assert_eq!(engine.trim_slot(), Slot(0), "nothing was stored");
 }
 
 #[test]

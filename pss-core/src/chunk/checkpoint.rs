@@ -76,9 +76,13 @@ impl Checkpoint {
     /// Makes it durable. May run beside all other uses of the store, on a thread that may wait.
     ///
     /// # Errors
-    /// [`ChunkError::NoSpace`]: everything stays for the next checkpoint. Other errors are final.
+    /// [`ChunkError::NoSpace`]: everything stays for the next checkpoint; but files of chunks that do not exist
+    /// any more are removed. Other errors are final.
     pub fn flush(mut self) -> Result<(), ChunkError> {
         self.store.check()?;
+        for item in &self.items {
+            self.remove_file(item)?;
+        }
         // Files stay open until they are synced; of many only a few, because a process may have only so
         // many open and the whole file system is synced then.
         let mut files = Vec::new();
@@ -116,7 +120,19 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Writes a chunk's table, or removes its file. Gives the file that is to be synced.
+    /// Removes the file of a chunk that does not exist any more.
+    fn remove_file(&self, item: &Item) -> Result<(), ChunkError> {
+        let chunk = &item.chunk;
+        let deleted = chunk.volume.deleted.read();
+        let deleted = deleted.unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&chunk.state);
+        if !*deleted && !state.exists {
+            self.store.remove_doomed(chunk, &mut state)?;
+        }
+        Ok(())
+    }
+
+    /// Writes a chunk's table. Gives the file that is to be synced.
     fn write_table(&self, item: &Item) -> Result<Option<Arc<dyn DiskFile>>, ChunkError> {
         let chunk = &item.chunk;
         let deleted = chunk.volume.deleted.read();
@@ -124,10 +140,7 @@ impl Checkpoint {
         if *deleted {
             return Ok(None);
         }
-        let mut state = lock(&chunk.state);
-        if state.doomed && !state.exists {
-            self.store.remove_doomed(chunk, &mut state)?;
-        }
+        let state = lock(&chunk.state);
         if !state.exists || state.life != item.life {
             return Ok(None);
         }

@@ -25,10 +25,13 @@ use crate::types::{ChunkIndex, EntryId, ServerId, Slot, VolumeId};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// After a refusal.
 const RETRY: Duration = Duration::from_millis(100);
+/// What has sent nothing for this time cannot.
+const MOVING: Duration = Duration::from_secs(10);
 /// Chunks asked for at once; entries wait until they are all here.
 const CHUNKS_AT_ONCE: usize = 4;
 /// Entries that wait at most, bytes; then they are applied, and what comes too late is asked for again.
-const BACKLOG_BYTES_MAX: usize = 256 << 20;
+/// Less than `Tuning::backlog_bytes`, at which no more come.
+const BACKLOG_BYTES_MAX: usize = 128 << 20;
 /// Chunks in one list.
 const LIST_MAX: usize = 1024;
 
@@ -48,6 +51,8 @@ pub(super) struct Copying {
     /// A list was asked for, and its answer is on its way.
     list_asked: bool,
     retry_at: Instant,
+    /// When a list or a chunk came last.
+    moved_at: Instant,
     chunks_done: u64,
     chunks_known: u64,
 }
@@ -77,6 +82,7 @@ impl Copying {
             asked: BTreeMap::new(),
             list_asked: false,
             retry_at: now,
+            moved_at: now,
             chunks_done: 0,
             chunks_known: 0,
         }
@@ -107,6 +113,11 @@ impl Copying {
     /// Whether our chunks are incomplete.
     pub(super) fn is_installing(&self) -> bool {
         self.installing
+    }
+
+    /// Whether lists and chunks have come lately.
+    pub(super) fn is_moving(&self, now: Instant) -> bool {
+        now.since(self.moved_at) < MOVING
     }
 
     /// Whether a checkpoint made now could undo the stored base.
@@ -322,7 +333,8 @@ impl Engine {
         }
     }
 
-    pub(super) fn is_installing(&self) -> bool {
+    /// Whether chunks are being copied to this server, so that its data are not complete.
+    pub fn is_installing(&self) -> bool {
         self.copying.as_ref().is_some_and(Copying::is_installing)
     }
 
@@ -483,6 +495,8 @@ impl Engine {
         self.backlog_bytes = 0;
         self.share_volumes();
         self.checkpoint_slot = base.slot;
+        self.stored_slot = base.slot;
+        self.installed_base = Some(base.slot);
         self.recovered_last = base.slot;
         self.replica.handle_base(now, base);
         self.drain(now);
@@ -530,6 +544,7 @@ impl Engine {
         }
         copying.donor = Some(from);
         copying.list_asked = false;
+        copying.moved_at = now;
         copying.chunks_known += chunks.len() as u64;
         let inside = |chunk: ChunkIndex| until.is_none_or(|until| chunk < until);
         let listed: BTreeMap<ChunkIndex, &ChunkSummary> = chunks
@@ -615,6 +630,7 @@ impl Engine {
         copying.donor = Some(from);
         missing.remove(&name.1);
         copying.chunks_done += 1;
+        copying.moved_at = now;
         copying.retry_at = now;
         self.after_chunk(now);
     }

@@ -173,6 +173,8 @@ impl Engine {
         self.reads_waiting.retain(|(waiting, _)| *waiting != client);
         self.queued.retain(|(waiting, _)| *waiting != client);
         self.reads_done.retain(|(waiting, _)| *waiting != client);
+        let left = self.reads_done.iter();
+        self.reads_done_bytes = left.map(|(_, reply)| data_bytes(&reply.body)).sum();
     }
 
     /// Another thread has read blocks.
@@ -202,9 +204,7 @@ impl Engine {
     }
 
     fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
-        if let Ok(ReplyBody::Data(parts)) = &body {
-            self.reads_done_bytes += parts.iter().map(ReadPart::data_bytes).sum::<usize>();
-        }
+        self.reads_done_bytes += data_bytes(&body);
         self.reads_done
             .push((client, crate::wire::client::Reply { tag, body }));
     }
@@ -827,6 +827,7 @@ impl Engine {
                 .drain(..)
                 .map(|(client, it)| (client, it.tag)),
         );
+        self.reads_done_bytes = 0;
         // In a fixed order, so that simulations repeat.
         away.sort_unstable();
         self.in_flight.clear();
@@ -945,6 +946,14 @@ fn join_parts(parts: &[ReadPart], bytes: usize) -> BytesMut {
     out
 }
 
+/// How much an answer brings.
+fn data_bytes(body: &Result<ReplyBody, ReplyError>) -> usize {
+    match body {
+        Ok(ReplyBody::Data(parts)) => parts.iter().map(ReadPart::data_bytes).sum(),
+        _ => 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -961,9 +970,13 @@ mod tests {
 
     /// A cell of one server, which leads.
     fn leader(directory: &tempfile::TempDir) -> Engine {
+        leader_with(directory, |_| {})
+    }
+
+    fn leader_with(directory: &tempfile::TempDir, change: impl Fn(&mut EngineConfig)) -> Engine {
         let disk = Arc::new(FileDisk::open(directory.path()).unwrap());
         let chunks = ChunkStore::open(disk, ChunkParams::default(), &[]).unwrap();
-        let config = EngineConfig {
+        let mut config = EngineConfig {
             replica: Config {
                 id: ServerId(0),
                 members: Membership::new([ServerId(0)]),
@@ -973,9 +986,12 @@ mod tests {
             checkpoint_bytes: u64::MAX,
             checkpoint_interval: Duration::from_secs(1000),
             checkpoint_chunks: usize::MAX,
+            log_bytes_max: u64::MAX,
+            apply_bytes: usize::MAX,
             reserve_bytes: 0,
             session_lease: Duration::from_secs(60),
         };
+        change(&mut config);
         let state = State::default();
         let start = Instant(0);
         let recovered = Recovered::default();
@@ -1038,6 +1054,109 @@ mod tests {
             Ok(ReplyBody::Done)
         );
         assert_eq!(ask(5, session, RequestBody::KeepAlive), stale);
+    }
+
+    /// Proposes writes of the first blocks of chunks, and has them chosen.
+    fn choose_writes(engine: &mut Engine, chunks: std::ops::Range<u64>) {
+        let now = Instant(0) + Duration::from_secs(1);
+        for chunk in chunks {
+            let volume = VolumeId(1);
+            let first_block = chunk * 16;
+            let payload = Bytes::from(vec![chunk as u8 + 1; BLOCK_BYTES]);
+            let op = Op::Write {
+                volume,
+                first_block,
+                checksums: crate::entry::block_checksums(volume, first_block, &payload),
+                payload,
+            };
+            engine
+                .replica
+                .propose(vec![Command::internal(op)])
+                .expect("it leads");
+            engine.finish_batch(now);
+            while let Some(action) = engine.poll_action() {
+                if let Action::Persist { write, .. } = action {
+                    engine.handle_persisted(now, write);
+                }
+            }
+        }
+    }
+
+    fn create_volume(engine: &mut Engine) {
+        let create = Op::CreateVolume {
+            name: "a".to_owned(),
+            size_bytes: 4 << 20,
+            chunk_bytes: crate::state::CHUNK_BYTES_MIN,
+            uuid: [1; 16],
+        };
+        let proposed = engine.replica.propose(vec![Command::internal(create)]);
+        proposed.expect("it leads");
+        perform(engine);
+        assert!(engine.state.volume(VolumeId(1)).is_some());
+    }
+
+    /// So that heartbeats have their turn between.
+    #[test]
+    fn a_backlog_is_applied_bit_by_bit() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader_with(&directory, |config| config.apply_bytes = 2 * BLOCK_BYTES);
+        create_volume(&mut engine);
+        let before = engine.state.applied().0;
+        choose_writes(&mut engine, 0..5);
+        let mut steps = Vec::new();
+        while engine.has_chosen() {
+            engine.apply_chosen(Instant(0) + Duration::from_secs(1));
+            steps.push(engine.state.applied().0 - before);
+        }
+        assert_eq!(steps, [2, 4, 5]);
+    }
+
+    /// The checkpoint that a backlog needs begins while it is applied, and at twice as many changed chunks
+    /// the rest waits until it is done.
+    #[test]
+    fn a_backlog_waits_for_the_checkpoint() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader_with(&directory, |config| config.checkpoint_chunks = 2);
+        create_volume(&mut engine);
+        let now = Instant(0) + Duration::from_secs(1);
+        let before = engine.state.applied().0;
+        choose_writes(&mut engine, 0..9);
+        engine.apply_chosen(now);
+        assert_eq!(engine.state.applied().0 - before, 6);
+        assert!(!engine.has_chosen(), "nothing can be applied now");
+        let checkpoint = std::iter::from_fn(|| engine.poll_action())
+            .find_map(|action| match action {
+                Action::Checkpoint(checkpoint) => Some(checkpoint),
+                _ => None,
+            })
+            .expect("a checkpoint is due");
+        assert_eq!(checkpoint.applied.slot.0 - before, 2);
+        checkpoint.chunks.flush().unwrap();
+        engine.handle_checkpoint_done(checkpoint.applied.slot);
+        assert!(engine.has_chosen());
+        engine.apply_chosen(now);
+        assert_eq!(engine.state.applied().0 - before, 9);
+    }
+
+    /// A turn ends early if reads have brought much; those that nobody waits for do not count.
+    #[test]
+    fn reads_of_clients_that_are_gone_bring_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        let body = || {
+            Ok(ReplyBody::Data(vec![ReadPart::Data(Bytes::from(vec![
+                1;
+                100
+            ]))]))
+        };
+        for client in [1, 1, 2] {
+            engine.read_done(ClientId(client), 0, body());
+        }
+        assert_eq!(engine.finished_read_bytes(), 300);
+        engine.handle_client_gone(ClientId(1));
+        assert_eq!(engine.finished_read_bytes(), 100);
+        engine.send_everyone_away();
+        assert_eq!(engine.finished_read_bytes(), 0);
     }
 
     #[test]

@@ -147,6 +147,10 @@ impl Replica {
         if !self.follow(now, from, ballot) {
             return;
         }
+        if (self.log_full || self.has_backlog()) && !entries.is_empty() {
+            // As if they were lost; the leader sends them again.
+            return;
+        }
         let Some(last) = self.append_behind(prev, entries, chosen) else {
             // What is chosen is equal everywhere.
             let resume_after = self.equal_to_leader();

@@ -15,6 +15,8 @@ use crate::types::{Ballot, EntryId, ServerId, Slot};
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(400);
 /// A follower that has not got new entries from the leader for this long asks for them itself.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// So often another server is asked for entries that one has no more, before chunks are copied.
+const DETOURS_MAX: u32 = 5;
 /// A feeder forgets a waiting server after this time: it would have asked again.
 const WAITING_MAX: Duration = Duration::from_secs(2);
 
@@ -30,6 +32,8 @@ pub(super) struct CatchUp {
     /// Turns to another feeder with each question that was not answered.
     turn: usize,
     next_at: Instant,
+    /// How often another server was asked for what one has no more, since it brought something.
+    detours: u32,
 }
 
 impl CatchUp {
@@ -40,6 +44,7 @@ impl CatchUp {
             asked: None,
             turn: 0,
             next_at: now + PATIENCE,
+            detours: 0,
         }
     }
 
@@ -103,7 +108,7 @@ impl Replica {
     fn ask(&mut self, now: Instant) {
         // The disk may be slower than the network, and what is not applied stays in memory.
         let waiting = self.tail.weight_between(self.applied, self.chosen);
-        if waiting >= self.config.tuning.window_bytes {
+        if waiting >= self.config.tuning.window_bytes || self.log_full {
             return;
         }
         if let Some(feeder) = self.feeder(now) {
@@ -314,6 +319,7 @@ impl Replica {
         self.learn_chosen(end);
         self.settle_claim();
         self.catch_up.progress = (self.chosen, now);
+        self.catch_up.detours = 0;
         // One question at a time, and none for what the leader has sent meanwhile.
         let behind = self.catch_up.known_chosen > self.equal_to_leader();
         if self.catch_up.asked.is_none() && (!self.is_core() || behind) {
@@ -334,9 +340,37 @@ impl Replica {
                 return self.ask_after(now, from, before);
             }
         }
-        // Only if even the log's first entries would leave a gap.
-        if first > self.tail.last().slot.next() {
-            self.outputs.push_back(Output::CopyChunks { donor: from });
+        if let Some(peer) = self.peers.get_mut(&from) {
+            peer.progress.log_first = peer.progress.log_first.max(first);
         }
+        // Only if even the log's first entries would leave a gap.
+        if first <= self.tail.last().slot.next() {
+            return;
+        }
+        match self.keeper(now) {
+            Some(keeper) if expected => {
+                self.catch_up.detours += 1;
+                self.ask_after(now, keeper, self.chosen);
+            }
+            Some(_) => {}
+            None => self.outputs.push_back(Output::CopyChunks { donor: from }),
+        }
+    }
+
+    /// A server whose log goes on where ours ends. Copying chunks takes long, and what is copied is no copy
+    /// that could replace another's meanwhile; so the log is asked for everywhere first, but not for ever.
+    fn keeper(&self, now: Instant) -> Option<ServerId> {
+        if self.catch_up.detours >= DETOURS_MAX {
+            return None;
+        }
+        let keeps = |server: &ServerId| {
+            self.peers.get(server).is_some_and(|peer| {
+                let lately = self.config.tuning.lease * 4;
+                peer.heard.is_some_and(|at| now.since(at) < lately)
+                    && peer.progress.log_first <= self.chosen.next()
+                    && peer.progress.chosen > self.chosen
+            })
+        };
+        self.other_core().into_iter().find(keeps)
     }
 }

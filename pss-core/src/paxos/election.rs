@@ -51,10 +51,11 @@ pub(super) struct Promised {
 }
 
 impl Replica {
-    /// Whether this server could lead at all: a core server with complete data and a log that is not
-    /// certain to be damaged.
+    /// Whether this server could lead at all: a core server with complete data, a log that is not certain
+    /// to be damaged, and not so much to apply that nobody would be answered for long.
     pub(super) fn may_lead(&self) -> bool {
-        self.is_core() && !self.installing && self.certain <= self.tail.last()
+        let is_whole = !self.installing && self.certain <= self.tail.last();
+        self.is_core() && is_whole && !self.has_backlog()
     }
 
     pub(super) fn election_timeout(&mut self, now: Instant) {

@@ -45,6 +45,8 @@ struct Follower {
     sent: Instant,
     /// Answers in a row that showed less received than sent.
     short: u32,
+    /// Entries from this slot on were lost, or it takes none: the next message follows when it has the first.
+    probe: Option<Slot>,
     /// Where sending was last resumed after a rejection, and when.
     resumed: Option<(Slot, Instant)>,
 }
@@ -278,6 +280,7 @@ impl Replica {
         }
         follower.granted = follower.granted.max(Some(sent));
         follower.durable = follower.durable.max(durable);
+        follower.probe = follower.probe.filter(|at| received < *at);
         match follower.next {
             None => follower.next = Some(received.max(progress.chosen.min(last)).next()),
             // The answer was sent after the entries arrived or not: two answers in a row that a
@@ -286,6 +289,7 @@ impl Replica {
                 follower.short += 1;
                 if follower.short >= 2 {
                     follower.next = Some(received.next());
+                    follower.probe = follower.next;
                     follower.short = 0;
                 }
             }
@@ -330,6 +334,7 @@ impl Replica {
         };
         if (ballot == leader.ballot || any_ballot) && durable <= last {
             follower.durable = follower.durable.max(durable);
+            follower.probe = follower.probe.filter(|at| durable < *at);
         }
     }
 
@@ -412,7 +417,9 @@ impl Replica {
             let last = self.tail.last().slot;
             let under_way = last.0 - self.chosen.0;
             let bytes = self.tail.weight_between(self.chosen, last);
-            let room = under_way < tuning.window_slots && bytes < tuning.window_bytes;
+            let room = under_way < tuning.window_slots
+                && bytes < tuning.window_bytes
+                && !self.has_backlog();
             let Role::Leader(leader) = &mut self.role else {
                 return;
             };
@@ -470,7 +477,8 @@ impl Replica {
                 let unacknowledged = self
                     .tail
                     .weight_between(follower.durable.max(base.slot), after);
-                if next > last || unacknowledged >= tuning.peer_window_bytes {
+                let waits = follower.probe.is_some_and(|at| next > at);
+                if next > last || waits || unacknowledged >= tuning.peer_window_bytes {
                     break;
                 }
                 let read = self.tail.read(after, last, tuning.entry_bytes);

@@ -1049,6 +1049,90 @@ fn lost_entries_are_sent_again() {
     }
 }
 
+/// Who took nothing, for whatever reason, is not sent everything again and again: one message, until it
+/// takes that.
+#[test]
+fn a_follower_that_takes_nothing_is_tried_with_one_message() {
+    let tuning = Tuning {
+        entry_bytes: 1,
+        ..tuning()
+    };
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        tail: log([1.0, 1.0]),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2], tuning, recovered);
+    server.pass(500);
+    server.elect(id(2, 1.0));
+    server.all_persisted();
+    let mut sent = Vec::new();
+    for _ in 0..4 {
+        server.wait(100);
+        sent.push(server.gets(1, granted(2.0, server.now, 0)));
+    }
+    let first = "1 <- accept 2.0 behind 0@0.0 [1@1.0] chosen 0";
+    let nothing: Vec<String> = Vec::new();
+    assert_eq!(
+        sent,
+        [&nothing[..], &[first.into()], &nothing, &[first.into()]]
+    );
+    let rest = server.gets(1, accepted(2.0, 1));
+    assert_eq!(rest.len(), 2, "{rest:?}");
+}
+
+/// Applying is far behind: entries are not taken, and nobody leads with that.
+#[test]
+fn a_backlog_takes_no_entries_and_does_not_lead() {
+    let tuning = Tuning {
+        backlog_bytes: 1,
+        ..tuning()
+    };
+    let recovered = Recovered {
+        promised: ballot(2.1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &[0, 1, 2], tuning, recovered);
+    server.pass(500);
+    // It has looked at time before.
+    server.gets(1, accept(2.1, EntryId::default(), [2.1], 1));
+    let write = server.writes.pop_front().unwrap();
+    server.replica.handle_persisted(server.now, write);
+    let (from, now) = (ServerId(1), server.now);
+    let hand_over = Message::HandOver {
+        ballot: ballot(2.1),
+    };
+    let more = accept(2.1, id(1, 2.1), [2.1], 1);
+    server.replica.handle_message(now, from, more.clone());
+    server.replica.handle_message(now, from, hand_over.clone());
+    assert_eq!(
+        server.outputs(),
+        ["1 <- accepted 2.1 to 1", "apply [1@2.1]"],
+        "neither"
+    );
+    assert_eq!(server.gets(1, more), ["persist [2@2.1]"]);
+    assert_eq!(server.gets(1, hand_over), ["persist promise 3.0"]);
+}
+
+/// A leader that is far behind with applying proposes no more until it has caught up.
+#[test]
+fn a_leader_with_a_backlog_lets_requests_wait() {
+    let tuning = Tuning {
+        backlog_bytes: 1,
+        ..tuning()
+    };
+    let mut server = Server::start_as(0, &[0], tuning, Recovered::default());
+    server.wait(0);
+    server.all_persisted();
+    server.propose(vec![write(1)]);
+    let persisted = server.writes.pop_front().unwrap();
+    server.replica.handle_persisted(server.now, persisted);
+    server.replica.propose(vec![write(1)]).unwrap();
+    server.replica.flush(server.now);
+    assert_eq!(server.replica.queued(), 1);
+    assert_eq!(server.outputs(), ["apply [2@1.0]", "persist [3@1.0]"]);
+}
+
 /// A follower that needs entries which are not in memory any more catches up from someone; but it may hold
 /// them without knowing that they are chosen, and then nobody else can tell it.
 #[test]
@@ -1245,6 +1329,75 @@ fn a_log_that_nobody_can_confirm_from_its_start() {
     // Further behind than the log reaches.
     let outputs = other.gets(1, gone(5, 9));
     assert_eq!(outputs, ["copy chunks of 1"]);
+}
+
+/// Chunks are copied only if no log goes on where ours ends; and if who has such a log does not give it.
+#[test]
+fn every_log_is_asked_before_chunks_are_copied() {
+    let mut server = Server::awake(3.1, log([1.0]));
+    server.gets(1, heartbeat(3.1, 9));
+    let keeps = Progress {
+        chosen: Slot(9),
+        applied: Slot(9),
+        log_first: Slot(1),
+        ..Progress::default()
+    };
+    let trimmed = Progress {
+        log_first: Slot(5),
+        ..keeps
+    };
+    server.gets(1, Message::Progress(keeps));
+    let mut copies = Vec::new();
+    for _ in 0..40 {
+        server.gets(1, heartbeat(3.1, 9));
+        server.gets(2, Message::Progress(trimmed));
+        let asked = server.wait(150);
+        let Some(asked) = asked.iter().find(|it| it.contains("catch-up after")) else {
+            continue;
+        };
+        // Server 1 keeps everything and never answers.
+        if asked.starts_with("2 <-") {
+            copies.push(server.gets(2, gone(5, 9)));
+        }
+    }
+    let (last, before) = copies.split_last().unwrap();
+    assert!(before.len() >= 5, "{copies:?}");
+    for asked in &before[..5] {
+        assert_eq!(*asked, ["1 <- catch-up after 0"]);
+    }
+    assert_eq!(*last, ["copy chunks of 2"]);
+}
+
+/// A log that may not grow takes no entries, as if they were lost; the leader is followed all the same.
+#[test]
+fn a_full_log_takes_no_entries() {
+    let mut server = Server::awake(2.1, log([1.0]));
+    let entries = accept(2.1, id(1, 1.0), [2.1], 0);
+    server.replica.note_log_full(true);
+    assert_eq!(server.gets(1, entries.clone()), NOTHING);
+    let outputs = server.gets(1, heartbeat(2.1, 0));
+    assert_eq!(outputs, ["1 <- lease 2.1 durable 0 received 0"]);
+    server.replica.note_log_full(false);
+    assert_eq!(server.gets(1, entries), ["persist [2@2.1]"]);
+}
+
+/// What a majority beside this server has applied, with complete chunks.
+#[test]
+fn applied_by_a_majority_of_others() {
+    let mut server = Server::awake(1.0, log([]));
+    let mut applied = |from, applied, installing| {
+        let progress = Progress {
+            applied: Slot(applied),
+            installing,
+            ..Progress::default()
+        };
+        server.gets(from, Message::Progress(progress));
+        server.replica.applied_by_others().0
+    };
+    assert_eq!(applied(1, 7, false), 0);
+    assert_eq!(applied(5, 7, false), 0, "a learner does not count");
+    assert_eq!(applied(2, 5, true), 0, "its chunks are not complete");
+    assert_eq!(applied(2, 6, false), 6);
 }
 
 /// While the log waits to be reset, what is on disk is the old one: nobody is fed from it.

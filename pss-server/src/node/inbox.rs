@@ -37,6 +37,8 @@ pub(crate) enum Event {
     CheckpointDone(Slot),
     /// How full the disk is, and where the log begins.
     Space {
+        /// Bytes of the log's segments.
+        log_bytes: u64,
         free_bytes: u64,
         total_bytes: u64,
         log_first: Slot,

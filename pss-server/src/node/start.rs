@@ -31,6 +31,10 @@ const RESERVE_BYTES: u64 = 64 << 20;
 /// A checkpoint is due when so many chunks have tables that are only in memory: 16 MiB of them with
 /// chunks of the usual size, and about as many small writes.
 const CHECKPOINT_CHUNKS: usize = 4096;
+/// The log may hold so much more while chunks are being copied to this server.
+const INSTALLING_LOG_BYTES: u64 = 4 << 30;
+/// A turn applies about so much: a few milliseconds.
+const APPLY_BYTES: usize = 8 << 20;
 /// Callers that the kernel keeps until they are accepted.
 const BACKLOG: i32 = 1024;
 
@@ -233,6 +237,8 @@ fn engine_config(config: &ServerConfig, seed: u64) -> EngineConfig {
         checkpoint_bytes: tuning.checkpoint_bytes,
         checkpoint_interval: tuning.checkpoint_interval,
         checkpoint_chunks: CHECKPOINT_CHUNKS,
+        log_bytes_max: log_bytes_max(tuning) + INSTALLING_LOG_BYTES,
+        apply_bytes: APPLY_BYTES,
         reserve_bytes: RESERVE_BYTES,
         session_lease: SESSION_LEASE,
     }

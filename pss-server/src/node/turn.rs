@@ -108,6 +108,8 @@ pub(super) struct Node {
     stopping: Option<Stopping>,
     /// It was logged that the disk is too full to apply what is chosen.
     stalled: bool,
+    /// The log was trimmed up to this slot.
+    trimmed: Slot,
     free_bytes: u64,
     total_bytes: u64,
 }
@@ -160,6 +162,7 @@ impl Node {
             chores_at: now + CHORES,
             stopping: None,
             stalled: false,
+            trimmed: Slot(0),
             free_bytes: 0,
             total_bytes: 0,
         }
@@ -195,6 +198,7 @@ impl Node {
     fn patience(&self) -> Duration {
         let now = clock::now();
         let more = !self.ready.is_empty()
+            || self.engine.has_chosen()
             || self.udp_readable
             || (self.accept_ready && now >= self.accept_at && self.connections.has_room());
         if more || !self.inbox.sleep() {
@@ -237,8 +241,9 @@ impl Node {
         if let Some(failure) = self.engine.failure() {
             return Err(ServerError::Apply(super::explain(failure)));
         }
+        // Behind the jobs whose entries it may speak of: the log thread relies on it.
         self.chosen
-            .store(self.engine.replica().chosen().0, Ordering::Relaxed);
+            .store(self.engine.replica().chosen().0, Ordering::Release);
         Ok(flow)
     }
 
@@ -286,12 +291,13 @@ impl Node {
                 Event::BaseStored => self.engine.handle_base_stored(now),
                 Event::CheckpointDone(slot) => self.checkpoint_done(slot),
                 Event::Space {
+                    log_bytes,
                     free_bytes,
                     total_bytes,
                     log_first,
                 } => {
                     (self.free_bytes, self.total_bytes) = (free_bytes, total_bytes);
-                    self.engine.note_storage(free_bytes, log_first);
+                    self.engine.note_storage(free_bytes, log_first, log_bytes);
                 }
                 Event::Failed(error) => return Err(error),
                 Event::Stop => self.stop(now),
@@ -309,8 +315,16 @@ impl Node {
     fn checkpoint_done(&mut self, slot: Slot) {
         tracing::debug!(slot = slot.0, "checkpoint");
         self.engine.handle_checkpoint_done(slot);
-        self.log_jobs
-            .push(LogJob::Trim(self.engine.checkpoint_slot()));
+        self.trim();
+    }
+
+    /// Has the log trimmed if more of it is not needed any more.
+    fn trim(&mut self) {
+        let slot = self.engine.trim_slot();
+        if slot > self.trimmed {
+            self.trimmed = slot;
+            self.log_jobs.push(LogJob::Trim(slot));
+        }
     }
 
     fn timers(&mut self, now: Instant) {
@@ -322,6 +336,7 @@ impl Node {
             self.chores_at = now + CHORES;
             self.close_slow_callers(now);
             self.log_stall();
+            self.trim();
         }
     }
 

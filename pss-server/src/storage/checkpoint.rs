@@ -57,6 +57,7 @@ impl CheckpointThread {
                     applied,
                     state,
                     installing,
+                    flush_only,
                     chunks,
                 } = checkpoint;
                 match chunks.flush() {
@@ -70,6 +71,9 @@ impl CheckpointThread {
                         return Ok(Event::CheckpointDone(Slot(0)));
                     }
                     Err(error) => return Err(error.into()),
+                }
+                if flush_only {
+                    return Ok(Event::CheckpointDone(Slot(0)));
                 }
                 self.file.store(applied, installing, &state)?;
                 Ok(Event::CheckpointDone(applied.slot))

@@ -89,8 +89,11 @@ impl LogThread {
                     jobs.clear();
                 }
                 Waited::TimedOut => {
-                    if unmarked && patience == IDLE {
-                        self.mark()?;
+                    if unmarked
+                        && patience == IDLE
+                        && let Some(chosen) = chosen_when_idle(&self.queue, &self.chosen)
+                    {
+                        self.mark(chosen)?;
                         unmarked = false;
                     }
                 }
@@ -135,7 +138,8 @@ impl LogThread {
                     self.log.trim(*slot)?;
                     self.report()?;
                 }
-                LogJob::Finish => self.mark()?,
+                // Nothing is pushed or stored after it.
+                LogJob::Finish => self.mark(Slot(self.chosen.load(Ordering::Acquire)))?,
             }
         }
         self.append(&mut appends, &mut done)
@@ -155,9 +159,8 @@ impl LogThread {
         Ok(())
     }
 
-    fn mark(&mut self) -> Result<(), ServerError> {
-        let chosen = Slot(self.chosen.load(Ordering::Relaxed)).min(self.log.last().slot);
-        self.log.mark_idle(chosen)?;
+    fn mark(&mut self, chosen: Slot) -> Result<(), ServerError> {
+        self.log.mark_idle(chosen.min(self.log.last().slot))?;
         Ok(())
     }
 
@@ -166,10 +169,49 @@ impl LogThread {
         let growth = self.log_bytes_max.saturating_sub(self.log.bytes());
         self.free_bytes = free_bytes.saturating_sub(growth);
         self.reporter.inbox.push(Event::Space {
+            log_bytes: self.log.kept_bytes(),
             free_bytes: self.free_bytes,
             total_bytes,
             log_first: self.log.first_slot(),
         });
         Ok(())
+    }
+}
+
+/// The node's chosen slot, if every job that was pushed before it was stored has been taken: then it speaks
+/// of the entries that are in the log. `None` if jobs wait; one of them may replace some of these entries,
+/// and the slot may speak of those that follow.
+fn chosen_when_idle<T>(queue: &Queue<T>, chosen: &AtomicU64) -> Option<Slot> {
+    let chosen = Slot(chosen.load(Ordering::Acquire));
+    queue.is_empty().then_some(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_idle_marker_speaks_of_entries_that_are_not_in_the_log_yet() {
+        const JOBS: u64 = 300_000;
+        let queue = Arc::new(Queue::new());
+        let chosen = Arc::new(AtomicU64::new(0));
+        let (jobs, stored) = (Arc::clone(&queue), Arc::clone(&chosen));
+        let node = std::thread::spawn(move || {
+            for job in 1..=JOBS {
+                jobs.push(job);
+                stored.store(job, Ordering::Release);
+            }
+        });
+        let mut taken = Vec::new();
+        let mut done = 0;
+        while done < JOBS {
+            if queue.take_all(&mut taken, Some(Duration::ZERO)) == Waited::Jobs {
+                done = taken.drain(..).next_back().unwrap_or(done);
+            }
+            if let Some(chosen) = chosen_when_idle(&queue, &chosen) {
+                assert!(chosen.0 <= done, "{chosen} is called chosen behind {done}");
+            }
+        }
+        node.join().unwrap();
     }
 }

@@ -67,6 +67,10 @@ impl<T> Queue<T> {
         self.close();
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().jobs.is_empty()
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.lock().closed
     }

@@ -51,6 +51,8 @@ impl Rig {
             checkpoint_bytes: 1 << 30,
             checkpoint_interval: Duration::from_secs(1000),
             checkpoint_chunks: 1000,
+            log_bytes_max: u64::MAX,
+            apply_bytes: usize::MAX,
             reserve_bytes: 0,
             session_lease: Duration::from_secs(1000),
         };
@@ -71,7 +73,7 @@ impl Rig {
             volume: VolumeId(0),
             next: 0,
         };
-        rig.engine.note_storage(1 << 40, Slot(1));
+        rig.engine.note_storage(1 << 40, Slot(1), 0);
         for _ in 0..1000 {
             if rig.engine.replica().role() == (RoleKind::Leader { serving: true }) {
                 break;
