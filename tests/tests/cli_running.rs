@@ -266,19 +266,24 @@ fn an_attached_volume_is_not_deleted() {
     let nbdsh = binaries::tool("nbdsh", "python3-libnbd");
     // It runs the first python3 of PATH, which has to be the system's.
     let path = "/usr/bin:/bin";
-    let uri = format!("nbd://{}/vol001", up.nbd);
+    // vol001 is a disk of the iSCSI target, and so in use.
+    up.bench
+        .run("pss", "volume delete vol001 --yes")
+        .fails(4, &["vol001", "attached by", "pss-up"]);
+    up.bench.run("pss", "volume create other 10G").done();
+    let uri = format!("nbd://{}/other", up.nbd);
     let script = "import sys, time; print(h.get_size(), flush=True); time.sleep(60)";
     let mut command = std::process::Command::new(nbdsh);
     let mut client = Running::start(command.args(["-u", &uri, "-c", script]).env("PATH", path));
     client.wait_for("10737418240", SOON);
     up.bench
-        .run("pss", "volume delete vol001 --yes")
-        .fails(4, &["vol001", "attached by"]);
+        .run("pss", "volume delete other --yes")
+        .fails(4, &["other", "attached by"]);
     drop(client);
     let end = Instant::now() + SOON;
     while up
         .bench
-        .run("pss", "volume delete vol001 --yes")
+        .run("pss", "volume delete other --yes")
         .0
         .status
         .code()
