@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,8 +89,11 @@ fn portal(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    program::end("pss-iscsi", run(Args::parse()))
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
     program::start_log(&args.log)?;
     // A wrong configuration is told before any socket is opened.
     let loaded = load(&args)?;

@@ -70,7 +70,11 @@ fn a_configuration_that_is_not_there() {
     std::fs::remove_file(directory.path().join("targets.conf")).unwrap();
     let (code, said) = run(directory.path(), &["--check"]);
     assert_eq!(code, Some(1));
-    assert!(said.contains("targets.conf: cannot read"), "{said}");
+    assert!(
+        said.starts_with("pss-iscsi: targets.conf: cannot read"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
 }
 
 #[test]

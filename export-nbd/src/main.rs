@@ -1,6 +1,5 @@
 //! `pss-nbd`: serves the volumes of a cell to NBD clients.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -72,14 +71,7 @@ Lines of --export-policy FILE; the first whose name fits a volume holds:
 NAME may end in *. Without allow= everyone may connect.";
 
 fn main() -> ExitCode {
-    match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // One line for the person who typed the command; nothing can be done if stderr is gone.
-            let _ = writeln!(std::io::stderr(), "pss-nbd: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    program::end("pss-nbd", run(Args::parse()))
 }
 
 fn run(args: Args) -> anyhow::Result<()> {

@@ -1,7 +1,9 @@
 //! What the programs of the gateways have in common.
 
 use std::future::Future;
+use std::io::Write;
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +28,18 @@ pub fn start_log(level: &str) -> anyhow::Result<()> {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .init();
     Ok(())
+}
+
+/// The end of a program: what failed is one line for the person who typed the command.
+pub fn end(program: &str, result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing can be done if stderr is gone.
+            let _ = writeln!(std::io::stderr(), "{program}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Opens the cell that a server.conf describes, with the key given or the one beside the file.
