@@ -34,11 +34,11 @@ const SHAPES: [(&str, &str); 3] = [
 const MAY_FAIL: [(&str, &str); 2] = [
     (
         "GetLBAStatus.UnmapSingle",
-        "unmaps single blocks of 512 bytes; where 4096 are the unit none of them is deallocated",
+        "a mistake of the tool where the exponent is not 0: it fails before tgt as well",
     ),
     (
         "iSCSITMF.LUNResetSimpleAsync",
-        "wants a second connection in a process of its own; fails by itself before every target",
+        "1.19 run alone asserts before the answer is there (line 157); mended later in libiscsi",
     ),
 ];
 
