@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Starts or stops a fresh cell of three pssd and one pss-nbd for a benchmark, as processes of their own.
+# Starts or stops a fresh cell of three pssd and one gateway for a benchmark, as processes of their own.
 #
 #   BENCH_DIR=DIR BENCH_SIZE=BYTES cell.sh start     prints one line of JSON: uri, pids and so on
 #   BENCH_DIR=DIR cell.sh stop
 #
 # BIN names the directory of the binaries (default: target/release of this checkout), NET the first three
-# parts of the loopback addresses, PORT the NBD port. PERF=1 leaves the data directory for a look.
+# parts of the loopback addresses, PORT the gateway's port, FRONT the gateway: nbd (default) or iscsi.
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${BIN:-$here/target/release}
 net=${NET:-127.0.77}
 port=${PORT:-10977}
+front=${FRONT:-nbd}
 dir=${BENCH_DIR:?names the directory for the data}
 conf=$dir/server.conf
 
@@ -41,15 +42,25 @@ case ${1:-} in
       "$bin/pss" --servers "$conf" volume create vol0 "$size" >"$dir/create.log" 2>&1 && break
       sleep 0.1
     done
-    "$bin/pss-nbd" --servers "$conf" --listen "127.0.0.1:$port" >"$dir/pss-nbd.log" 2>&1 </dev/null &
+    if [ "$front" = iscsi ]; then
+      iqn=iqn.2026-11.test.pss:bench
+      printf '<target %s>\n  <backing-store vol0>\n    bs-type pss\n    lun 1\n  </backing-store>\n</target>\n' \
+        "$iqn" > "$dir/targets.conf"
+      "$bin/pss-iscsi" --servers "$conf" --config "$dir/targets.conf" --portal "127.0.0.1:$port" \
+        --control "$dir/iscsi.sock" >"$dir/pss-iscsi.log" 2>&1 </dev/null &
+      uri=iscsi://127.0.0.1:$port/$iqn/1
+    else
+      "$bin/pss-nbd" --servers "$conf" --listen "127.0.0.1:$port" >"$dir/pss-nbd.log" 2>&1 </dev/null &
+      uri=nbd://127.0.0.1:$port/vol0
+    fi
     echo $! >> "$dir/pids"
     for _ in $(seq 100); do
       (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null && break
       sleep 0.05
     done
     read -r -d '' a b c d < <(tr '\n' ' ' < "$dir/pids"; printf '\0') || true
-    printf '{"uri":"nbd://127.0.0.1:%s/vol0","pids":{"%s":"pssd","%s":"pssd","%s":"pssd","%s":"pss-nbd"},' \
-      "$port" "$a" "$b" "$c" "$d"
+    printf '{"uri":"%s","pids":{"%s":"pssd","%s":"pssd","%s":"pssd","%s":"pss-%s"},' \
+      "$uri" "$a" "$b" "$c" "$d" "$front"
     printf '"copies":3,"ack":"majority, durable"}\n'
     ;;
   *) echo "usage: BENCH_DIR=DIR $0 start|stop" >&2; exit 2 ;;
