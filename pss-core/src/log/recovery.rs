@@ -10,6 +10,9 @@
 //!   was torn, so that nobody was told of it, or it was whole and has rotted. That is handed on as *doubt*.
 //! * Damage at or below the checkpoint does no harm: the log then starts behind it.
 //! * A marker that is damaged takes nothing with it.
+//! * Where the start of a segment is lost with its first record, nobody knows which entries it replaced. What
+//!   the rest of it may have held is doubt, and from there on no hint is believed: those that it speaks of as
+//!   chosen may be others than the ones that are left here.
 //!
 //! A segment's base cuts the log back to that entry: that is how truncation is written down.
 
@@ -102,7 +105,7 @@ impl Scan {
                 self.enter(header.base, header.reset);
                 self.seen = header.evidence.unwrap_or_default().max(header.base);
                 self.doubt = header.doubt.unwrap_or_default().max(self.seen);
-                header.base
+                Some(header.base)
             }
             None => match window.next_valid(SEGMENT_HEADER_BYTES)? {
                 // Its base can be had from its first record, if that is there.
@@ -110,10 +113,10 @@ impl Scan {
                     // What its header said is lost: what was known before it stays.
                     self.enter(first.base(), false);
                     self.seen = self.seen.max(first.base());
-                    first.base()
+                    Some(first.base())
                 }
                 // Records behind a damaged start: where they belong is found out below.
-                Some(_) => self.index.last,
+                Some(_) => None,
                 // The file was not in use yet.
                 None => {
                     self.unused.push(segment.path);
@@ -168,9 +171,10 @@ impl Scan {
         }
     }
 
-    /// Walks the records of a segment that starts behind `base`.
-    fn records(&mut self, window: &mut Window, base: EntryId) -> Result<(), LogError> {
-        let mut cursor = base;
+    /// Walks the records of a segment that starts behind `base`; `None` if that is lost.
+    fn records(&mut self, window: &mut Window, base: Option<EntryId>) -> Result<(), LogError> {
+        let mut is_based = base.is_some();
+        let mut cursor = base.unwrap_or(self.index.last);
         let mut offset = SEGMENT_HEADER_BYTES;
         loop {
             let expected = match window.record(offset)? {
@@ -179,14 +183,18 @@ impl Scan {
             };
             let (record, entry) = match expected {
                 Some(loaded) => loaded,
-                None => match self.skip_damage(window, offset, cursor)? {
+                None => match self.skip_damage(window, offset, cursor, is_based)? {
                     Some(loaded) => loaded,
                     None => return Ok(()),
                 },
             };
+            is_based = true;
             offset = record.offset + record.header.record_bytes();
-            // What was known chosen when a record was written is chosen whatever became of others.
-            self.chosen = self.chosen.max(record.header.chosen);
+            // What was known chosen when a record was written is chosen whatever became of others. But if
+            // entries are missing, what is before them may have been replaced by some of them.
+            if !self.beyond {
+                self.chosen = self.chosen.max(record.header.chosen);
+            }
             if record.is_entry() {
                 cursor = record.header.id;
                 self.accept(&record, entry);
@@ -196,12 +204,14 @@ impl Scan {
     }
 
     /// At a place without the record that should be there: decides between a torn tail (`None`) and
-    /// damage, behind which it finds the next record.
+    /// damage, behind which it finds the next record. Unless `is_based` the segment's base is lost, and
+    /// `cursor` is the last entry before the segment.
     fn skip_damage(
         &mut self,
         window: &mut Window,
         offset: u64,
         cursor: EntryId,
+        is_based: bool,
     ) -> Result<Option<(Record, Option<Entry>)>, LogError> {
         let missing = Slot(cursor.slot.0.saturating_add(1));
         let mut next = None;
@@ -236,10 +246,14 @@ impl Scan {
                 self.seen = self.seen.max(id);
             }
         }
-        if ended.slot >= missing {
+        if ended.slot >= missing || !is_based {
             self.doubt = self.doubt.max(ended);
         }
         if durable.slot < missing {
+            if !is_based {
+                // Slots that are not missing may have been filled anew.
+                self.doubt = self.doubt.max(durable);
+            }
             // Entries up to the checkpoint were durable, whatever the log says.
             if self.applied.slot < missing {
                 return Ok(None);

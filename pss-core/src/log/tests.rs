@@ -199,6 +199,61 @@ fn truncation_lasts() {
     assert_eq!(log.reader().id_at(Slot(6)), Some(old[5].id));
 }
 
+/// The start of a segment and its first record are lost, and with them which entries it replaced: the old
+/// ones must not pass for chosen, nor may the server deny what replaced them.
+#[test]
+fn a_lost_truncation_makes_nothing_chosen() {
+    let cases: [(&[usize], bool); 4] = [
+        (&[1, 1, 3], false),
+        (&[1, 7], false),
+        (&[4, 2, 2], false),
+        (&[2], true),
+    ];
+    for (writes, is_marked) in cases {
+        let fixture = fixture();
+        let (mut log, _) = fixture.open(EntryId::default());
+        let old = entries(EntryId::default(), 1, &[1; 9]);
+        log.append(None, &old, Slot(4)).unwrap();
+        let new = entries(old[5].id, 2, &vec![1; writes.iter().sum()]);
+        let (mut truncate_after, mut first) = (Some(Slot(6)), 0);
+        for entries in writes {
+            let chosen = if first == 0 { 4 } else { 6 + first };
+            let write = &new[first..first + entries];
+            log.append(truncate_after.take(), write, Slot(chosen as u64))
+                .unwrap();
+            first += entries;
+        }
+        if is_marked {
+            log.mark_idle(Slot(8)).unwrap();
+        }
+        let sequence = log.next_sequence - 1;
+        drop(log);
+        let path = fixture.directory.path().join(segment_path(sequence));
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        let lost = SEGMENT_HEADER_BYTES + ALIGN_BYTES as u64;
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![9; lost as usize], 0).unwrap();
+        let (log, recovered) = fixture.open(EntryId::default());
+        assert_eq!(recovered.chosen, Slot(4), "{writes:?}");
+        let claimed = recovered.evidence.max(recovered.doubt);
+        let acknowledged = new[first - writes.last().unwrap()..].first().unwrap().id;
+        let acknowledged = if is_marked { new[1].id } else { acknowledged };
+        assert!(
+            claimed
+                .is_some_and(|claimed| claimed.ballot == ballot(2)
+                    && claimed.slot.0 + 1 >= acknowledged.slot.0),
+            "{writes:?}: {recovered:?}"
+        );
+        // A second start says the same.
+        drop(log);
+        let (_, again) = fixture.open(EntryId::default());
+        assert_eq!(
+            (again.evidence, again.doubt),
+            (recovered.evidence, recovered.doubt)
+        );
+        assert_eq!(again.chosen, Slot(4));
+    }
+}
+
 #[test]
 fn restarts_do_not_pile_up_segments() {
     let fixture = fixture();
