@@ -100,6 +100,8 @@ pub struct Recovered {
     pub doubt: Option<EntryId>,
     /// The entries above `chosen`.
     pub tail: Vec<Entry>,
+    /// The first entries above the checkpoint, none above `chosen`: those that are still in memory.
+    pub replay: VecDeque<Entry>,
 }
 
 /// Why the log cannot be used.
@@ -224,6 +226,7 @@ impl Log {
             evidence,
             doubt,
             tail: scan.tail.into(),
+            replay: scan.replay,
         };
         let is_empty = scan.index.base == last;
         let index = Arc::new(RwLock::new(scan.index));

@@ -20,6 +20,7 @@ pub use pair::PairError;
 
 use crate::chunk::{ChunkError, ChunkParams, ChunkStore};
 use crate::disk::Disk;
+use crate::entry::Entry;
 use crate::log::{Log, LogError, LogParams, LogRead, LogReadError, Recovered};
 use crate::state::{State, Volume};
 use crate::types::{EntryId, ServerId, Slot};
@@ -150,6 +151,14 @@ impl Storage {
     fn replay(&mut self) -> Result<(), StorageError> {
         let reader = self.log.reader();
         let until = self.recovered.chosen;
+        for entry in std::mem::take(&mut self.recovered.replay) {
+            if reader.id_at(entry.id.slot) != Some(entry.id) {
+                break;
+            }
+            if !self.replay_entry(&entry)? {
+                return Ok(());
+            }
+        }
         while self.applied.slot < until {
             let after = self.applied.slot;
             let entries = match reader.read(after, until, REPLAY_BYTES)? {
@@ -157,23 +166,33 @@ impl Storage {
                 _ => return Err(StorageError::LogEnds(after.next())),
             };
             for entry in &entries {
-                match apply_entry(&mut self.state, &self.chunks, entry, None) {
-                    Ok(_) => self.applied = entry.id,
-                    Err(ApplyError::NoSpace(stalled)) => {
-                        self.make_room()?;
-                        match stalled.resume(&mut self.state, &self.chunks, None) {
-                            Ok(_) => self.applied = entry.id,
-                            Err(ApplyError::NoSpace(stalled)) => {
-                                self.stalled = Some(*stalled);
-                                return Ok(());
-                            }
-                            Err(ApplyError::Chunks(error)) => return Err(error.into()),
-                        }
-                    }
-                    Err(ApplyError::Chunks(error)) => return Err(error.into()),
+                if !self.replay_entry(entry)? {
+                    return Ok(());
                 }
             }
         }
         Ok(())
+    }
+
+    /// Applies an entry; `false` if the disk is too full.
+    fn replay_entry(&mut self, entry: &Entry) -> Result<bool, StorageError> {
+        let mut applied = apply_entry(&mut self.state, &self.chunks, entry, None).map(drop);
+        if let Err(ApplyError::NoSpace(stalled)) = applied {
+            self.make_room()?;
+            applied = stalled
+                .resume(&mut self.state, &self.chunks, None)
+                .map(drop);
+        }
+        match applied {
+            Ok(()) => {
+                self.applied = entry.id;
+                Ok(true)
+            }
+            Err(ApplyError::NoSpace(stalled)) => {
+                self.stalled = Some(*stalled);
+                Ok(false)
+            }
+            Err(ApplyError::Chunks(error)) => Err(error.into()),
+        }
     }
 }

@@ -35,6 +35,9 @@ const WINDOW_BYTES_MIN: usize = 16 << 10;
 /// Read at once where every byte is wanted.
 const WINDOW_BYTES_MAX: usize = 4 << 20;
 
+/// Most bytes of entries, with payload, that are kept for replay, so that they need not be read again.
+const REPLAY_BYTES_MAX: usize = 64 << 20;
+
 /// What the segments hold.
 pub(super) struct Scan {
     pub(super) index: Index,
@@ -42,6 +45,9 @@ pub(super) struct Scan {
     pub(super) chosen: Slot,
     /// Entries above the hint.
     pub(super) tail: VecDeque<Entry>,
+    /// Entries from the checkpoint on, in order, that are chosen by the hint.
+    pub(super) replay: VecDeque<Entry>,
+    replay_bytes: usize,
     /// The last entry that the server ever held and did not replace.
     pub(super) seen: EntryId,
     /// The last entry that it may have held.
@@ -65,6 +71,8 @@ impl Scan {
             index: Index::new(applied),
             chosen: Slot(0),
             tail: VecDeque::new(),
+            replay: VecDeque::new(),
+            replay_bytes: 0,
             seen: applied,
             doubt: applied,
             unused: Vec::new(),
@@ -154,6 +162,8 @@ impl Scan {
             segment.spans.clear();
         }
         self.tail.clear();
+        self.replay.clear();
+        self.replay_bytes = 0;
         self.beyond = false;
     }
 
@@ -295,13 +305,14 @@ impl Scan {
         Ok(entry.map(|entry| (record, Some(entry))))
     }
 
+    /// Takes what is chosen out of the tail, and keeps for replay what there is room for.
     fn forget_chosen(&mut self) {
-        while self
-            .tail
-            .front()
-            .is_some_and(|entry| entry.id.slot <= self.chosen)
-        {
-            self.tail.pop_front();
+        while let Some(entry) = self.tail.pop_front_if(|entry| entry.id.slot <= self.chosen) {
+            let follows = self.applied.slot.0 + 1 + self.replay.len() as u64 == entry.id.slot.0;
+            if follows && self.replay_bytes < REPLAY_BYTES_MAX {
+                self.replay_bytes += entry.weight_bytes();
+                self.replay.push_back(entry);
+            }
         }
     }
 

@@ -102,8 +102,28 @@ fn appended_entries_are_read_back() {
     assert_eq!(recovered.last, all[4].id);
     assert_eq!(recovered.chosen, Slot(3));
     assert_eq!(recovered.tail, all[3..]);
+    assert_eq!(recovered.replay, all[..3]);
     assert_eq!(recovered.evidence, None);
     assert_eq!(read(&log, 0), all);
+}
+
+#[test]
+fn what_is_kept_for_replay_is_bounded() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let all = entries(EntryId::default(), 1, &[1, 4096, 4096, 4096, 4096, 4096, 1]);
+    for entry in &all {
+        let entry = std::slice::from_ref(entry);
+        log.append(None, entry, Slot(0)).unwrap();
+    }
+    log.mark_idle(Slot(7)).unwrap();
+    drop(log);
+    // 16 MiB each: the fifth, with which there are 64 MiB, is the last.
+    let (_, recovered) = fixture.open(EntryId::default());
+    assert_eq!((recovered.chosen, recovered.tail.len()), (Slot(7), 0));
+    assert_eq!(recovered.replay, all[..5]);
+    let (_, recovered) = fixture.open(all[2].id);
+    assert_eq!(recovered.replay, all[3..7]);
 }
 
 #[test]
