@@ -11,6 +11,9 @@ use bytes::Bytes;
 /// What offsets, lengths and buffers of [`OpenMode::DirectSync`] are multiples of.
 pub const ALIGN_BYTES: usize = 4096;
 
+/// The directories in the tree of a server: syncs, renames and the count of free space are of them together.
+pub(crate) const DIRECTORIES: [&str; 3] = ["log", "data", "trash"];
+
 /// A directory tree that belongs to one server. Paths are relative, with `/` between parts.
 ///
 /// What the contract allows to be lost: contents until [`DiskFile::sync`] returned, names (created,
