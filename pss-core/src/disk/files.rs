@@ -28,7 +28,8 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug)]
 pub struct FileDisk {
     root: PathBuf,
-    /// Open directory, for `syncfs`.
+    /// Open directory, for `syncfs`: it reports what could not be written back since the descriptor that
+    /// it is given was opened (Linux 5.8), so this one lives as long as the disk.
     directory: File,
     _lock: File,
 }
