@@ -11,6 +11,9 @@ use bytes::Bytes;
 /// What offsets, lengths and buffers of [`OpenMode::DirectSync`] are multiples of.
 pub const ALIGN_BYTES: usize = 4096;
 
+/// The directories in the tree of a server: syncs, renames and the count of free space are of them together.
+pub(crate) const DIRECTORIES: [&str; 3] = ["log", "data", "trash"];
+
 /// A directory tree that belongs to one server. Paths are relative, with `/` between parts.
 ///
 /// What the contract allows to be lost: contents until [`DiskFile::sync`] returned, names (created,
@@ -34,7 +37,8 @@ pub trait Disk: Send + Sync {
     fn remove_dir_all(&self, path: &str) -> io::Result<()>;
     /// Makes the names within a directory durable.
     fn sync_dir(&self, path: &str) -> io::Result<()>;
-    /// Makes everything in the tree durable (`syncfs`).
+    /// Makes everything in the tree durable (`syncfs`). Fails also if something that was written since the
+    /// disk was opened could not be written back meanwhile, whether its file is still open or not.
     fn sync_all(&self) -> io::Result<()>;
     /// (free, total) bytes that this process may still use.
     fn space(&self) -> io::Result<(u64, u64)>;

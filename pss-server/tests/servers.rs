@@ -364,6 +364,18 @@ fn a_directory_that_is_not_formatted_is_refused() {
     assert!(error.contains("not formatted"), "{error}");
 }
 
+/// A sync of the directory's file system would leave out what is on another one.
+#[test]
+fn a_directory_over_several_file_systems_is_refused() {
+    let cell = TestCell::new(1, small());
+    let trash = cell.path(0).join("trash");
+    std::os::unix::fs::symlink("/proc", &trash).unwrap();
+    let error = cell.try_start(0).err().unwrap().to_string();
+    let named = format!("{} is not on the same", trash.display());
+    assert!(error.contains(&named), "{error}");
+    assert!(error.contains("on that file system"), "{error}");
+}
+
 #[test]
 fn taken_ports_are_named() {
     let mut cell = TestCell::new(1, small());

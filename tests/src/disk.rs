@@ -8,12 +8,15 @@
 //!   of names survives that could survive (a change that builds on another only with that one).
 //! * Writes through `OpenMode::DirectSync` are durable when they return. One that a power cut hits is
 //!   torn like any other.
+//! * Writing back that fails: the page is then clean, and never was written. Who has the file open is told
+//!   by its next sync, and so is the next sync of everything; a file that is opened later knows nothing.
 //! * Syncs and writes that fail, a full disk, flipped bits, writes that go to the wrong place.
 //!
 //! It has no clock and no threads, and every random choice comes from a [`Rng`] that the caller seeds.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
@@ -30,6 +33,8 @@ pub struct DiskStats {
     pub mutating_ops: u64,
     /// Syncs of files, directories and everything, and direct writes.
     pub syncs: u64,
+    /// Syncs of everything.
+    pub syncs_of_all: u64,
     /// Bytes written.
     pub bytes_written: u64,
     /// Reads.
@@ -68,6 +73,10 @@ struct Inode {
     pages: Vec<Slot>,
     /// Pages that differ from what is durable, or may.
     dirty: BTreeSet<usize>,
+    /// Pages that could not be written back: they pass for clean until they are written again.
+    lost: BTreeSet<usize>,
+    /// How often pages could not be written back.
+    failures: u64,
     length: u64,
     durable_length: u64,
 }
@@ -164,6 +173,10 @@ struct Inner {
     name_ops: Vec<NameOp>,
     /// Files with changes that are not durable.
     dirty_files: Vec<InodeRef>,
+    /// Files with pages that could not be written back.
+    lost_files: Vec<InodeRef>,
+    /// Of those failures, what no sync of everything has told yet.
+    untold_failures: bool,
     /// Raised by a power cut: files opened before are gone.
     life: u64,
     frozen: bool,
@@ -203,6 +216,8 @@ impl SimDisk {
             durable_names: BTreeMap::new(),
             name_ops: Vec::new(),
             dirty_files: Vec::new(),
+            lost_files: Vec::new(),
+            untold_failures: false,
             life: 0,
             frozen: false,
             crash_at: None,
@@ -272,6 +287,10 @@ impl SimDisk {
         for file in std::mem::take(&mut inner.dirty_files) {
             lock(&file).power_cut(rng, survival);
         }
+        for file in std::mem::take(&mut inner.lost_files) {
+            lock(&file).lose();
+        }
+        inner.untold_failures = false;
         let ops = std::mem::take(&mut inner.name_ops);
         // How many are lost differs from time to time, as what the disk was doing does.
         let keep_per_mille = *rng.pick(&[100, 500, 900, 1000]);
@@ -314,6 +333,29 @@ impl SimDisk {
         let mut inner = lock(&self.inner);
         let number = inner.writes_seen + after + 1;
         inner.fail_writes.push(number);
+    }
+
+    /// What is dirty in files whose path starts with `prefix` cannot be written back. Says in how many files.
+    pub fn fail_write_back(&self, prefix: &str) -> usize {
+        let mut inner = lock(&self.inner);
+        let names = inner.names.iter();
+        let below: Vec<InodeRef> = names
+            .filter(|(path, _)| path.starts_with(prefix))
+            .filter_map(|(_, node)| match node {
+                Node::File(file) if !lock(file).dirty.is_empty() => Some(Arc::clone(file)),
+                _ => None,
+            })
+            .collect();
+        for file in &below {
+            let mut inode = lock(file);
+            let pages = std::mem::take(&mut inode.dirty);
+            inode.lost.extend(pages);
+            inode.failures += 1;
+        }
+        inner.untold_failures |= !below.is_empty();
+        let count = below.len();
+        inner.lost_files.extend(below);
+        count
     }
 
     /// Reads that do not wait are told to wait in so many of 1000 cases.
@@ -516,6 +558,7 @@ impl Inode {
     /// Changes one page.
     fn set_page(&mut self, page: usize, content: Option<Page>) {
         self.slot(page).current = content;
+        self.lost.remove(&page);
         self.dirty.insert(page);
     }
 
@@ -577,6 +620,7 @@ impl Inode {
         let pages = offset as usize / PAGE..(offset + bytes).div_ceil(PAGE as u64) as usize;
         for page in pages {
             self.dirty.remove(&page);
+            self.lost.remove(&page);
             let slot = &mut self.pages[page];
             slot.durable.clone_from(&slot.current);
         }
@@ -613,6 +657,15 @@ impl Inode {
         let keep = (length as usize).div_ceil(PAGE);
         self.pages.truncate(keep);
         self.durable_length = length;
+    }
+
+    /// What could not be written back is not there after a power cut.
+    fn lose(&mut self) {
+        for page in std::mem::take(&mut self.lost) {
+            if let Some(slot) = self.pages.get_mut(page) {
+                slot.current.clone_from(&slot.durable);
+            }
+        }
     }
 
     fn flip(&mut self, offset: u64, bit: u8) {
@@ -659,11 +712,13 @@ impl Disk for SimDisk {
             }
             (None, _) => return Err(io::ErrorKind::NotFound.into()),
         };
+        let failures_told = AtomicU64::new(lock(&file).failures);
         Ok(Arc::new(SimFile {
             disk: Arc::clone(&self.inner),
             life: inner.life,
             path: path.to_owned(),
             file,
+            failures_told,
             direct: mode == OpenMode::DirectSync,
         }))
     }
@@ -765,7 +820,11 @@ impl Disk for SimDisk {
         for file in std::mem::take(&mut inner.dirty_files) {
             lock(&file).sync();
         }
-        Ok(())
+        inner.stats.syncs_of_all += 1;
+        match std::mem::take(&mut inner.untold_failures) {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(()),
+        }
     }
 
     fn space(&self) -> io::Result<(u64, u64)> {
@@ -782,6 +841,8 @@ struct SimFile {
     life: u64,
     path: String,
     file: InodeRef,
+    /// Failures of writing back that were told here, or were over when the file was opened.
+    failures_told: AtomicU64,
     direct: bool,
 }
 
@@ -923,11 +984,17 @@ impl DiskFile for SimFile {
     fn sync(&self) -> io::Result<()> {
         let mut inner = self.inner()?;
         inner.sync_step()?;
-        lock(&self.file).sync();
+        let mut file = lock(&self.file);
+        file.sync();
+        let failures = file.failures;
+        drop(file);
         inner
             .dirty_files
             .retain(|file| !Arc::ptr_eq(file, &self.file));
-        Ok(())
+        match self.failures_told.swap(failures, Ordering::Relaxed) < failures {
+            true => Err(io::Error::from_raw_os_error(libc::EIO)),
+            false => Ok(()),
+        }
     }
 
     fn len(&self) -> io::Result<u64> {

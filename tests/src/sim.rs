@@ -110,6 +110,8 @@ pub struct Report {
     pub crashes: u64,
     /// Disks that hung.
     pub hangs: u64,
+    /// Times that chunks could not be written back.
+    pub lost_writes: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
     /// Times that a server copied chunks,
@@ -135,6 +137,7 @@ impl Report {
         self.slots += other.slots;
         self.crashes += other.crashes;
         self.hangs += other.hangs;
+        self.lost_writes += other.lost_writes;
         self.rots += other.rots;
         self.copies += other.copies;
         self.drops += other.drops;
@@ -1302,7 +1305,7 @@ impl Sim {
         let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
-        match self.rng.below(15) {
+        match self.rng.below(16) {
             0..=2 => self.crash_for_a_while(index),
             3 => {
                 // A power cut of everything.
@@ -1347,6 +1350,10 @@ impl Sim {
                 self.hang(index, until);
             }
             13 => {
+                let lost = self.nodes[index].disk.fail_write_back("data/");
+                self.report.lost_writes += u64::from(lost > 0);
+            }
+            14 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
                 self.clients[client].crash();
             }

@@ -33,6 +33,8 @@ use pss_tests::disk::{Rng, SimDisk, Survival};
 
 const CELL: [u8; 16] = [7; 16];
 const SEGMENT_BYTES: u64 = 96 << 10;
+/// Few enough for some files to be closed before they are synced, and not all.
+const FILES_MAX: usize = 4;
 
 fn params() -> StorageParams {
     StorageParams {
@@ -48,7 +50,7 @@ fn params() -> StorageParams {
         chunks: ChunkParams {
             group: GroupId(0),
             tables_bytes_max: 1000,
-            files_max: 2,
+            files_max: FILES_MAX,
         },
     }
 }
@@ -1644,6 +1646,78 @@ fn failed_sync_of_chunks_is_final() {
     // Whoever meets it later still says what happened.
     assert!(error.to_string().contains("sync failed: "), "{error}");
     chunks.read(&volume, 0, 10, false).unwrap();
+}
+
+/// Writes one block in each of these chunks.
+fn write_chunks(world: &mut World, chunks: Range<u64>) {
+    for chunk in chunks {
+        let write = write_op(VolumeId(1), chunk * 16, payload(chunk + 1, 1));
+        apply_op(world, write).unwrap();
+    }
+}
+
+/// The kernel could not write back what a file held that was closed since, and has let go of its inode: a
+/// sync of the file as it is opened anew knows nothing of that.
+#[test]
+fn lost_write_of_a_closed_chunk_is_noticed() {
+    let chunks = 2 * FILES_MAX as u64;
+    for lost in 0..chunks {
+        let disk = SimDisk::new();
+        let mut world = World::new(disk.disk());
+        apply_op(&mut world, create("v", 16 * chunks)).unwrap();
+        write_chunks(&mut world, 0..chunks);
+        let path = format!("data/v/00/00/{lost:02x}");
+        assert_eq!(disk.fail_write_back(&path), 1);
+        let store = &world.storage.chunks;
+        let error = store.begin_checkpoint().unwrap().flush().unwrap_err();
+        assert!(
+            matches!(error, ChunkError::Io { action: "sync", .. }),
+            "chunk {lost}: {error}"
+        );
+    }
+}
+
+/// The same if the file is closed when a checkpoint has already begun.
+#[test]
+fn lost_write_of_a_chunk_closed_within_a_checkpoint_is_noticed() {
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    let chunks = 3 * FILES_MAX as u64;
+    apply_op(&mut world, create("v", 16 * chunks)).unwrap();
+    write_chunks(&mut world, 0..1);
+    let store = Arc::clone(&world.storage.chunks);
+    let begun = store.begin_checkpoint().unwrap();
+    write_chunks(&mut world, 1..chunks);
+    assert_eq!(disk.fail_write_back("data/v/00/00/00"), 1);
+    begun.flush().unwrap_err();
+}
+
+/// A checkpoint of little does not wait for all that the machine has to write, unless it must.
+#[test]
+fn few_chunks_are_synced_singly() {
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    let chunks = 2 * FILES_MAX as u64;
+    apply_op(&mut world, create("v", 16 * chunks)).unwrap();
+    let mut syncs_of_all = |chunks| {
+        let before = disk.stats().syncs_of_all;
+        write_chunks(&mut world, 0..chunks);
+        checkpoint(&mut world);
+        disk.stats().syncs_of_all - before
+    };
+    assert_eq!(syncs_of_all(1), 0);
+    assert_eq!(syncs_of_all(chunks), 1);
+    // What was closed then is forgotten.
+    assert_eq!(syncs_of_all(1), 0);
+    // To be closed when it is synced does no harm.
+    let volume = first_volume(&world);
+    for chunk in 0..chunks {
+        let read = world.storage.chunks.read(&volume, chunk * 16, 1, false);
+        read.unwrap();
+    }
+    let before = disk.stats().syncs_of_all;
+    checkpoint(&mut world);
+    assert_eq!(disk.stats().syncs_of_all, before);
 }
 
 #[test]

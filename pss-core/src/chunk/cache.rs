@@ -184,6 +184,8 @@ pub(super) struct ChunkState {
     pub(super) suspect: bool,
     /// Waits for the next checkpoint.
     pub(super) dirty: bool,
+    /// Was changed since the last checkpoint that is complete.
+    pub(super) unsynced: bool,
     /// Raised whenever the file is removed or replaced.
     pub(super) life: u32,
     pub(super) file: Option<Arc<dyn DiskFile>>,
@@ -222,6 +224,8 @@ pub(super) struct Cache {
     /// Every open file has a key here.
     files: Mutex<VecDeque<Key>>,
     files_max: usize,
+    /// See [`Cache::take_closed_unsynced`].
+    closed_unsynced: AtomicBool,
 }
 
 impl Cache {
@@ -233,6 +237,7 @@ impl Cache {
             tables_bytes_max,
             files: Mutex::default(),
             files_max: files_max.max(1),
+            closed_unsynced: AtomicBool::new(false),
         }
     }
 
@@ -273,6 +278,7 @@ impl Cache {
                 generation: 0,
                 suspect: false,
                 dirty: false,
+                unsynced: false,
                 life: 0,
                 file: None,
             }),
@@ -347,8 +353,16 @@ impl Cache {
         let Ok(mut state) = chunk.state.try_lock() else {
             return false;
         };
-        state.file = None;
+        if state.file.take().is_some() && state.unsynced {
+            self.closed_unsynced.store(true, Ordering::Release);
+        }
         true
+    }
+
+    /// Whether a file was closed since this was asked last that held what is not synced. If the kernel
+    /// fails to write that and lets go of the inode, a sync of the file, opened anew, says nothing of it.
+    pub(super) fn take_closed_unsynced(&self) -> bool {
+        self.closed_unsynced.swap(false, Ordering::AcqRel)
     }
 
     /// Forgets the chunks of a volume.

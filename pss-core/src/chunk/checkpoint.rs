@@ -73,7 +73,11 @@ impl Checkpoint {
         self.items.len()
     }
 
-    /// Makes it durable. May run beside all other uses of the store, on a thread that may wait.
+    /// Makes it durable: a few files and directories are synced one by one. The whole file system is
+    /// if there are many, or if one was closed that had been written: a failure to write it back would be
+    /// noticed by nothing else (see ARCHITECTURE.md, "Failures of writing back").
+    ///
+    /// May run beside all other uses of the store, on a thread that may wait.
     ///
     /// # Errors
     /// [`ChunkError::NoSpace`]: everything stays for the next checkpoint; but files of chunks that do not exist
@@ -101,7 +105,10 @@ impl Checkpoint {
         // Files that were removed only now.
         self.directories
             .extend(std::mem::take(&mut lock(&self.store.dirty).directories));
-        if are_many || files.len() + self.directories.len() > SYNC_SINGLY_MAX {
+        // All files that are left to sync are open here: whoever is closed from now on does no harm.
+        let may_have_failed = self.store.cache.take_closed_unsynced();
+        let are_many = are_many || files.len() + self.directories.len() > SYNC_SINGLY_MAX;
+        if are_many || may_have_failed {
             let synced = self.store.disk.sync_all();
             self.store.synced("", synced)?;
         } else {
@@ -115,6 +122,10 @@ impl Checkpoint {
                     synced => self.store.synced(directory, synced)?,
                 }
             }
+        }
+        for item in &self.items {
+            let mut state = lock(&item.chunk.state);
+            state.unsynced = state.dirty;
         }
         self.done = true;
         Ok(())

@@ -297,6 +297,7 @@ impl ChunkStore {
     }
 
     pub(super) fn mark_dirty(&self, chunk: &Arc<Chunk>, state: &mut ChunkState) {
+        state.unsynced = true;
         if !state.dirty {
             state.dirty = true;
             lock(&self.dirty).chunks.push(Arc::clone(chunk));

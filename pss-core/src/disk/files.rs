@@ -1,13 +1,15 @@
 //! The machine's files as a [`Disk`].
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use super::{ALIGN_BYTES, DirEntry, Disk, DiskFile, OpenMode};
+use super::{ALIGN_BYTES, DIRECTORIES, DirEntry, Disk, DiskFile, OpenMode};
 
 /// Name of the lock file in the root.
 pub const LOCK_FILE: &str = "lock";
@@ -17,6 +19,8 @@ const PARTS_MAX: usize = 1024;
 /// at once in one folio, and a later write of 4 KiB into a folio of 2 MiB costs ext4 a walk over all 512
 /// buffers of it: 15 us instead of one.
 const CACHED_WRITE_BYTES: usize = 16 << 10;
+/// Directory whose own directories, those of the volumes, are looked at as well.
+const VOLUMES: &str = "data";
 /// Zeros are written in pieces of this size where the file system cannot make them itself.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -24,7 +28,8 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 #[derive(Debug)]
 pub struct FileDisk {
     root: PathBuf,
-    /// Open directory, for `syncfs`.
+    /// Open directory, for `syncfs`: it reports what could not be written back since the descriptor that
+    /// it is given was opened (Linux 5.8), so this one lives as long as the disk.
     directory: File,
     _lock: File,
 }
@@ -33,10 +38,11 @@ impl FileDisk {
     /// Takes a directory, which is created if it does not exist.
     ///
     /// # Errors
-    /// `WouldBlock` if another process uses it.
+    /// `WouldBlock` if another process uses it, [`Apart`] if a part of it is elsewhere.
     pub fn open(root: impl Into<PathBuf>) -> io::Result<FileDisk> {
         let root = root.into();
         fs::create_dir_all(&root)?;
+        check_is_in_one_place(&root)?;
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -63,6 +69,82 @@ impl FileDisk {
         } else {
             Err(io::ErrorKind::InvalidInput.into())
         }
+    }
+}
+
+/// A part of a server's directory is mounted, or linked to, from another file system.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{} is not on the same mounted file system as {}: syncs, renames and the count of free space are of \
+     one; unmount it or replace the link by a directory, or put all of {} on that file system",
+    part.display(), root.display(), root.display()
+)]
+pub struct Apart {
+    /// The part.
+    pub part: PathBuf,
+    /// The directory that it should be with.
+    pub root: PathBuf,
+}
+
+/// Refuses a directory of a server whose parts are on several file systems: `syncfs` of the root would
+/// leave out the others, their free space would not be counted, and a deleted volume could not be
+/// renamed into the trash.
+///
+/// # Errors
+/// [`Apart`] as the inner error; others if the directories cannot be looked at.
+pub fn check_is_in_one_place(root: &Path) -> io::Result<()> {
+    let home = Place::of(root)?;
+    let mut parts: Vec<PathBuf> = DIRECTORIES.map(|name| root.join(name)).into();
+    match fs::read_dir(root.join(VOLUMES)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        volumes => {
+            for volume in volumes? {
+                parts.push(volume?.path());
+            }
+        }
+    }
+    for part in parts {
+        match Place::of(&part) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(place) if place == home => {}
+            Ok(_) => {
+                let root = root.to_owned();
+                return Err(io::Error::other(Apart { part, root }));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Where a file is: the file system and how it is reached. Within one mount names can be exchanged.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Place {
+    device: (u32, u32),
+    /// Kernels before 5.8 do not say.
+    mount: Option<u64>,
+}
+
+impl Place {
+    /// Of what the path leads to, links followed.
+    #[expect(unsafe_code, reason = "std does not say which mount a file is on")]
+    fn of(path: &Path) -> io::Result<Place> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut facts = std::mem::MaybeUninit::<libc::statx>::zeroed();
+        // SAFETY: `path` ends with a zero and outlives the call; `facts` is writable memory of the right
+        // type, and all zeros is a value of it.
+        let facts = unsafe {
+            let mask = libc::STATX_MNT_ID;
+            if libc::statx(libc::AT_FDCWD, path.as_ptr(), 0, mask, facts.as_mut_ptr()) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            facts.assume_init()
+        };
+        let says_mount = facts.stx_mask & libc::STATX_MNT_ID != 0;
+        Ok(Place {
+            device: (facts.stx_dev_major, facts.stx_dev_minor),
+            mount: says_mount.then_some(facts.stx_mnt_id),
+        })
     }
 }
 
@@ -416,6 +498,34 @@ mod tests {
         let second = FileDisk::open(directory.path()).unwrap_err();
         assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
         drop(disk);
+        FileDisk::open(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn parts_on_other_file_systems_are_refused() {
+        use std::os::unix::fs::symlink;
+        for part in ["log", "data", "trash", "data/vol001"] {
+            let (directory, disk) = disk();
+            drop(disk);
+            let path = directory.path().join(part);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink("/proc", &path).unwrap();
+            let error = FileDisk::open(directory.path()).unwrap_err();
+            let inner = error.get_ref().and_then(|it| it.downcast_ref::<Apart>());
+            let apart = inner.unwrap_or_else(|| panic!("{part}: {error}"));
+            assert_eq!(apart.part, path);
+            fs::remove_file(&path).unwrap();
+            FileDisk::open(directory.path()).unwrap();
+        }
+    }
+
+    /// A link within the file system is as good as a directory.
+    #[test]
+    fn parts_may_be_linked_within_the_file_system() {
+        let (directory, disk) = disk();
+        drop(disk);
+        fs::create_dir(directory.path().join("elsewhere")).unwrap();
+        std::os::unix::fs::symlink("elsewhere", directory.path().join("log")).unwrap();
         FileDisk::open(directory.path()).unwrap();
     }
 

@@ -7,14 +7,13 @@ use bytes::{Buf, BufMut};
 use super::StorageError;
 use super::checkpoint::CheckpointFile;
 use super::pair::{Pair, PairError};
-use crate::disk::Disk;
+use crate::disk::{DIRECTORIES, Disk};
 use crate::types::{Ballot, GroupId, Incarnation, ServerId};
 
 const NAME: &str = "identity";
 const MAGIC: &[u8; 8] = b"PSSIDEN1";
 const BODY_BYTES: usize = 40;
-/// What formatting removes.
-const DIRECTORIES: [&str; 3] = ["log", "data", "trash"];
+/// What formatting removes, with [`DIRECTORIES`].
 const FILES: [&str; 4] = ["identity.0", "identity.1", "checkpoint.0", "checkpoint.1"];
 /// What may be in a directory that counts as empty: our lock, and what `mkfs` leaves.
 const IGNORED: [&str; 2] = ["lock", "lost+found"];

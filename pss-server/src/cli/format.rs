@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use pss_core::disk::files::{FileDisk, LOCK_FILE};
+use pss_core::disk::files::{FileDisk, LOCK_FILE, check_is_in_one_place};
 use pss_core::key::CellId;
 use pss_core::storage::{Identity, IdentityFacts, StorageError};
 use pss_core::types::{Ballot, GroupId, Incarnation};
@@ -140,6 +140,8 @@ pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
         return Err(FormatError::NotADirectory { path: path.clone() });
     }
     std::fs::create_dir_all(path).map_err(failed("make the directory"))?;
+    // Said before it is called not empty, which a mount point in it makes it.
+    check_is_in_one_place(path).map_err(failed("use the directory"))?;
     let found = first_entry(path).map_err(failed("list the directory"))?;
     if let Some(found) = found.filter(|_| !force) {
         return Err(FormatError::NotEmpty {
@@ -246,6 +248,22 @@ mod tests {
         let _running = FileDisk::open(&path).unwrap();
         let error = format(&config(path.clone()), true);
         assert!(matches!(error, Err(FormatError::InUse { .. })));
+    }
+
+    #[test]
+    fn not_over_several_file_systems() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pss");
+        std::fs::create_dir(&path).unwrap();
+        std::os::unix::fs::symlink("/proc", path.join("log")).unwrap();
+        for force in [false, true] {
+            let error = format(&config(path.clone()), force).unwrap_err();
+            let text = error.to_string();
+            let part = path.join("log").display().to_string();
+            assert!(text.contains(&part), "{text}");
+            assert!(text.contains("not on the same mounted file system"), "{text}");
+        }
+        assert!(!path.join("identity.0").exists());
     }
 
     #[test]

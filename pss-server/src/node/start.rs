@@ -59,6 +59,7 @@ pub(super) fn start_with_disk(
     let entered = span.clone().entered();
     let addresses = addresses(&config)?;
     raise_file_limit();
+    warn_of_old_kernel();
     let storage = open_storage(&config, &disk)?;
     let system = |action| move |source| StartError::System { action, source };
     let udp = datagrams::bind(addresses.udp).map_err(|source| StartError::Listen {
@@ -174,6 +175,27 @@ fn raise_file_limit() {
     }
 }
 
+/// The first kernel whose `syncfs` reports what could not be written back.
+const REPORTING_KERNEL: (u32, u32) = (5, 8);
+
+/// On older kernels a write that fails after the chunk's file was closed goes unnoticed.
+fn warn_of_old_kernel() {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    if kernel_version(&release).is_some_and(|version| version < REPORTING_KERNEL) {
+        let (major, minor) = REPORTING_KERNEL;
+        tracing::warn!(
+            "Linux {} does not report every write that the disk did not take; use {major}.{minor} or later",
+            release.trim()
+        );
+    }
+}
+
+/// Major and minor number: the release begins with them.
+fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|it: char| !it.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
 struct Addresses {
     tcp: SocketAddr,
     udp: SocketAddr,
@@ -269,4 +291,19 @@ fn random() -> io::Result<u64> {
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_told_apart() {
+        assert_eq!(kernel_version("4.18.0-553.el8.x86_64\n"), Some((4, 18)));
+        assert_eq!(kernel_version("5.8-rc1"), Some((5, 8)));
+        assert_eq!(kernel_version("6.18.44-fc-v782\n"), Some((6, 18)));
+        assert!(kernel_version("5.4.0") < Some(REPORTING_KERNEL));
+        assert!(kernel_version("5.10.1") > Some(REPORTING_KERNEL));
+        assert_eq!(kernel_version(""), None);
+    }
 }
