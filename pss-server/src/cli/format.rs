@@ -261,7 +261,10 @@ mod tests {
             let text = error.to_string();
             let part = path.join("log").display().to_string();
             assert!(text.contains(&part), "{text}");
-            assert!(text.contains("not on the same mounted file system"), "{text}");
+            assert!(
+                text.contains("not on the same mounted file system"),
+                "{text}"
+            );
         }
         assert!(!path.join("identity.0").exists());
     }
