@@ -307,7 +307,11 @@ impl Scan {
 
     /// Takes what is chosen out of the tail, and keeps for replay what there is room for.
     fn forget_chosen(&mut self) {
-        while let Some(entry) = self.tail.pop_front_if(|entry| entry.id.slot <= self.chosen) {
+        while let Some(entry) = self.tail.pop_front() {
+            if entry.id.slot > self.chosen {
+                self.tail.push_front(entry);
+                break;
+            }
             let follows = self.applied.slot.0 + 1 + self.replay.len() as u64 == entry.id.slot.0;
             if follows && self.replay_bytes < REPLAY_BYTES_MAX {
                 self.replay_bytes += entry.weight_bytes();

@@ -102,7 +102,7 @@ fn appended_entries_are_read_back() {
     assert_eq!(recovered.last, all[4].id);
     assert_eq!(recovered.chosen, Slot(3));
     assert_eq!(recovered.tail, all[3..]);
-    assert_eq!(recovered.replay, all[..3]);
+    assert_eq!(recovered.replay, &all[..3]);
     assert_eq!(recovered.evidence, None);
     assert_eq!(read(&log, 0), all);
 }
@@ -121,9 +121,9 @@ fn what_is_kept_for_replay_is_bounded() {
     // 16 MiB each: the fifth, with which there are 64 MiB, is the last.
     let (_, recovered) = fixture.open(EntryId::default());
     assert_eq!((recovered.chosen, recovered.tail.len()), (Slot(7), 0));
-    assert_eq!(recovered.replay, all[..5]);
+    assert_eq!(recovered.replay, &all[..5]);
     let (_, recovered) = fixture.open(all[2].id);
-    assert_eq!(recovered.replay, all[3..7]);
+    assert_eq!(recovered.replay, &all[3..7]);
 }
 
 #[test]
