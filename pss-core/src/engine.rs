@@ -105,10 +105,13 @@ pub enum Action {
     /// Read a chunk for another server, waiting for the device, and send the message that
     /// [`ChunkExport::run`] gives.
     Export(ChunkExport),
-    /// Store the checkpoint (`installing` set) durably, then call [`Engine::handle_base_stored`].
+    /// Store the checkpoint durably, `installing` with the proven slot, then call
+    /// [`Engine::handle_base_stored`].
     StoreBase {
         /// Last entry that the state holds.
         base: EntryId,
+        /// See [`storage::CheckpointRecord::installing`].
+        proven: Slot,
         /// The state, encoded.
         state: Bytes,
     },
@@ -177,8 +180,9 @@ pub struct Checkpoint {
     pub applied: EntryId,
     /// The state, encoded.
     pub state: Vec<u8>,
-    /// Whether chunks are still being copied to this server.
-    pub installing: bool,
+    /// Whether chunks are still being copied to this server; see
+    /// [`storage::CheckpointRecord::installing`].
+    pub installing: Option<Slot>,
     /// The state is between two entries, because the disk is full: only flush the chunks, which frees what was
     /// zeroed, store nothing, and call [`Engine::handle_checkpoint_done`] with slot 0.
     pub flush_only: bool,
@@ -245,6 +249,8 @@ pub struct Engine {
     /// Everything that was in the log at the start is applied again or replaced: until then blocks may
     /// be newer than their checksums.
     recovered_last: Slot,
+    /// Entries up to here may have been applied before the server started.
+    held_last: Slot,
     failure: Option<ApplyError>,
     /// The disk was full in the middle of an entry; the entries behind it wait.
     stalled: Option<Box<Stalled>>,
@@ -267,6 +273,9 @@ impl Engine {
         let applied = state.applied();
         let log_base = Slot(recovered.log_first.0.saturating_sub(1));
         let recovered_last = recovered.tail.last().map_or(applied, |entry| entry.id.slot);
+        let damaged = [recovered.evidence, recovered.doubt];
+        let held = damaged.iter().flatten().map(|entry| entry.slot);
+        let held_last = held.max().unwrap_or_default().max(recovered_last);
         let replica = Replica::new(config.replica.clone(), recovered, now);
         let mut engine = Engine {
             config,
@@ -274,7 +283,7 @@ impl Engine {
             state,
             chunks,
             actions: VecDeque::new(),
-            copying: installing.then(|| Copying::resume(now)),
+            copying: installing.map(|proven| Copying::resume(proven, now)),
             waiting: HashMap::new(),
             in_flight: Counts::new(),
             held: Counts::new(),
@@ -295,10 +304,11 @@ impl Engine {
             stored_slot: Slot(0),
             checkpoint_at: now,
             checkpoint_installing: false,
-            installed_base: installing.then_some(log_base),
+            installed_base: installing.map(|_| log_base),
             log_bytes: 0,
             bytes_applied: 0,
             recovered_last,
+            held_last,
             failure: None,
             stalled: None,
             backlog: VecDeque::new(),
@@ -552,12 +562,22 @@ impl Engine {
         {
             self.backlog_bytes -= entry.weight_bytes();
             bytes += entry.weight_bytes();
-            let copying = self.copying.as_ref().filter(|it| it.is_installing());
+            let slot = entry.id.slot;
+            let copying = self.copying.as_ref();
+            let copying = copying.filter(|it| it.decides(slot, self.held_last));
             let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
             let filter: Option<storage::ChunkFilter<'_>> = match copying {
                 Some(_) => Some(&copied),
                 None => None,
             };
+            if std::env::var("DBG").is_ok() {
+                println!(
+                    "   DBG apply {:?} {:?} filter {}",
+                    self.replica.id(),
+                    entry.id,
+                    filter.is_some()
+                );
+            }
             let applied = if self.forgetful {
                 let forgotten = without_sessions(&entry);
                 storage::apply_entry(&mut self.state, &self.chunks, &forgotten, filter)
@@ -606,7 +626,9 @@ impl Engine {
         let Some(stalled) = self.stalled.take() else {
             return;
         };
-        let copying = self.copying.as_ref().filter(|it| it.is_installing());
+        let slot = stalled.entry().id.slot;
+        let copying = self.copying.as_ref();
+        let copying = copying.filter(|it| it.decides(slot, self.held_last));
         let copied = |volume, chunk| copying.is_none_or(|it| it.is_copied(volume, chunk));
         let resumed = stalled.resume(&mut self.state, &self.chunks, Some(&copied));
         match resumed {
@@ -708,7 +730,7 @@ impl Engine {
         self.actions.push_back(Action::Checkpoint(Checkpoint {
             applied,
             state: self.state.encode(),
-            installing: self.is_installing(),
+            installing: self.copying.as_ref().and_then(Copying::installing),
             flush_only,
             chunks,
         }));

@@ -125,8 +125,9 @@ pub struct Recovered {
     pub doubt: Option<EntryId>,
     /// First slot that the log on disk holds.
     pub log_first: Slot,
-    /// Chunks are being copied to this server; its data are not complete.
-    pub installing: bool,
+    /// Chunks are being copied to this server; its data are not complete. See
+    /// [`crate::storage::CheckpointRecord::installing`].
+    pub installing: Option<Slot>,
 }
 
 /// A deliberate bug, for the tests of the tests.
@@ -283,7 +284,7 @@ impl Replica {
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
             applied: recovered.applied.slot,
-            installing: recovered.installing,
+            installing: recovered.installing.is_some(),
             free_bytes: u64::MAX,
             log_full: false,
             leader: None,

@@ -14,7 +14,7 @@ mod pair;
 use std::sync::Arc;
 
 pub use apply::{ApplyError, ChunkFilter, Stalled, apply_entry};
-pub use checkpoint::{CheckpointFile, CheckpointRecord};
+pub use checkpoint::{ALL_PROVEN, CheckpointFile, CheckpointRecord};
 pub use identity::{Identity, IdentityFacts};
 pub use pair::PairError;
 
@@ -92,8 +92,8 @@ pub struct Storage {
     pub applied: EntryId,
     /// Slot of the last checkpoint.
     pub checkpointed: Slot,
-    /// Chunks were being copied from another server: those here are not complete.
-    pub installing: bool,
+    /// See [`CheckpointRecord::installing`].
+    pub installing: Option<Slot>,
     /// What the log held.
     pub recovered: Recovered,
     /// The disk was too full to go on applying after `applied`.

@@ -224,6 +224,7 @@ enum Work {
     Export(ChunkExport),
     StoreBase {
         base: EntryId,
+        proven: Slot,
         state: bytes::Bytes,
     },
     Checkpoint(Checkpoint),
@@ -632,7 +633,7 @@ impl Sim {
             // One message an entry: logs are equal in part for longer.
             config.replica.tuning.entry_bytes = 4 << 10;
         }
-        let installing = recovered.installing;
+        let installing = recovered.installing.is_some();
         let (last, chosen) = (
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
@@ -826,9 +827,18 @@ impl Sim {
             }
             Action::Read(read) => self.work(index, life, Work::Read(read)),
             Action::Export(export) => self.work(index, life, Work::Export(export)),
-            Action::StoreBase { base, state } => {
+            Action::StoreBase {
+                base,
+                proven,
+                state,
+            } => {
                 self.report.copies += 1;
-                self.queue_checkpoint(index, Work::StoreBase { base, state });
+                let work = Work::StoreBase {
+                    base,
+                    proven,
+                    state,
+                };
+                self.queue_checkpoint(index, work);
             }
             Action::Checkpoint(checkpoint) => {
                 self.queue_checkpoint(index, Work::Checkpoint(checkpoint));
@@ -1123,11 +1133,13 @@ impl Sim {
                 let stored = running.storage.checkpoint(checkpoint);
                 stored.map(|()| running.engine.handle_checkpoint_done(slot))
             }
-            Some(Work::StoreBase { base, state }) => {
-                running.storage.store_base(base, &state).map(|()| {
-                    running.engine.handle_base_stored(now);
-                })
-            }
+            Some(Work::StoreBase {
+                base,
+                proven,
+                state,
+            }) => running.storage.store_base(base, proven, &state).map(|()| {
+                running.engine.handle_base_stored(now);
+            }),
             _ => Ok(()),
         };
         if let Err(error) = stored {
@@ -1352,6 +1364,8 @@ impl Sim {
             13 => {
                 let lost = self.nodes[index].disk.fail_write_back("data/");
                 self.report.lost_writes += u64::from(lost > 0);
+                let id = self.nodes[index].id;
+                self.trace(|| format!("server {id} cannot write back {lost} files"));
             }
             14 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;

@@ -222,9 +222,14 @@ impl Parts {
     ///
     /// # Errors
     /// What failed; the server must stop.
-    pub(crate) fn store_base(&mut self, base: EntryId, state: &[u8]) -> Result<(), String> {
+    pub(crate) fn store_base(
+        &mut self,
+        base: EntryId,
+        proven: Slot,
+        state: &[u8],
+    ) -> Result<(), String> {
         self.checkpoint
-            .store(base, true, state)
+            .store(base, Some(proven), state)
             .map_err(|error| error.to_string())
     }
 

@@ -834,7 +834,7 @@ impl World {
             return Ok(());
         }
         checkpoint.flush().map_err(|_| Stopped)?;
-        let stored = self.storage.checkpoint.store(applied, false, &state);
+        let stored = self.storage.checkpoint.store(applied, None, &state);
         stored.map_err(|_| Stopped)?;
         self.checkpointed = applied.slot;
         self.storage.log.trim(applied.slot).map_err(|_| Stopped)
@@ -1326,7 +1326,7 @@ fn checkpoint(world: &mut World) {
     world
         .storage
         .checkpoint
-        .store(world.storage.applied, false, &state)
+        .store(world.storage.applied, None, &state)
         .unwrap();
 }
 

@@ -7,6 +7,11 @@
 //! more, which changes nothing because they write whole blocks in order. So that a chunk is not outdated
 //! when it comes, nothing is applied here while the answer to a question is on its way. Volumes and chunks
 //! are copied in ascending order: what lies below the cursor is done.
+//!
+//! A chunk whose table equals the donor's is not copied, so our table must not be newer than our data. A crash
+//! leaves such tables, and what puts the data right is that the entries since the checkpoint are applied
+//! again, to all chunks: those known chosen when the storage is opened, those that the server held besides
+//! when they are found chosen. If a base comes before that, tables above what was applied prove nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,6 +23,7 @@ use crate::chunk::ChunkError;
 use crate::engine::{Action, ChunkExport, Engine};
 use crate::paxos::message::{ChunkSummary, Message, SyncMessage};
 use crate::state::{State, Volume};
+use crate::storage::ALL_PROVEN;
 use crate::time::Instant;
 use crate::types::{ChunkIndex, EntryId, ServerId, Slot, VolumeId};
 
@@ -45,6 +51,8 @@ pub(super) struct Copying {
     donor: Option<ServerId>,
     /// Turns to the next donor when one does not answer.
     turn: usize,
+    /// See [`crate::storage::CheckpointRecord::installing`].
+    proven: Slot,
     /// Every chunk below is copied.
     cursor: ChunkName,
     asked: BTreeMap<ChunkName, Instant>,
@@ -78,6 +86,7 @@ impl Copying {
             installing: false,
             donor,
             turn: 0,
+            proven: ALL_PROVEN,
             cursor: (VolumeId(0), ChunkIndex(0)),
             asked: BTreeMap::new(),
             list_asked: false,
@@ -89,14 +98,21 @@ impl Copying {
     }
 
     /// Goes on after a restart: what was copied before is found equal and not copied again.
-    pub(super) fn resume(now: Instant) -> Copying {
+    pub(super) fn resume(proven: Slot, now: Instant) -> Copying {
         Copying {
             installing: true,
+            proven,
             ..Copying::new(None, Stage::List, now)
         }
     }
 
-    /// Whether entries take effect on a chunk.
+    /// Whether the entry of a slot takes effect on copied chunks only. One that the server held when it
+    /// started may have been applied before: it takes effect on all of them again.
+    pub(super) fn decides(&self, slot: Slot, held_last: Slot) -> bool {
+        self.is_installing() && slot > held_last
+    }
+
+    /// Whether entries take effect on a chunk, if that is decided here.
     pub(super) fn is_copied(&self, volume: VolumeId, chunk: ChunkIndex) -> bool {
         if (volume, chunk) < self.cursor {
             return true;
@@ -113,6 +129,11 @@ impl Copying {
     /// Whether our chunks are incomplete.
     pub(super) fn is_installing(&self) -> bool {
         self.installing
+    }
+
+    /// See [`crate::storage::CheckpointRecord::installing`].
+    pub(super) fn installing(&self) -> Option<Slot> {
+        self.installing.then_some(self.proven)
     }
 
     /// Whether lists and chunks have come lately.
@@ -438,15 +459,24 @@ impl Engine {
             self.start_checkpoint(now);
             return self.refuse_answer(now);
         }
+        let applied = self.state.applied();
+        let is_proven = applied >= self.held_last;
         let Some(copying) = &mut self.copying else {
             return;
         };
+        if !is_proven {
+            copying.proven = copying.proven.min(applied);
+        }
         copying.donor = Some(from);
         copying.stage = Stage::Storing {
             base,
             state: Box::new(decoded),
         };
-        self.actions.push_back(Action::StoreBase { base, state });
+        self.actions.push_back(Action::StoreBase {
+            base,
+            proven: copying.proven,
+            state,
+        });
     }
 
     /// The log goes on without another base; chunks may still be incomplete because of an earlier one.
@@ -565,7 +595,7 @@ impl Engine {
             };
             for summary in own.iter().filter(|summary| inside(summary.chunk)) {
                 match listed.get(&summary.chunk) {
-                    Some(theirs) if *theirs == summary => {
+                    Some(theirs) if *theirs == summary && summary.last_slot <= copying.proven => {
                         missing.remove(&summary.chunk);
                         copying.chunks_done += 1;
                     }

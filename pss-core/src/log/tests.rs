@@ -111,19 +111,22 @@ fn appended_entries_are_read_back() {
 fn what_is_kept_for_replay_is_bounded() {
     let fixture = fixture();
     let (mut log, _) = fixture.open(EntryId::default());
-    let all = entries(EntryId::default(), 1, &[1, 4096, 4096, 4096, 4096, 4096, 1]);
-    for entry in &all {
+    // 1 MiB each: with the 64th there are 64 MiB, and no more are kept.
+    let all = entries(EntryId::default(), 1, &[256; 71]);
+    for entry in &all[..70] {
         let entry = std::slice::from_ref(entry);
         log.append(None, entry, Slot(0)).unwrap();
     }
-    log.mark_idle(Slot(7)).unwrap();
+    log.mark_idle(Slot(70)).unwrap();
     drop(log);
-    // 16 MiB each: the fifth, with which there are 64 MiB, is the last.
-    let (_, recovered) = fixture.open(EntryId::default());
-    assert_eq!((recovered.chosen, recovered.tail.len()), (Slot(7), 0));
-    assert_eq!(recovered.replay, &all[..5]);
-    let (_, recovered) = fixture.open(all[2].id);
-    assert_eq!(recovered.replay, &all[3..7]);
+    let (mut log, recovered) = fixture.open(EntryId::default());
+    assert_eq!((recovered.chosen, recovered.tail.len()), (Slot(70), 0));
+    assert_eq!(recovered.replay, &all[..64]);
+    log.append(None, &all[70..], Slot(70)).unwrap();
+    drop(log);
+    let (_, recovered) = fixture.open(all[9].id);
+    assert_eq!(recovered.replay, &all[10..70]);
+    assert_eq!(recovered.tail, all[70..]);
 }
 
 #[test]

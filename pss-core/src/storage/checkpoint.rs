@@ -12,23 +12,33 @@ use crate::types::{Ballot, EntryId, ServerId, Slot};
 const NAME: &str = "checkpoint";
 const MAGIC: &[u8; 8] = b"PSSCKPT1";
 const FIXED_BYTES: usize = 24;
+const PROVEN_BYTES: usize = 8;
+
+const COMPLETE: u8 = 0;
+const INSTALLING: u8 = 1;
+const INSTALLING_PARTLY_PROVEN: u8 = 2;
+
+/// In [`CheckpointRecord::installing`]: the data of all chunks are as their tables say.
+pub const ALL_PROVEN: Slot = Slot(u64::MAX);
 
 /// A checkpoint.
 ///
-/// | at | bytes | field                                          |
-/// |----|-------|------------------------------------------------|
-/// | 0  | 8     | slot of the last entry that was applied        |
-/// | 8  | 8     | number of its ballot                           |
-/// | 16 | 1     | server id of its ballot                        |
-/// | 17 | 1     | 1: chunks are being copied from another server |
-/// | 18 | 6     | zero                                           |
-/// | 24 |       | the replicated state                           |
+/// | at | bytes | field                                                                     |
+/// |----|-------|---------------------------------------------------------------------------|
+/// | 0  | 8     | slot of the last entry that was applied                                   |
+/// | 8  | 8     | number of its ballot                                                      |
+/// | 16 | 1     | server id of its ballot                                                   |
+/// | 17 | 1     | 1 or 2: chunks are being copied from another server; 2: with a proven slot |
+/// | 18 | 6     | zero                                                                      |
+/// | 24 | 8     | the proven slot, if at 17 is 2; otherwise left out                        |
+/// |    |       | the replicated state                                                      |
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct CheckpointRecord {
     /// The last entry that was applied; all before it are durable in the chunks.
     pub applied: EntryId,
-    /// Chunks are being copied from another server: those here are not complete.
-    pub installing: bool,
+    /// Chunks are being copied from another server: those here are not complete. A table that was last
+    /// changed above this slot may be newer than the data of its chunk, so it proves nothing.
+    pub installing: Option<Slot>,
     /// The replicated state there.
     pub state: State,
 }
@@ -43,7 +53,7 @@ impl CheckpointFile {
     pub(super) fn create(disk: Arc<dyn Disk>) -> Result<CheckpointFile, PairError> {
         let pair = Pair::create(disk, NAME, MAGIC);
         let mut file = CheckpointFile { pair };
-        file.store(EntryId::default(), false, &State::default().encode())?;
+        file.store(EntryId::default(), None, &State::default().encode())?;
         Ok(file)
     }
 
@@ -65,26 +75,43 @@ impl CheckpointFile {
     pub fn store(
         &mut self,
         applied: EntryId,
-        installing: bool,
+        installing: Option<Slot>,
         state: &[u8],
     ) -> Result<(), PairError> {
-        let mut body = Vec::with_capacity(FIXED_BYTES + state.len());
-        body.put_u64_le(applied.slot.0);
-        body.put_u64_le(applied.ballot.number);
-        body.put_u8(applied.ballot.server.0);
-        body.put_u8(u8::from(installing));
-        body.put_bytes(0, 6);
-        body.put_slice(state);
-        self.pair.store(&body)
+        self.pair.store(&encode(applied, installing, state))
     }
 }
 
+fn encode(applied: EntryId, installing: Option<Slot>, state: &[u8]) -> Vec<u8> {
+    let mut body = Vec::with_capacity(FIXED_BYTES + PROVEN_BYTES + state.len());
+    body.put_u64_le(applied.slot.0);
+    body.put_u64_le(applied.ballot.number);
+    body.put_u8(applied.ballot.server.0);
+    let (kind, proven) = match installing {
+        None => (COMPLETE, None),
+        Some(ALL_PROVEN) => (INSTALLING, None),
+        Some(proven) => (INSTALLING_PARTLY_PROVEN, Some(proven)),
+    };
+    body.put_u8(kind);
+    body.put_bytes(0, 6);
+    if let Some(proven) = proven {
+        body.put_u64_le(proven.0);
+    }
+    body.put_slice(state);
+    body
+}
+
 fn decode(body: &[u8]) -> Option<CheckpointRecord> {
-    let (mut input, state) = body.split_at_checked(FIXED_BYTES)?;
+    let (mut input, mut state) = body.split_at_checked(FIXED_BYTES)?;
     let slot = Slot(input.get_u64_le());
     let number = input.get_u64_le();
     let server = ServerId(input.get_u8());
-    let installing = input.get_u8() != 0;
+    let installing = match input.get_u8() {
+        COMPLETE => None,
+        INSTALLING => Some(ALL_PROVEN),
+        INSTALLING_PARTLY_PROVEN => Some(Slot(state.try_get_u64_le().ok()?)),
+        _ => return None,
+    };
     let state = State::decode(state).ok()?;
     let ballot = Ballot { number, server };
     (state.applied() == slot).then_some(CheckpointRecord {
@@ -92,4 +119,39 @@ fn decode(body: &[u8]) -> Option<CheckpointRecord> {
         installing,
         state,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn literal_start_of_a_body() {
+        let state = State::default().encode();
+        let applied = EntryId::default();
+        for (installing, start) in [
+            (None, &[0, 0, 0, 0, 0, 0, 0][..]),
+            (Some(ALL_PROVEN), &[1, 0, 0, 0, 0, 0, 0]),
+            (
+                Some(Slot(0x0102)),
+                &[2, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0],
+            ),
+        ] {
+            let body = encode(applied, installing, &state);
+            assert_eq!(body[..17], [0; 17]);
+            assert_eq!(body[17..17 + start.len()], *start);
+            assert_eq!(body[17 + start.len()..], state);
+            let record = decode(&body).unwrap();
+            assert_eq!((record.applied, record.installing), (applied, installing));
+        }
+    }
+
+    #[test]
+    fn wrong_bodies_are_refused() {
+        let state = State::default().encode();
+        let mut body = encode(EntryId::default(), Some(Slot(5)), &state);
+        assert!(decode(&body[..FIXED_BYTES + 7]).is_none());
+        body[17] = 3;
+        assert!(decode(&body).is_none());
+    }
 }

@@ -44,9 +44,17 @@ impl Node {
                 }
                 Action::Read(read) => self.threads.read(ReadJob::Blocks(read)),
                 Action::Export(export) => self.threads.read(ReadJob::Chunk(export)),
-                Action::StoreBase { base, state } => {
-                    self.threads
-                        .checkpoint(CheckpointJob::StoreBase { base, state });
+                Action::StoreBase {
+                    base,
+                    proven,
+                    state,
+                } => {
+                    let job = CheckpointJob::StoreBase {
+                        base,
+                        proven,
+                        state,
+                    };
+                    self.threads.checkpoint(job);
                 }
                 Action::Checkpoint(checkpoint) => {
                     self.threads

@@ -23,7 +23,11 @@ pub(crate) enum CheckpointJob {
     /// Flush the chunks and store the record.
     Checkpoint(Checkpoint),
     /// Store the state from which a copy of another server's chunks starts.
-    StoreBase { base: EntryId, state: Bytes },
+    StoreBase {
+        base: EntryId,
+        proven: Slot,
+        state: Bytes,
+    },
 }
 
 /// The thread's state.
@@ -78,8 +82,12 @@ impl CheckpointThread {
                 self.file.store(applied, installing, &state)?;
                 Ok(Event::CheckpointDone(applied.slot))
             }
-            CheckpointJob::StoreBase { base, state } => {
-                self.file.store(base, true, &state)?;
+            CheckpointJob::StoreBase {
+                base,
+                proven,
+                state,
+            } => {
+                self.file.store(base, Some(proven), &state)?;
                 Ok(Event::BaseStored)
             }
         }
