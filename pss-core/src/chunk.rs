@@ -8,6 +8,7 @@
 //! * `blocks` — blocks of one chunk: written, zeroed, read
 //! * [`ChunkStore`] — read, write, zero over chunks; volumes
 //! * `transfer` — lists, exports and imports chunks
+//! * `trash` — directories of many chunks are put aside at once, and removed little by little
 //! * [`Checkpoint`] — makes what was written durable
 //!
 //! A chunk file starts with the plain data of the chunk; what was never written, or was trimmed, is a
@@ -27,6 +28,7 @@ mod path;
 mod store;
 mod table;
 mod transfer;
+mod trash;
 
 use std::io;
 

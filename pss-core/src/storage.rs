@@ -27,6 +27,9 @@ use crate::types::{EntryId, ServerId, Slot};
 
 /// Entries are read for replay in pieces of about this size.
 const REPLAY_BYTES: usize = 8 << 20;
+/// A start on a full disk removes so many files of what was deleted before it tries again to go on: it
+/// shall not wait for all of many TiB.
+const ROOM_NAMES: usize = 256;
 
 /// How a server's files are kept, and whose they must be.
 #[derive(Clone, Debug)]
@@ -137,13 +140,20 @@ impl Storage {
         Ok(storage)
     }
 
-    /// Frees what was zeroed or deleted. (No record is stored: the state is between two entries.)
-    fn make_room(&self) -> Result<(), ChunkError> {
-        self.chunks.empty_trash()?;
-        match self.chunks.begin_checkpoint().map(|it| it.flush()) {
-            None | Some(Ok(()) | Err(ChunkError::NoSpace)) => Ok(()),
-            Some(Err(error)) => Err(error),
+    /// Frees what was zeroed, and some of what was deleted. Says whether it is worth another try. (No
+    /// record is stored: the state is between two entries.)
+    fn make_room(&self, flushed: &mut bool) -> Result<bool, ChunkError> {
+        if !std::mem::replace(flushed, true) {
+            return match self.chunks.begin_checkpoint().map(|it| it.flush()) {
+                None | Some(Ok(()) | Err(ChunkError::NoSpace)) => Ok(true),
+                Some(Err(error)) => Err(error),
+            };
         }
+        if self.chunks.is_trash_empty() {
+            return Ok(false);
+        }
+        self.chunks.empty_trash(ROOM_NAMES)?;
+        Ok(true)
     }
 
     /// Applies the entries between the checkpoint and what is known chosen. While chunks are being
@@ -177,22 +187,23 @@ impl Storage {
     /// Applies an entry; `false` if the disk is too full.
     fn replay_entry(&mut self, entry: &Entry) -> Result<bool, StorageError> {
         let mut applied = apply_entry(&mut self.state, &self.chunks, entry, None).map(drop);
-        if let Err(ApplyError::NoSpace(stalled)) = applied {
-            self.make_room()?;
-            applied = stalled
-                .resume(&mut self.state, &self.chunks, None)
-                .map(drop);
-        }
-        match applied {
-            Ok(()) => {
-                self.applied = entry.id;
-                Ok(true)
+        let mut flushed = false;
+        loop {
+            match applied {
+                Ok(()) => {
+                    self.applied = entry.id;
+                    return Ok(true);
+                }
+                Err(ApplyError::NoSpace(stalled)) => {
+                    if !self.make_room(&mut flushed)? {
+                        self.stalled = Some(*stalled);
+                        return Ok(false);
+                    }
+                    let resumed = stalled.resume(&mut self.state, &self.chunks, None);
+                    applied = resumed.map(drop);
+                }
+                Err(ApplyError::Chunks(error)) => return Err(error.into()),
             }
-            Err(ApplyError::NoSpace(stalled)) => {
-                self.stalled = Some(*stalled);
-                Ok(false)
-            }
-            Err(ApplyError::Chunks(error)) => Err(error.into()),
         }
     }
 }

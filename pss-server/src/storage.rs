@@ -2,6 +2,7 @@
 //!
 //! * the log thread appends to the log and makes promises durable, in order, as many at once as wait
 //! * the checkpoint thread makes chunks durable and keeps log segments ready
+//! * the trash thread removes the files of what was deleted
 //! * the read threads read blocks, chunks and old entries that are not in memory
 //!
 //! Each takes jobs from a queue and reports to the node's [`Inbox`]. Whatever fails in a way that
@@ -11,7 +12,9 @@ mod checkpoint;
 mod log;
 mod queue;
 mod read;
+mod trash;
 
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -31,6 +34,7 @@ use crate::storage::log::LogThread;
 use crate::storage::queue::Queue;
 pub(crate) use crate::storage::read::ReadJob;
 use crate::storage::read::ReadThread;
+use crate::storage::trash::TrashThread;
 
 /// Threads that wait for reads: one that sends chunks to a server does not hold up the clients' reads.
 const READ_THREADS: usize = 2;
@@ -40,6 +44,7 @@ pub(crate) struct StorageThreads {
     log: Arc<Queue<LogJob>>,
     reads: Arc<Queue<ReadJob>>,
     checkpoints: Arc<Queue<CheckpointJob>>,
+    trash: Arc<Queue<Infallible>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -67,6 +72,7 @@ impl StorageThreads {
             log: Arc::new(Queue::new()),
             reads: Arc::new(Queue::new()),
             checkpoints: Arc::new(Queue::new()),
+            trash: Arc::new(Queue::new()),
             threads: Vec::new(),
         };
         let reporter = Reporter {
@@ -82,12 +88,16 @@ impl StorageThreads {
             };
             threads.spawn("read", &reporter, move || read.run())?;
         }
+        let trash = TrashThread {
+            queue: Arc::clone(&threads.trash),
+            chunks: parts.chunks,
+        };
+        threads.spawn("trash", &reporter, move || trash.run())?;
         let checkpoint = CheckpointThread {
             queue: Arc::clone(&threads.checkpoints),
             reporter: reporter.clone(),
             file: parts.checkpoint,
             spares: parts.log.spares(),
-            chunks: parts.chunks,
         };
         threads.spawn("checkpoint", &reporter, move || checkpoint.run())?;
         let log = LogThread {
@@ -144,6 +154,7 @@ impl Drop for StorageThreads {
     fn drop(&mut self) {
         self.reads.abandon();
         self.checkpoints.abandon();
+        self.trash.abandon();
         if !self.log.is_closed() {
             self.log.abandon();
         }

@@ -290,6 +290,47 @@ fn a_failing_sync_of_chunks_stops_the_server() {
     assert_eq!(volume.read(0, 4096), pattern(0, 7));
 }
 
+/// How often a server has stored a checkpoint.
+fn checkpoints(cell: &TestCell, id: u8) -> u64 {
+    let bytes = std::fs::read(cell.path(id).join("checkpoint.0")).unwrap();
+    u64::from_le_bytes(bytes[16..24].try_into().unwrap())
+}
+
+/// To remove the files of a deleted volume holds up neither checkpoints nor a stop, and goes on after the
+/// next start.
+#[test]
+fn deleted_files_are_removed_beside_everything_else() {
+    const CHUNKS: u64 = 200;
+    let (mut cell, failures) = with_failing_disk();
+    let client = cell.client();
+    client.create("old", CHUNKS << 20);
+    client.create("v", 1 << 20);
+    let old = client.open("old");
+    for chunk in 0..CHUNKS {
+        old.write(chunk << 20, &pattern(chunk, 1));
+    }
+    drop(old);
+    cell.wait_caught_up(2);
+    failures.slow_removals.store(true, Ordering::Relaxed);
+    client.delete("old");
+    let removed = || failures.removed.load(Ordering::Relaxed);
+    cell.wait_for("the first files to be removed", |_| removed() > 0);
+    let before = checkpoints(&cell, 2);
+    let volume = client.open("v");
+    volume.write(0, &pattern(0, 2));
+    cell.wait_for("a checkpoint", |cell| checkpoints(cell, 2) > before);
+    assert!(removed() < CHUNKS, "the checkpoint waited for all files");
+    cell.stop(2);
+    assert!(removed() < CHUNKS, "the stop waited for all files");
+    let trash = cell.path(2).join("trash");
+    let left = || std::fs::read_dir(&trash).unwrap().count();
+    assert_eq!(left(), 1);
+    cell.start(2);
+    cell.wait_for("the rest to be removed", |_| left() == 0);
+    cell.wait_caught_up(2);
+    assert_eq!(volume.read(0, 4096), pattern(0, 2));
+}
+
 #[test]
 fn strangers_are_refused() {
     let mut cell = TestCell::started(3, small());

@@ -21,6 +21,8 @@ use crate::disk::SimDisk;
 const CELL: [u8; 16] = *b"simulated cell!!";
 /// Small, so that segments end, are recycled and trimmed in a short run.
 const SEGMENT_BYTES: u64 = 256 << 10;
+/// The trash is emptied so slowly that a crash finds some.
+const TRASH_NAMES: usize = 3;
 
 fn params(server: ServerId) -> StorageParams {
     let mut log = LogParams::new(CELL);
@@ -202,6 +204,10 @@ impl Parts {
         checkpoint
             .chunks
             .flush()
+            .map_err(|error| error.to_string())?;
+        // The trash thread goes on meanwhile.
+        self.chunks
+            .empty_trash(TRASH_NAMES)
             .map_err(|error| error.to_string())?;
         let Checkpoint {
             applied,

@@ -596,6 +596,26 @@ fn guest_cannot_forge_records() {
 /// What a block should hold: nothing, or what a write has left.
 type Blocks = Vec<Option<Bytes>>;
 
+/// Volumes grow up to so many blocks.
+const BLOCKS_MAX: u64 = 700 * 16;
+
+/// A size in blocks: of a few chunks, or of so many that their files fill directories.
+fn some_size(rng: &mut Rng) -> u64 {
+    match rng.chance(300) {
+        true => 16 * 200 + rng.below(BLOCKS_MAX - 16 * 200),
+        false => 1 + rng.below(60),
+    }
+}
+
+/// A block of a volume: any, or one of a few chunks at the ends of directories if there are many.
+fn some_block(rng: &mut Rng, blocks: u64) -> u64 {
+    if blocks < 16 * 200 {
+        return rng.below(blocks);
+    }
+    let chunk = *rng.pick(&[0, 1, 2, 254, 255, 256, 257, 300, 511, 512]);
+    (chunk * 16 + rng.below(16)).min(blocks - 1)
+}
+
 /// Replicated state and blocks, as plain values.
 #[derive(Clone, Default)]
 struct Model {
@@ -609,7 +629,7 @@ impl Model {
         for (position, command) in entry.commands.iter().enumerate() {
             let (answer, effect) = self.state.apply(entry.id.slot, position as u32, command);
             answers.push(answer);
-            let per_volume = |volume: &Volume| volume.blocks().max(1024) as usize;
+            let per_volume = |volume: &Volume| volume.blocks().max(BLOCKS_MAX) as usize;
             match effect {
                 Effect::None => {}
                 Effect::Create(volume) => {
@@ -709,7 +729,7 @@ impl World {
         if volumes.is_empty() || rng.chance(60) {
             return Op::CreateVolume {
                 name: format!("v{}", rng.below(3)),
-                size_bytes: (1 + rng.below(60)) * BLOCK_BYTES as u64,
+                size_bytes: some_size(rng) * BLOCK_BYTES as u64,
                 // Tables of one sector, and of nine.
                 chunk_bytes: *rng.pick(&[64 << 10, 64 << 10, 4 << 20]),
                 uuid: [self.tag as u8; 16],
@@ -717,13 +737,13 @@ impl World {
         }
         let volume = rng.pick(&volumes);
         let blocks = volume.blocks();
-        let first_block = rng.below(blocks);
+        let first_block = some_block(rng, blocks);
         let most = blocks - first_block;
         match rng.below(20) {
             0 => Op::DeleteVolume { volume: volume.id },
             1 => Op::ResizeVolume {
                 volume: volume.id,
-                size_bytes: (1 + rng.below(60)) * BLOCK_BYTES as u64,
+                size_bytes: some_size(rng) * BLOCK_BYTES as u64,
                 allow_shrink: rng.chance(500),
             },
             2..=4 => Op::Zero {
@@ -732,12 +752,16 @@ impl World {
                 blocks: (rng.below(40)).min(blocks - first_block / 16 * 16),
                 allocate: rng.chance(300),
             },
-            5 => Op::Zero {
-                volume: volume.id,
-                first_block,
-                blocks: rng.below(most + 1),
-                allocate: rng.chance(300),
-            },
+            5 => {
+                let blocks = rng.below(most + 1);
+                Op::Zero {
+                    volume: volume.id,
+                    first_block,
+                    blocks,
+                    // Of many chunks that would take too long.
+                    allocate: blocks < 60 && rng.chance(300),
+                }
+            }
             6 => Op::OpenSession {
                 nonce: self.tag,
                 name: "x".into(),
@@ -779,13 +803,7 @@ impl World {
         match rng.below(20) {
             0..=11 => {
                 let entry = self.new_entry(rng);
-                self.inflight = vec![entry.clone()];
-                let appended = self.storage.log.append(None, &self.inflight, self.chosen);
-                appended.map_err(|_| Stopped)?;
-                self.inflight.clear();
-                self.entries.push(entry.clone());
-                self.chosen = entry.id.slot;
-                self.apply(&entry)
+                self.carry_out(entry)
             }
             12 | 13 => self.checkpoint(rng),
             14 => self.storage.log.mark_idle(self.chosen).map_err(|_| Stopped),
@@ -800,10 +818,40 @@ impl World {
                 self.promised = promise;
                 Ok(())
             }
-            16 => self.storage.chunks.empty_trash().map_err(|_| Stopped),
+            16 => self.empty_trash(rng),
             17 => self.carry(rng),
             _ => self.check_some(rng),
         }
+    }
+
+    /// Appends an entry and applies it.
+    fn carry_out(&mut self, entry: Entry) -> Result<(), Stopped> {
+        self.inflight = vec![entry.clone()];
+        let appended = self.storage.log.append(None, &self.inflight, self.chosen);
+        appended.map_err(|_| Stopped)?;
+        self.inflight.clear();
+        self.entries.push(entry.clone());
+        self.chosen = entry.id.slot;
+        self.apply(&entry)
+    }
+
+    /// The entry of one operation.
+    fn entry_of(&self, op: Op) -> Entry {
+        let prev = self.last();
+        Entry {
+            id: EntryId {
+                ballot: ballot(1),
+                slot: prev.slot.next(),
+            },
+            prev: prev.ballot,
+            commands: [Command::internal(op)].into(),
+        }
+    }
+
+    /// Some of it.
+    fn empty_trash(&mut self, rng: &mut Rng) -> Result<(), Stopped> {
+        let emptied = self.storage.chunks.empty_trash(1 + rng.below(8) as usize);
+        emptied.map(drop).map_err(|_| Stopped)
     }
 
     fn apply(&mut self, entry: &Entry) -> Result<(), Stopped> {
@@ -821,13 +869,7 @@ impl World {
         let state = self.storage.state.encode();
         for _ in 0..rng.below(3) {
             let entry = self.new_entry(rng);
-            self.inflight = vec![entry.clone()];
-            let appended = self.storage.log.append(None, &self.inflight, self.chosen);
-            appended.map_err(|_| Stopped)?;
-            self.inflight.clear();
-            self.entries.push(entry.clone());
-            self.chosen = entry.id.slot;
-            self.apply(&entry)?;
+            self.carry_out(entry)?;
         }
         if rng.chance(100) {
             // Given up: the next takes it over.
@@ -847,7 +889,9 @@ impl World {
             return Ok(());
         }
         let volume = rng.pick(&volumes);
-        let chunk = ChunkIndex(rng.below(4) as u32);
+        let chunk =
+            some_block(rng, volume.blocks()) * BLOCK_BYTES as u64 / u64::from(volume.chunk_bytes);
+        let chunk = ChunkIndex(chunk as u32);
         let stopped = |error: ChunkError| match error {
             ChunkError::BadBlock { volume, block } => panic!("bad block {block} of {volume}"),
             _ => Stopped,
@@ -1015,6 +1059,66 @@ fn storage_survives_random_stops() {
             200,
             Some(1 + chance.below(900)),
         );
+    }
+}
+
+/// A volume of many chunks shrinks and grows again, is written to, and is checkpointed while the trash is
+/// emptied.
+fn shrink_and_grow(world: &mut World, rng: &mut Rng) -> Result<(), Stopped> {
+    let resize = |blocks: u64| Op::ResizeVolume {
+        volume: VolumeId(1),
+        size_bytes: blocks * BLOCK_BYTES as u64,
+        allow_shrink: true,
+    };
+    let write = |chunk: u64| write_op(VolumeId(1), chunk * 16 + 5, payload(1000 + chunk, 3));
+    let steps = [resize(20), resize(BLOCKS_MAX), write(300), write(511)];
+    for op in steps {
+        let entry = world.entry_of(op);
+        world.carry_out(entry)?;
+        world.empty_trash(rng)?;
+    }
+    let checkpoint = world.storage.chunks.begin_checkpoint().unwrap();
+    let (applied, state) = (world.storage.applied, world.storage.state.encode());
+    let entry = world.entry_of(write(255));
+    world.carry_out(entry)?;
+    checkpoint.flush().map_err(|_| Stopped)?;
+    let stored = world.storage.checkpoint.store(applied, None, &state);
+    stored.map_err(|_| Stopped)?;
+    for _ in 0..4 {
+        world.empty_trash(rng)?;
+    }
+    world.check_all()
+}
+
+/// What was behind the end of a volume does not come back, and what is written there later stays, whenever
+/// the power fails.
+#[test]
+fn shrinking_survives_a_stop_at_every_operation() {
+    for seed in seeds(4) {
+        for stop in 1.. {
+            println!("seed {seed}, stop {stop}");
+            let mut rng = Rng::new(seed * 1_000_003 + stop);
+            let disk = SimDisk::new();
+            let mut world = World::new(disk.disk());
+            apply_op(&mut world, create("v", BLOCKS_MAX)).unwrap();
+            for chunk in [0, 2, 10, 255, 256, 300, 301, 511, 512, 699] {
+                let write = write_op(VolumeId(1), chunk * 16, payload(chunk, 10));
+                apply_op(&mut world, write).unwrap();
+            }
+            checkpoint(&mut world);
+            disk.crash_at_op(disk.stats().mutating_ops + stop);
+            if shrink_and_grow(&mut world, &mut rng).is_ok() {
+                assert!(stop > 40, "{stop}");
+                break;
+            }
+            disk.power_cut(&mut rng);
+            assert!(world.reopen(disk.disk()).is_ok());
+            while world.storage.chunks.empty_trash(9).unwrap() {}
+            assert!(world.check_all().is_ok());
+            checkpoint(&mut world);
+            disk.power_cut(&mut rng);
+            assert!(world.reopen(disk.disk()).is_ok());
+        }
     }
 }
 
@@ -1278,15 +1382,7 @@ fn real_files_survive_stops() {
 // ---- single cases ----
 
 fn apply_op(world: &mut World, op: Op) -> Result<(), ApplyError> {
-    let prev = world.last();
-    let entry = Entry {
-        id: EntryId {
-            ballot: ballot(1),
-            slot: prev.slot.next(),
-        },
-        prev: prev.ballot,
-        commands: [Command::internal(op)].into(),
-    };
+    let entry = world.entry_of(op);
     world
         .storage
         .log
@@ -1535,28 +1631,54 @@ fn a_start_on_a_full_disk_frees_what_was_zeroed() {
         apply_op(&mut world, op).unwrap();
     }
     checkpoint(&mut world);
-    let mut prev = world.last();
-    for op in ops {
-        let entry = Entry {
-            id: EntryId {
-                ballot: prev.ballot,
-                slot: prev.slot.next(),
-            },
-            prev: prev.ballot,
-            commands: [Command::internal(op)].into(),
-        };
-        let log = &mut world.storage.log;
-        log.append(None, std::slice::from_ref(&entry), prev.slot)
-            .unwrap();
-        prev = entry.id;
-    }
-    world.storage.log.mark_idle(prev.slot).unwrap();
+    let last = append_only(&mut world, ops);
     drop(world);
     // Enough for a log segment.
     disk.set_capacity(disk.used_bytes() + SEGMENT_BYTES + 8 * BLOCK_BYTES as u64);
     let storage = Storage::open(disk.disk(), &params()).unwrap();
     assert!(storage.stalled.is_none(), "the disk has space enough");
-    assert_eq!(storage.applied, prev);
+    assert_eq!(storage.applied, last);
+}
+
+/// Appends entries that are chosen, and applies none.
+fn append_only(world: &mut World, ops: impl Iterator<Item = Op>) -> EntryId {
+    for op in ops {
+        let entry = world.entry_of(op);
+        let log = &mut world.storage.log;
+        let before = Slot(entry.id.slot.0 - 1);
+        log.append(None, std::slice::from_ref(&entry), before)
+            .unwrap();
+        world.entries.push(entry);
+    }
+    let last = world.last();
+    world.storage.log.mark_idle(last.slot).unwrap();
+    last
+}
+
+/// What was deleted gives back what a start needs; it does not wait until all of it is removed.
+#[test]
+fn a_start_on_a_full_disk_removes_as_much_as_it_needs() {
+    let disk = SimDisk::new();
+    let mut world = World::new(disk.disk());
+    apply_op(&mut world, create("old", 16 * 1500)).unwrap();
+    write_chunks(&mut world, 0..1500);
+    let delete = Op::DeleteVolume {
+        volume: VolumeId(1),
+    };
+    apply_op(&mut world, delete).unwrap();
+    apply_op(&mut world, create("new", 16 * 100)).unwrap();
+    checkpoint(&mut world);
+    let write = |chunk: u64| write_op(VolumeId(2), chunk * 16, payload(chunk + 1, 1));
+    let last = append_only(&mut world, (0..100).map(write));
+    drop(world);
+    disk.set_capacity(disk.used_bytes() + SEGMENT_BYTES + 8 * BLOCK_BYTES as u64);
+    let storage = Storage::open(disk.disk(), &params()).unwrap();
+    assert!(storage.stalled.is_none(), "there is enough to remove");
+    assert_eq!(storage.applied, last);
+    let files = disk.files();
+    let left = files.iter().filter(|(path, _)| path.starts_with("trash/"));
+    let left = left.count();
+    assert!((1000..1500).contains(&left), "{left}");
 }
 
 /// The same while a server runs: it flushes its chunks without storing a record.

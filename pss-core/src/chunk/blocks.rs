@@ -215,12 +215,12 @@ impl ChunkStore {
     ) -> Result<(), ReadError> {
         let mut state = lock(&chunk.state);
         let block = chunk.first_block() + at as u64;
+        self.open_file(chunk, &mut state)?;
         let checksum = state.table[at];
         if checksum == 0 {
             data.fill(0);
             return Ok(());
         }
-        self.open_file(chunk, &mut state)?;
         data.fill(0);
         let read = match &state.file {
             Some(file) => file.read_at(data, at as u64 * BLOCK),

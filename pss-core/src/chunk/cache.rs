@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard};
 
 use super::path;
 use super::table::Owner;
+use super::trash::Filter;
 use crate::disk::DiskFile;
 use crate::types::{BLOCK_BYTES, ChunkIndex, GroupId, Slot, VolumeId};
 
@@ -32,6 +34,10 @@ pub(super) struct VolumeChunks {
     pub(super) directory: String,
     /// Which chunks exist.
     pub(super) presence: RwLock<Presence>,
+    /// Held while a file is looked up by its name, and exclusively while directories are put aside: else
+    /// a chunk that goes with its directory would pass for one whose file is lost. Taken after the lock of
+    /// a chunk.
+    pub(super) names: RwLock<()>,
     /// Nothing of it may be written any more.
     pub(super) deleted: RwLock<bool>,
     /// The table of a chunk without blocks, shared by all of them.
@@ -68,18 +74,54 @@ impl VolumeChunks {
         presence.next(u32::try_from(from).ok()?)
     }
 
+    /// Whether `filter` lets all chunks of the range through that exist.
+    pub(super) fn all_present(&self, chunks: &Range<u64>, filter: Filter<'_>) -> bool {
+        let Some(filter) = filter else {
+            return true;
+        };
+        let mut next = chunks.start;
+        while let Some(chunk) = self.next_present(next)
+            && u64::from(chunk.0) < chunks.end
+        {
+            if !filter(chunk) {
+                return false;
+            }
+            next = u64::from(chunk.0) + 1;
+        }
+        true
+    }
+
     /// Notes how many blocks of a chunk are allocated; none: it does not exist.
     pub(super) fn set_allocated(&self, chunk: ChunkIndex, allocated: u32) {
-        let mut presence = self
-            .presence
+        self.write_presence().set(chunk, presence_of(allocated));
+    }
+
+    /// The same if the chunk still counts as one that exists: for those who only look at it, while it may
+    /// be put aside.
+    pub(super) fn refine_allocated(&self, chunk: ChunkIndex, allocated: u32) {
+        let mut presence = self.write_presence();
+        if presence.get(chunk) != ABSENT {
+            presence.set(chunk, presence_of(allocated));
+        }
+    }
+
+    /// Notes that none of these chunks exists, all of one or more directories.
+    pub(super) fn set_absent(&self, chunks: &Range<u64>) {
+        self.write_presence().clear(chunks);
+    }
+
+    fn write_presence(&self) -> RwLockWriteGuard<'_, Presence> {
+        self.presence
             .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let value = if allocated == 0 {
-            ABSENT
-        } else {
-            allocated as u16
-        };
-        presence.set(chunk, value);
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn presence_of(allocated: u32) -> u16 {
+    if allocated == 0 {
+        ABSENT
+    } else {
+        allocated as u16
     }
 }
 
@@ -109,6 +151,13 @@ impl Presence {
             .entry(key)
             .or_insert_with(|| Box::new([ABSENT; 256]));
         group[chunk.0 as usize & 255] = value;
+    }
+
+    /// Whole groups only.
+    fn clear(&mut self, chunks: &Range<u64>) {
+        for key in chunks.start >> 8..chunks.end >> 8 {
+            self.groups.remove(&(key as u32));
+        }
     }
 
     fn next(&self, from: u32) -> Option<ChunkIndex> {
@@ -363,6 +412,18 @@ impl Cache {
     /// fails to write that and lets go of the inode, a sync of the file, opened anew, says nothing of it.
     pub(super) fn take_closed_unsynced(&self) -> bool {
         self.closed_unsynced.swap(false, Ordering::AcqRel)
+    }
+
+    /// The volume's chunks of the range that are in memory.
+    pub(super) fn within(&self, volume: VolumeId, chunks: &Range<u64>) -> Vec<Arc<Chunk>> {
+        let is_inside = |key: &Key| key.0 == volume && chunks.contains(&u64::from(key.1.0));
+        let mut found = Vec::new();
+        for shard in &self.shards {
+            let shard = lock(shard);
+            let inside = shard.iter().filter(|(key, _)| is_inside(key));
+            found.extend(inside.map(|(_, chunk)| Arc::clone(chunk)));
+        }
+        found
     }
 
     /// Forgets the chunks of a volume.

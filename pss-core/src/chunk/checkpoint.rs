@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError};
 use super::cache::{Chunk, lock};
 use super::store::ChunkStore;
 use super::{ChunkError, table};
-use crate::disk::{DiskFile, OpenMode};
+use crate::disk::DiskFile;
 use crate::types::Slot;
 
 /// Up to so many files and directories are synced one by one; for more the whole file system is.
@@ -159,8 +159,11 @@ impl Checkpoint {
         let file = match &state.file {
             Some(file) => Arc::clone(file),
             None => {
-                let file = self.store.disk.open(&path, OpenMode::Existing);
-                file.map_err(|error| self.store.failed("open", &path, error))?
+                let file = self.store.open_by_name(chunk);
+                match file.map_err(|error| self.store.failed("open", &path, error))? {
+                    Some(file) => file,
+                    None => return Ok(None),
+                }
             }
         };
         let owner = chunk.volume.owner(chunk.index);

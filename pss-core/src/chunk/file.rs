@@ -1,7 +1,7 @@
 //! The file of one chunk and its table: loaded, made, removed.
 
 use std::io;
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::cache::{Chunk, ChunkState, VolumeChunks, lock};
 use super::store::{BLOCK, ChunkStore};
@@ -74,6 +74,27 @@ impl ChunkStore {
         chunk.volume.set_allocated(chunk.index, 0);
     }
 
+    /// Makes a chunk whose directory was put aside one that does not exist.
+    pub(super) fn forget_if_put_aside(&self, chunk: &Chunk, state: &mut ChunkState) {
+        let is_something = state.exists || state.allocated > 0;
+        if state.loaded && is_something && !chunk.volume.is_present(chunk.index) {
+            // Its file went with the directory: none by this name is doomed.
+            state.exists = false;
+            self.forget(chunk, state);
+        }
+    }
+
+    /// Opens the file of a chunk by its name; `None` if the chunk does not exist, or does not any more.
+    pub(super) fn open_by_name(&self, chunk: &Chunk) -> io::Result<Option<Arc<dyn DiskFile>>> {
+        let names = chunk.volume.names.read();
+        let _names = names.unwrap_or_else(PoisonError::into_inner);
+        if !chunk.volume.is_present(chunk.index) {
+            return Ok(None);
+        }
+        let file = self.disk.open(&chunk.path(), OpenMode::Existing);
+        file.map(Some)
+    }
+
     /// Removes the file of a chunk that does not exist any more.
     pub(super) fn remove_doomed(
         &self,
@@ -108,12 +129,13 @@ impl ChunkStore {
         if state.loaded {
             return Ok(());
         }
-        if !chunk.volume.is_present(chunk.index) {
-            state.loaded = true;
-            return Ok(());
-        }
         let path = chunk.path();
-        let file = match self.disk.open(&path, OpenMode::Existing) {
+        let file = match self.open_by_name(chunk) {
+            Ok(None) => {
+                state.loaded = true;
+                return Ok(());
+            }
+            Ok(Some(file)) => file,
             // It was there when the store was opened: what it held is lost, not zero.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let blocks = chunk.volume.blocks_per_chunk();
@@ -123,7 +145,7 @@ impl ChunkStore {
                 state.loaded = true;
                 return Ok(());
             }
-            file => file.map_err(|source| ReadError::io("open", &path, source))?,
+            Err(source) => return Err(ReadError::io("open", &path, source)),
         };
         let owner = chunk.volume.owner(chunk.index);
         let mut bytes = vec![0; 2 * owner.slot_bytes()];
@@ -141,20 +163,14 @@ impl ChunkStore {
                 state.generation = stored.generation;
                 state.last_slot = stored.last_slot;
                 state.suspect = stored.suspect;
-                self.note_presence(chunk, state);
+                let presence = presence(state);
+                chunk.volume.refine_allocated(chunk.index, presence);
                 state.file = Some(file);
                 self.cache.opened(chunk);
             }
         }
         state.loaded = true;
         Ok(())
-    }
-
-    pub(super) fn note_presence(&self, chunk: &Chunk, state: &ChunkState) {
-        // A file without blocks exists only while its table is suspect.
-        let at_least = u32::from(state.exists);
-        let allocated = state.allocated.max(at_least);
-        chunk.volume.set_allocated(chunk.index, allocated);
     }
 
     /// Looks through a chunk whose table may be out of date: a block that is unwritten by the table
@@ -195,20 +211,25 @@ impl ChunkStore {
         if state.allocated == 0 {
             self.forget(chunk, state);
         }
-        self.note_presence(chunk, state);
+        let presence = presence(state);
+        chunk.volume.refine_allocated(chunk.index, presence);
         self.mark_dirty(chunk, state);
         Ok(())
     }
 
-    /// Opens the chunk's file if it exists.
+    /// Opens the chunk's file if it exists; a chunk that was put aside meanwhile does not.
     pub(super) fn open_file(&self, chunk: &Chunk, state: &mut ChunkState) -> Result<(), ReadError> {
         if state.file.is_some() || !state.exists {
             return Ok(());
         }
-        let path = chunk.path();
-        let file = self.disk.open(&path, OpenMode::Existing);
-        state.file = Some(file.map_err(|source| ReadError::io("open", &path, source))?);
-        self.cache.opened(chunk);
+        let file = self.open_by_name(chunk);
+        match file.map_err(|source| ReadError::io("open", &chunk.path(), source))? {
+            Some(file) => {
+                state.file = Some(file);
+                self.cache.opened(chunk);
+            }
+            None => self.forget_if_put_aside(chunk, state),
+        }
         Ok(())
     }
 
@@ -218,12 +239,8 @@ impl ChunkStore {
         chunk: &Arc<Chunk>,
         state: &mut ChunkState,
     ) -> Result<Arc<dyn DiskFile>, ChunkError> {
-        if let Some(file) = &state.file {
-            return Ok(Arc::clone(file));
-        }
-        if state.exists {
-            self.open_file(chunk, state)?;
-        } else {
+        self.open_file(chunk, state)?;
+        if state.file.is_none() {
             self.remove_doomed(chunk, state)?;
             let file = self.create_file(&chunk.volume, &chunk.path(), chunk.index)?;
             state.exists = true;
@@ -287,7 +304,8 @@ impl ChunkStore {
         state.allocated = before + allocated(checksums) - allocated(entries);
         entries.copy_from_slice(checksums);
         if state.allocated != before {
-            self.note_presence(chunk, state);
+            let presence = presence(state);
+            chunk.volume.set_allocated(chunk.index, presence);
         }
     }
 
@@ -303,6 +321,11 @@ impl ChunkStore {
             lock(&self.dirty).chunks.push(Arc::clone(chunk));
         }
     }
+}
+
+/// How many blocks count as allocated: a file without any exists only while its table is suspect.
+fn presence(state: &ChunkState) -> u32 {
+    state.allocated.max(u32::from(state.exists))
 }
 
 pub(super) fn allocated(checksums: &[u32]) -> u32 {

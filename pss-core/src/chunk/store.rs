@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use bytes::Bytes;
 
 use super::cache::{Cache, Chunk, Presence, UNKNOWN, VolumeChunks, lock};
+use super::trash::{Filter, Trash};
 use super::{ChunkError, ChunkParams, ReadError, path};
 use crate::disk::Disk;
 use crate::entry::block_checksum;
@@ -17,8 +18,8 @@ use crate::volume::device::{Extent, ReadPart};
 use crate::volume::map::{ChunkRange, chunk_ranges};
 
 pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
-/// So many chunk files are removed at once when a range is zeroed; the rest when the next checkpoint
-/// is made, by its thread.
+/// So many chunk files are removed at once when a range is zeroed, of those that do not fill a directory;
+/// the rest, a few hundred, when the next checkpoint is made, by its thread.
 const REMOVE_AT_ONCE: usize = 64;
 /// Longer ranges are zeroed without keeping space for them: that would hold up everything else.
 const ALLOCATE_BLOCKS_MAX: u64 = (1 << 30) / BLOCK;
@@ -36,7 +37,7 @@ pub struct ChunkStore {
     /// What failed first; the store takes no changes after it.
     failure: OnceLock<String>,
     pub(super) bad_blocks: AtomicU64,
-    next_trash: AtomicU64,
+    pub(super) trash: Trash,
 }
 
 /// What the next checkpoint makes durable.
@@ -69,11 +70,7 @@ impl ChunkStore {
             action: "sync",
             source,
         })?;
-        let trash = disk
-            .read_dir(path::TRASH)
-            .map_err(|source| ChunkError::io("read", path::TRASH, source))?;
-        let number = |name: &str| name.rsplit('.').next()?.parse::<u64>().ok();
-        let last = trash.iter().filter_map(|entry| number(&entry.name)).max();
+        let trash = Trash::open(&*disk)?;
         let store = ChunkStore {
             cache: Cache::new(params.tables_bytes_max, params.files_max),
             disk,
@@ -83,7 +80,7 @@ impl ChunkStore {
             checkpoint: AtomicBool::new(false),
             failure: OnceLock::new(),
             bad_blocks: AtomicU64::new(0),
-            next_trash: AtomicU64::new(last.unwrap_or(0).saturating_add(1)),
+            trash,
         };
         for volume in volumes {
             let presence = store.scan(volume)?;
@@ -91,23 +88,6 @@ impl ChunkStore {
         }
         store.throw_away_unknown(volumes)?;
         Ok(store)
-    }
-
-    /// Puts directories aside that belong to no volume of the checkpoint: of volumes that were made
-    /// since, which entries to come make and write anew, or left over from copying another server's
-    /// chunks.
-    fn throw_away_unknown(&self, volumes: &[Volume]) -> Result<(), ChunkError> {
-        let known: BTreeSet<&str> = volumes.iter().map(|volume| volume.name.as_str()).collect();
-        let entries = self
-            .disk
-            .read_dir(path::DATA)
-            .map_err(|source| ChunkError::io("read", path::DATA, source))?;
-        for entry in entries {
-            if entry.is_dir && !entry.name.starts_with('.') && !known.contains(&*entry.name) {
-                self.throw_away(&path::volume(&entry.name), "unknown")?;
-            }
-        }
-        Ok(())
     }
 
     /// Makes the directory of a new volume. Does nothing for a volume that is known.
@@ -153,26 +133,6 @@ impl ChunkStore {
         Ok(())
     }
 
-    /// Removes the files of deleted volumes. Takes long; for a thread of little importance.
-    ///
-    /// # Errors
-    /// [`ChunkError::Io`]; it does no harm.
-    pub fn empty_trash(&self) -> Result<(), ChunkError> {
-        let entries = self
-            .disk
-            .read_dir(path::TRASH)
-            .map_err(|source| ChunkError::io("read", path::TRASH, source))?;
-        for entry in entries {
-            let path = format!("{}/{}", path::TRASH, entry.name);
-            let removed = match entry.is_dir {
-                true => self.disk.remove_dir_all(&path),
-                false => self.disk.remove_file(&path),
-            };
-            removed.map_err(|source| ChunkError::io("remove", &path, source))?;
-        }
-        Ok(())
-    }
-
     /// Writes whole blocks: `checksums` and `payload` are those of the entry in `slot`.
     ///
     /// # Errors
@@ -202,8 +162,9 @@ impl ChunkStore {
         Ok(())
     }
 
-    /// Makes blocks read as zeros. Chunks that do not exist are not touched, so that ranges of many
-    /// TiB are cheap, unless space shall be allocated. Space is not kept for ranges above 1 GiB.
+    /// Makes blocks read as zeros. Chunks that do not exist are not touched, and of those that do
+    /// whole directories are put aside for [`ChunkStore::empty_trash`], so that ranges of many TiB are
+    /// cheap, unless space shall be allocated. Space is not kept for ranges above 1 GiB.
     ///
     /// # Errors
     /// As [`ChunkStore::write`].
@@ -215,10 +176,10 @@ impl ChunkStore {
         allocate: bool,
         slot: Slot,
     ) -> Result<(), ChunkError> {
-        self.zero_where(volume, first_block, blocks, allocate, slot, &|_| true)
+        self.zero_where(volume, first_block, blocks, allocate, slot, None)
     }
 
-    /// Like [`ChunkStore::zero`], but only in chunks that `filter` lets through.
+    /// Like [`ChunkStore::zero`], but only in chunks that `filter` lets through, if there is one.
     ///
     /// # Errors
     /// As [`ChunkStore::write`].
@@ -229,13 +190,14 @@ impl ChunkStore {
         blocks: u64,
         allocate: bool,
         slot: Slot,
-        filter: &dyn Fn(ChunkIndex) -> bool,
+        filter: Filter<'_>,
     ) -> Result<(), ChunkError> {
         self.check()?;
         let volume = self.known(volume.id)?;
+        let takes_part = |chunk| filter.is_none_or(|filter| filter(chunk));
         if allocate && blocks <= ALLOCATE_BLOCKS_MAX {
             for range in chunk_ranges(first_block, blocks, volume.chunk_bytes) {
-                if filter(range.chunk) {
+                if takes_part(range.chunk) {
                     self.allocate_chunk(&volume, &range, slot)?;
                 }
             }
@@ -243,6 +205,8 @@ impl ChunkStore {
         }
         let per_chunk = u64::from(volume.blocks_per_chunk());
         let end = first_block.saturating_add(blocks);
+        let whole = first_block.div_ceil(per_chunk)..end / per_chunk;
+        self.put_aside(&volume, whole, filter)?;
         let mut removed = 0;
         let mut next = first_block / per_chunk;
         while let Some(chunk) = volume.next_present(next) {
@@ -251,7 +215,7 @@ impl ChunkStore {
                 break;
             }
             next = u64::from(chunk.0) + 1;
-            if !filter(chunk) {
+            if !takes_part(chunk) {
                 continue;
             }
             let first = first_block.max(start) - start;
@@ -413,6 +377,7 @@ impl ChunkStore {
             chunk_bytes: volume.chunk_bytes,
             directory: path::volume(&volume.name),
             presence: RwLock::new(presence),
+            names: RwLock::new(()),
             deleted: RwLock::new(false),
             empty_table: Arc::new(vec![0; blocks]),
         };
@@ -450,26 +415,6 @@ impl ChunkStore {
             }
         }
         Ok(presence)
-    }
-
-    /// Puts a directory aside, if it exists.
-    fn throw_away(
-        &self,
-        directory: &str,
-        volume: impl std::fmt::Display,
-    ) -> Result<(), ChunkError> {
-        let number = self.next_trash.fetch_add(1, Ordering::Relaxed);
-        let to = format!("{}/{volume}.{number}", path::TRASH);
-        match self.disk.rename(directory, &to) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => {
-                self.finish("rename", directory, result)?;
-                let mut dirty = lock(&self.dirty);
-                dirty.directories.insert(path::DATA.to_owned());
-                dirty.directories.insert(path::TRASH.to_owned());
-                Ok(())
-            }
-        }
     }
 
     /// Refuses if a write or sync has failed before.

@@ -68,6 +68,10 @@ fn flush(store: &Arc<ChunkStore>) {
     store.begin_checkpoint().unwrap().flush().unwrap();
 }
 
+fn empty_trash(store: &ChunkStore) {
+    while store.empty_trash(7).unwrap() {}
+}
+
 /// Zeros for holes.
 fn read(store: &ChunkStore, volume: &Volume, first_block: u64, blocks: u64) -> Vec<u8> {
     let mut all = Vec::new();
@@ -80,11 +84,25 @@ fn read(store: &ChunkStore, volume: &Volume, first_block: u64, blocks: u64) -> V
     all
 }
 
-/// Notes how many of its files are open when everything is synced.
+/// Notes how many of its files are open when everything is synced, and how often names are changed.
 struct CountingDisk {
     disk: FileDisk,
     directory: std::path::PathBuf,
     open_files: std::sync::atomic::AtomicUsize,
+    renamed: std::sync::atomic::AtomicUsize,
+    removed: std::sync::atomic::AtomicUsize,
+}
+
+impl CountingDisk {
+    fn new(directory: &tempfile::TempDir) -> Arc<CountingDisk> {
+        Arc::new(CountingDisk {
+            disk: FileDisk::open(directory.path()).unwrap(),
+            directory: directory.path().canonicalize().unwrap(),
+            open_files: Default::default(),
+            renamed: Default::default(),
+            removed: Default::default(),
+        })
+    }
 }
 
 impl Disk for CountingDisk {
@@ -98,12 +116,23 @@ impl Disk for CountingDisk {
         self.disk.create_dir_all(path)
     }
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        self.renamed.fetch_add(1, Ordering::Relaxed);
         self.disk.rename(from, to)
     }
     fn remove_file(&self, path: &str) -> io::Result<()> {
+        self.removed.fetch_add(1, Ordering::Relaxed);
         self.disk.remove_file(path)
     }
     fn remove_dir_all(&self, path: &str) -> io::Result<()> {
+        let inside = self.disk.read_dir(path)?;
+        for entry in inside {
+            let path = format!("{path}/{}", entry.name);
+            match entry.is_dir {
+                true => self.remove_dir_all(&path)?,
+                false => self.remove_file(&path)?,
+            }
+        }
+        self.removed.fetch_add(1, Ordering::Relaxed);
         self.disk.remove_dir_all(path)
     }
     fn sync_dir(&self, path: &str) -> io::Result<()> {
@@ -125,11 +154,7 @@ impl Disk for CountingDisk {
 #[test]
 fn checkpoint_of_many_chunks_keeps_few_files_open() {
     let directory = tempfile::tempdir().unwrap();
-    let disk = Arc::new(CountingDisk {
-        disk: FileDisk::open(directory.path()).unwrap(),
-        directory: directory.path().canonicalize().unwrap(),
-        open_files: Default::default(),
-    });
+    let disk = CountingDisk::new(&directory);
     let store = open(&(Arc::clone(&disk) as _), &[]);
     let volume = volume(1, "vol001");
     store.create_volume(&volume).unwrap();
@@ -256,12 +281,215 @@ fn deleted_volumes_leave_nothing_to_the_next_of_their_name() {
     write(store, &new, 7, data(3, 1), 3);
     flush(store);
     assert_eq!(fixture.disk.read_dir("trash").unwrap().len(), 1);
-    store.empty_trash().unwrap();
+    empty_trash(store);
     assert!(fixture.disk.read_dir("trash").unwrap().is_empty());
     let error = store.read(&old, 0, 1, false).unwrap_err();
     assert!(matches!(error, ReadError::NoSuchVolume(_)), "{error}");
     let store = open(&fixture.disk, std::slice::from_ref(&new));
     assert_eq!(read(&store, &new, 7, 1), data(3, 1));
+}
+
+/// A deleted volume is removed in steps, by this process or the next.
+#[test]
+fn trash_is_emptied_in_steps() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = CountingDisk::new(&directory);
+    let store = open(&(Arc::clone(&disk) as _), &[]);
+    let volume = volume(1, "v");
+    store.create_volume(&volume).unwrap();
+    for chunk in 0..300 {
+        write(&store, &volume, chunk * 16, data(1, 1), 1);
+    }
+    store.delete_volume(&volume).unwrap();
+    let removed = || disk.removed.load(Ordering::Relaxed);
+    let mut before = removed();
+    assert_eq!(before, 0);
+    let mut store = store;
+    for step in 0.. {
+        if step == 10 {
+            drop(store);
+            store = open(&(Arc::clone(&disk) as _), &[]);
+        }
+        let more = store.empty_trash(11).unwrap();
+        assert!(removed() - before <= 11);
+        before = removed();
+        let is_empty = disk.read_dir("trash").unwrap().is_empty();
+        assert_eq!(more, !is_empty);
+        assert_eq!(more, !store.is_trash_empty());
+        if !more {
+            break;
+        }
+    }
+    // The volume's directory, one below it, two with files.
+    assert_eq!(removed(), 300 + 4);
+    assert!(!store.empty_trash(1).unwrap());
+}
+
+/// Zeroing many chunks takes a few changes of names, and the next checkpoint does not remove them either.
+#[test]
+fn many_chunks_are_zeroed_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = CountingDisk::new(&directory);
+    let store = open(&(Arc::clone(&disk) as _), &[]);
+    let volume = volume(1, "v");
+    store.create_volume(&volume).unwrap();
+    // In 13 directories; of the first and the last not all is zeroed.
+    for chunk in 100..3200 {
+        write(&store, &volume, chunk * 16, data(7, 1), 1);
+    }
+    let (first, last) = (110, 3190);
+    let zero = |slot| {
+        let blocks = (last - first) * 16;
+        store.zero(&volume, first * 16, blocks, false, Slot(slot))
+    };
+    flush(&store);
+    let changes = || {
+        let (renamed, removed) = (&disk.renamed, &disk.removed);
+        renamed.load(Ordering::Relaxed) + removed.load(Ordering::Relaxed)
+    };
+    let before = changes();
+    zero(2).unwrap();
+    assert!(changes() - before <= 11 + 64, "{}", changes() - before);
+    let singly = (256 - 110) + (3190 - 12 * 256);
+    assert_eq!(store.dirty_count(), (singly - 64) as usize);
+    let check = |store: &ChunkStore| {
+        for chunk in 100..3200 {
+            let expected = if (first..last).contains(&chunk) { 0 } else { 7 };
+            let found = read(store, &volume, chunk * 16, 1);
+            assert!(found == data(expected, 1), "chunk {chunk}");
+        }
+        assert_eq!(store.allocated_bytes(volume.id), 20 * 4096);
+    };
+    check(&store);
+    flush(&store);
+    assert!(changes() - before <= 11 + singly as usize);
+    // Nothing comes back with a restart, whether it was removed or not.
+    check(&open(
+        &(Arc::clone(&disk) as _),
+        std::slice::from_ref(&volume),
+    ));
+    assert_eq!(disk.read_dir("trash").unwrap().len(), 11);
+    empty_trash(&store);
+    check(&open(
+        &(Arc::clone(&disk) as _),
+        std::slice::from_ref(&volume),
+    ));
+    assert!(disk.read_dir("trash").unwrap().is_empty());
+    // A chunk that could not be found is one whose file is lost; these are not.
+    assert_eq!(store.bad_blocks(), 0);
+}
+
+/// What is written while the files that were there before wait for their removal stays.
+#[test]
+fn chunks_are_written_anew_before_the_old_ones_are_removed() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    for chunk in 0..600 {
+        write(store, &volume, chunk * 16, data(1, 16), 1);
+    }
+    flush(store);
+    store.zero(&volume, 0, 1 << 40, false, Slot(2)).unwrap();
+    write(store, &volume, 300 * 16 + 4, data(2, 1), 3);
+    store.empty_trash(50).unwrap();
+    write(store, &volume, 301 * 16 + 4, data(2, 1), 4);
+    empty_trash(store);
+    flush(store);
+    let check = |store: &ChunkStore| {
+        for chunk in [300, 301] {
+            assert_eq!(read(store, &volume, chunk * 16, 4), data(0, 4));
+            assert_eq!(read(store, &volume, chunk * 16 + 4, 1), data(2, 1));
+        }
+        assert_eq!(read(store, &volume, 0, 300 * 16), data(0, 300 * 16));
+    };
+    check(store);
+    let again = open(&fixture.disk, std::slice::from_ref(&volume));
+    check(&again);
+    assert_eq!(again.list(&volume, ChunkIndex(0), 9).unwrap().0.len(), 2);
+}
+
+/// While chunks are being copied, entries take effect on some of them only.
+#[test]
+fn chunks_that_take_no_part_are_not_zeroed_with_their_neighbours() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    for chunk in [3, 300, 400, 600, 70_000, 200_000] {
+        write(store, &volume, chunk * 16, data(1, 1), 1);
+    }
+    let takes_part = |chunk: ChunkIndex| ![400, 70_000].contains(&chunk.0);
+    let takes_part = Some(&takes_part as &dyn Fn(ChunkIndex) -> bool);
+    store
+        .zero_where(&volume, 0, 1 << 40, false, Slot(2), takes_part)
+        .unwrap();
+    let (list, _) = store.list(&volume, ChunkIndex(0), 9).unwrap();
+    let left: Vec<u32> = list.iter().map(|summary| summary.chunk.0).collect();
+    assert_eq!(left, [400, 70_000]);
+    assert_eq!(read(store, &volume, 400 * 16, 1), data(1, 1));
+}
+
+/// A chunk whose file is lost is damaged, not zero; but zeroed it is, with its directory.
+#[test]
+fn lost_chunks_are_zeroed_with_the_others() {
+    let fixture = fixture();
+    let volume = volume(1, "v");
+    fixture.store.create_volume(&volume).unwrap();
+    for chunk in [256, 257] {
+        write(&fixture.store, &volume, chunk * 16, data(1, 1), 1);
+    }
+    flush(&fixture.store);
+    let store = open(&fixture.disk, std::slice::from_ref(&volume));
+    fixture.disk.remove_file("data/v/00/01/01").unwrap();
+    store.read(&volume, 256 * 16, 1, false).unwrap();
+    let error = store.read(&volume, 257 * 16, 1, false).unwrap_err();
+    assert!(matches!(error, ReadError::BadBlock { .. }), "{error}");
+    store.zero(&volume, 0, 1 << 20, false, Slot(2)).unwrap();
+    assert_eq!(read(&store, &volume, 256 * 16, 32), data(0, 32));
+    flush(&store);
+    assert_eq!(store.allocated_bytes(volume.id), 0);
+}
+
+/// Readers, checkpoints and the trash beside a writer that puts directories aside: what is there is read
+/// whole, what was put aside as zeros, and never as lost.
+#[test]
+fn readers_never_miss_chunks_that_are_put_aside() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    let done = AtomicBool::new(false);
+    // More than there is memory for, so that tables are read again and again.
+    let chunks = (0..40).map(|at| 256 + at * 5).collect::<Vec<u64>>();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for chunk in &chunks {
+                        let block = read(store, &volume, chunk * 16, 1);
+                        assert!(block.iter().all(|byte| *byte == block[0]));
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                flush(store);
+                store.empty_trash(20).unwrap();
+            }
+        });
+        let _done = Done(&done);
+        for round in 1..300 {
+            for chunk in &chunks {
+                write(store, &volume, chunk * 16, data(round as u8, 1), round);
+            }
+            if round % 2 == 0 {
+                store.zero(&volume, 0, 1 << 20, false, Slot(round)).unwrap();
+                for chunk in &chunks {
+                    assert_eq!(read(store, &volume, chunk * 16, 1), data(0, 1));
+                }
+            }
+        }
+    });
+    assert_eq!(store.bad_blocks(), 0);
 }
 
 /// The files of a volume under a name that another one has now.
@@ -424,6 +652,33 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+/// Chunks at the ends of directories, and some between.
+const CORNERS: [u64; 12] = [
+    0, 1, 255, 256, 300, 511, 512, 0xffff, 0x1_0000, 0x1_00ff, 0x1_ffff, 0x2_0000,
+];
+
+#[derive(Clone, Debug)]
+enum SparseStep {
+    Write(u64, u8),
+    /// From the first up to before the second.
+    Zero(u64, u64),
+    Flush,
+    EmptyTrash(usize),
+    Reopen,
+}
+
+fn sparse_step() -> impl Strategy<Value = SparseStep> {
+    let corner = || proptest::sample::select(&CORNERS[..]);
+    prop_oneof![
+        8 => (corner(), any::<u8>()).prop_map(|(at, value)| SparseStep::Write(at, value)),
+        2 => (corner(), corner()).prop_map(|(first, end)| SparseStep::Zero(first, end)),
+        1 => corner().prop_map(|first| SparseStep::Zero(first, 1 << 24)),
+        1 => Just(SparseStep::Flush),
+        2 => (0..9usize).prop_map(SparseStep::EmptyTrash),
+        1 => Just(SparseStep::Reopen),
+    ]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -463,6 +718,44 @@ proptest! {
                 .collect();
             let wanted: Vec<bool> = model.iter().map(Option::is_some).collect();
             prop_assert_eq!(found, wanted);
+        }
+    }
+
+    /// The same for a volume of many directories, of which only one block a chunk is looked at.
+    #[test]
+    fn store_is_a_sparse_vector_of_chunks(
+        steps in proptest::collection::vec(sparse_step(), 1..60),
+    ) {
+        let fixture = fixture();
+        let volume = volume(1, "v");
+        let mut store = Arc::clone(&fixture.store);
+        store.create_volume(&volume).unwrap();
+        let mut model = std::collections::BTreeMap::new();
+        for (slot, step) in steps.into_iter().enumerate() {
+            let slot = slot as u64 + 1;
+            match step {
+                SparseStep::Write(chunk, value) => {
+                    write(&store, &volume, chunk * 16 + 5, data(value, 1), slot);
+                    model.insert(chunk, value);
+                }
+                SparseStep::Zero(first, end) => {
+                    let blocks = end.saturating_sub(first) * 16;
+                    store.zero(&volume, first * 16, blocks, false, Slot(slot)).unwrap();
+                    model.retain(|chunk, _| !(first..end).contains(chunk));
+                }
+                SparseStep::Flush => flush(&store),
+                SparseStep::EmptyTrash(names) => drop(store.empty_trash(names).unwrap()),
+                SparseStep::Reopen => {
+                    flush(&store);
+                    store = open(&fixture.disk, std::slice::from_ref(&volume));
+                }
+            }
+            for chunk in CORNERS {
+                let value = model.get(&chunk).copied().unwrap_or(0);
+                prop_assert_eq!(read(&store, &volume, chunk * 16 + 5, 1), data(value, 1));
+            }
+            let allocated = model.len() as u64 * 4096;
+            prop_assert_eq!(store.allocated_bytes(volume.id), allocated);
         }
     }
 }

@@ -152,8 +152,11 @@ fn perform(
             blocks,
             allocate,
         } => {
-            let takes_part = |chunk| filter.is_none_or(|filter| filter(volume.id, chunk));
-            chunks.zero_where(volume, *first_block, *blocks, *allocate, slot, &takes_part)
+            let takes_part = filter.map(|filter| move |chunk| filter(volume.id, chunk));
+            let takes_part = takes_part
+                .as_ref()
+                .map(|it| it as &dyn Fn(ChunkIndex) -> bool);
+            chunks.zero_where(volume, *first_block, *blocks, *allocate, slot, takes_part)
         }
         Effect::Create(volume) => chunks.create_volume(volume),
         Effect::Delete(volume) => chunks.delete_volume(volume),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use pss_core::chunk::{ChunkError, ChunkStore};
+use pss_core::chunk::ChunkError;
 use pss_core::engine::Checkpoint;
 use pss_core::log::Spares;
 use pss_core::storage::CheckpointFile;
@@ -15,7 +15,7 @@ use crate::node::inbox::Event;
 use crate::storage::Reporter;
 use crate::storage::queue::{Queue, Waited};
 
-/// How often it is looked whether log segments are needed, or files of deleted volumes are left.
+/// How often it is looked whether log segments are needed.
 const CHORES: Duration = Duration::from_secs(1);
 
 /// What the checkpoint thread does.
@@ -36,7 +36,6 @@ pub(super) struct CheckpointThread {
     pub(super) reporter: Reporter,
     pub(super) file: CheckpointFile,
     pub(super) spares: Arc<Spares>,
-    pub(super) chunks: Arc<ChunkStore>,
 }
 
 impl CheckpointThread {
@@ -95,12 +94,11 @@ impl CheckpointThread {
 
     /// Work that can wait and that may fail: without a spare segment the log makes one itself.
     fn chores(&self, warned: &mut bool) {
-        let done = self.spares.prepare().map_err(ServerError::from);
-        let done = done.and_then(|_| Ok(self.chunks.empty_trash()?));
+        let done = self.spares.prepare();
         if let Err(error) = &done
             && !*warned
         {
-            tracing::warn!("work in the background failed: {error}");
+            tracing::warn!("no log segment could be made ready: {error}");
         }
         *warned = done.is_err();
     }

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
 
@@ -13,6 +14,25 @@ pub(crate) struct Failures {
     pub(crate) direct_writes: AtomicBool,
     /// Syncs of the others: chunks, identity.
     pub(crate) syncs: AtomicBool,
+    /// To remove a file in the trash takes [`SLOW_REMOVAL`].
+    pub(crate) slow_removals: AtomicBool,
+    /// How many files were removed there.
+    pub(crate) removed: AtomicU64,
+}
+
+/// What a full, fragmented disk may take.
+const SLOW_REMOVAL: Duration = Duration::from_millis(100);
+
+impl Failures {
+    fn note_removal(&self, path: &str) {
+        if !path.starts_with("trash/") {
+            return;
+        }
+        if self.slow_removals.load(Ordering::Relaxed) {
+            std::thread::sleep(SLOW_REMOVAL);
+        }
+        self.removed.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 pub(crate) struct FailingDisk {
@@ -55,10 +75,18 @@ impl Disk for FailingDisk {
     }
 
     fn remove_file(&self, path: &str) -> io::Result<()> {
+        self.failures.note_removal(path);
         self.disk.remove_file(path)
     }
 
     fn remove_dir_all(&self, path: &str) -> io::Result<()> {
+        for entry in self.disk.read_dir(path)? {
+            let path = format!("{path}/{}", entry.name);
+            match entry.is_dir {
+                true => self.remove_dir_all(&path)?,
+                false => self.remove_file(&path)?,
+            }
+        }
         self.disk.remove_dir_all(path)
     }
 

@@ -254,6 +254,16 @@ impl Client {
             .unwrap();
     }
 
+    /// Nobody may have it open.
+    pub(crate) fn delete(&self, name: &str) {
+        let deleted = async {
+            let volumes = self.cell.volumes().await.unwrap();
+            let found = volumes.iter().find(|it| it.volume.name == name).unwrap();
+            self.cell.delete_volume(found.volume.id).await
+        };
+        self.runtime.block_on(deleted).unwrap();
+    }
+
     pub(crate) fn open(&self, name: &str) -> Volume {
         let device = self.runtime.block_on(self.cell.open(name)).unwrap();
         Volume {
