@@ -12,9 +12,7 @@ use std::time::Duration;
 use pss_core::volume::device::{
     BlockDevice, CompletionQueue, DeviceError, DeviceInfo, DeviceResult,
 };
-use pss_core::volume::reservation::{
-    Nexus, ReservationAction, ReservationReply, ReservationRequest, Reservations,
-};
+use pss_core::volume::reservation::{ReservationReply, ReservationRequest, Reservations};
 use pss_gateway::alarm::Alarm;
 use tracing::{info, warn};
 
@@ -132,8 +130,14 @@ impl Host {
         state.disks.iter().map(shown).collect()
     }
 
-    /// Shows a volume as a disk.
-    pub fn add_lun(&self, lun: u16, device: Arc<dyn BlockDevice>, settings: LunSettings) {
+    /// Shows a volume as a disk. What became of its reservations before it was opened is not told to anyone.
+    pub fn add_lun(
+        &self,
+        lun: u16,
+        device: Arc<dyn BlockDevice>,
+        settings: LunSettings,
+        reservations: Arc<Reservations>,
+    ) {
         let changed = Arc::new(AtomicBool::new(true));
         let watched = (Arc::downgrade(&self.alarm), Arc::downgrade(&changed));
         device.watch(Box::new(move || {
@@ -150,7 +154,7 @@ impl Host {
             device,
             settings: settings.clone(),
             changed,
-            reservations: 0,
+            reservations: reservations.version(),
         };
         state.disks.insert(lun, disk);
         let config = LunConfig {
@@ -162,6 +166,7 @@ impl Host {
             target, actions, ..
         } = &mut *state;
         target.add_lun(config, actions);
+        target.reservations_known(lun, reservations);
         let deliveries = self.perform(&mut state);
         drop(state);
         self.deliver(deliveries);
@@ -184,6 +189,7 @@ impl Host {
     /// A session came to be.
     pub fn attach(&self, handle: &Arc<Handle>, info: NexusInfo) {
         let mut state = self.state();
+        state.target.note_time(self.clock.now());
         state.target.attach(handle.nexus, info);
         state.sessions.insert(handle.nexus, Arc::clone(handle));
         drop(state);
@@ -219,6 +225,7 @@ impl Host {
         let State {
             target, actions, ..
         } = &mut *state;
+        target.note_time(self.clock.now());
         for output in outputs {
             match output {
                 Output::Submit(command) => target.submit(command, actions),
@@ -279,12 +286,14 @@ impl Host {
                 lun,
                 request,
             } => {
-                let device = state.disks.get(&lun).map(|disk| Arc::clone(&disk.device));
+                // Begun here, so that they are carried out in their order.
+                let disk = state.disks.get(&lun);
+                let reply = disk.map(|disk| disk.device.reserve(request));
                 let answers = Arc::clone(&self.answers);
                 let alarm = Arc::clone(&self.alarm);
                 tokio::spawn(async move {
-                    let reply = match &device {
-                        Some(device) => device.reserve(request).await,
+                    let reply = match reply {
+                        Some(reply) => reply.await,
                         None => None,
                     };
                     let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -320,19 +329,11 @@ impl Host {
                 continue;
             }
             disk.reservations = version;
-            let (lun, device) = (*lun, Arc::clone(&disk.device));
+            let (lun, reply) = (*lun, disk.device.reserve(ReservationRequest::read()));
             let answers = Arc::clone(&self.answers);
             let alarm = Arc::clone(&self.alarm);
-            let request = ReservationRequest {
-                // Who reads does not matter.
-                nexus: Nexus {
-                    initiator: String::new(),
-                    target: String::new(),
-                },
-                action: ReservationAction::Read,
-            };
             tokio::spawn(async move {
-                if let Some(reply) = device.reserve(request).await {
+                if let Some(reply) = reply.await {
                     let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
                     answers.push(Answer::Reservations(lun, reply.now));
                     drop(answers);
@@ -390,6 +391,8 @@ impl Host {
                 return;
             }
             let mut state = self.state();
+            // A device says what it is before it answers whoever looked.
+            Self::note_changes(&mut state);
             let State {
                 target, actions, ..
             } = &mut *state;
@@ -402,20 +405,25 @@ impl Host {
         }
     }
 
-    fn look_at_devices(&self) {
-        let mut state = self.state();
+    /// Tells the SCSI side which devices have changed.
+    fn note_changes(state: &mut State) {
         let State {
             target,
             actions,
             disks,
             ..
-        } = &mut *state;
+        } = state;
         for (lun, disk) in disks.iter() {
-            if disk.changed.swap(false, Ordering::AcqRel) {
+            if disk.changed.load(Ordering::Acquire) && disk.changed.swap(false, Ordering::AcqRel) {
                 let (info, fate) = (disk.device.info(), disk.device.fate());
                 target.device_changed(*lun, info, fate, actions);
             }
         }
+    }
+
+    fn look_at_devices(&self) {
+        let mut state = self.state();
+        Self::note_changes(&mut state);
         self.ask_for_reservations(&mut state);
         let deliveries = self.perform(&mut state);
         drop(state);
@@ -424,7 +432,7 @@ impl Host {
 
     fn tick(&self) {
         let mut state = self.state();
-        if state.sessions.is_empty() {
+        if state.sessions.is_empty() && !state.target.is_owing() {
             return;
         }
         let now = self.clock.now();

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pss_core::volume::device::{DeviceError, ReadPart, Volumes};
+use pss_core::volume::reservation::ReservationRequest;
 use pss_gateway::listen::{Listener, Stream};
 use pss_gateway::sending::SendQueue;
 use socket2::SockRef;
@@ -218,10 +219,13 @@ impl Server {
                     Some(error) => Err(error),
                 };
                 let why = match opened {
-                    Ok(Some(device)) => {
-                        host.add_lun(*lun, device, disk.settings.clone());
-                        continue;
-                    }
+                    Ok(Some(device)) => match device.reserve(ReservationRequest::read()).await {
+                        Some(reply) => {
+                            host.add_lun(*lun, device, disk.settings.clone(), reply.now);
+                            continue;
+                        }
+                        None => Some(DeviceError::Unavailable),
+                    },
                     Ok(None) => None,
                     Err(error) => Some(error),
                 };

@@ -90,7 +90,7 @@ impl MemoryDevice {
         self.state().failing = error;
     }
 
-    /// Holds requests back from now on.
+    /// Holds requests back from now on, but for looks.
     pub fn hold(&self) {
         self.state().held.get_or_insert_default();
     }
@@ -156,7 +156,9 @@ impl BlockDevice for MemoryDevice {
 
     fn submit(&self, request: DeviceRequest, done: Completion) {
         let mut state = self.state();
-        if let Some(held) = &mut state.held {
+        if let Some(held) = &mut state.held
+            && request != DeviceRequest::Look
+        {
             held.push((request, done));
             return;
         }
@@ -172,7 +174,7 @@ impl BlockDevice for MemoryDevice {
         self.submit(request, done);
     }
 
-    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'static, Option<ReservationReply>> {
         let mut state = self.state();
         let mut changed = Reservations::clone(&state.reservations);
         let result = changed.apply(&request);
@@ -250,7 +252,7 @@ impl State {
                 self.zero(offset_bytes, length_bytes, false, true);
                 Ok(DeviceReply::Done)
             }
-            DeviceRequest::Flush => Ok(DeviceReply::Done),
+            DeviceRequest::Flush | DeviceRequest::Look => Ok(DeviceReply::Done),
             DeviceRequest::CompareAndWrite {
                 offset_bytes,
                 expected,

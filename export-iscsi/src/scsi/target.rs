@@ -24,7 +24,7 @@ use super::reserve::nexus_of;
 use super::sanitize::{SanitizeState, Step};
 use super::sense::{Asc, Failure, Sense, SenseKey};
 use super::taskset::TaskSet;
-use super::unit::Unit;
+use super::unit::{Disk, Unit};
 
 /// Most tasks of one nexus on all units: more than any session's command window.
 const NEXUS_TASKS_MAX: usize = 512;
@@ -67,6 +67,8 @@ struct Task {
     lun: u16,
     /// Until it may run.
     command: Option<Command>,
+    /// The servers have been asked how its volume is since it came.
+    looked: bool,
     kind: Option<Kind>,
     job: Option<Box<dyn Job>>,
     /// Of the requests that the job waits for, in their order.
@@ -92,14 +94,22 @@ struct Request {
 #[derive(Clone, Debug)]
 enum Owner {
     Task(u64),
+    /// A task that has not begun, and looks how its volume is.
+    Look(u64),
+    /// The reservations for a task that has not begun.
+    Looked(u64),
     /// The unit's sanitize operation.
     Sanitize,
+    /// The reservations before a request of the sanitize operation is made again.
+    SanitizeAgain(usize, DeviceRequest),
     /// Nobody waits for it any more, but it may still change the disk.
     Nobody,
     /// A task's check of the reservations before its request is made again.
     Recheck(u64, usize, DeviceRequest),
     /// The end of a nexus's RESERVE(6).
     Lost(Nexus),
+    /// A reset, for a task management function.
+    Reset,
 }
 
 impl Target {
@@ -128,6 +138,10 @@ impl Target {
     /// What it was made of, with later changes.
     pub fn config(&self) -> &TargetConfig {
         &self.config
+    }
+
+    fn disk_mut(&mut self, lun: u16) -> Option<&mut Disk> {
+        self.units.get_mut(&lun)?.disk.as_mut()
     }
 
     fn insert_unit(&mut self, lun: LunConfig) {
@@ -294,6 +308,7 @@ impl Target {
                 tag,
                 lun,
                 command: Some(command),
+                looked: false,
                 kind: None,
                 job: None,
                 results: Vec::new(),
@@ -321,6 +336,10 @@ impl Target {
     fn start(&mut self, id: u64, actions: &mut Actions) {
         let mut ready = vec![id];
         while let Some(id) = ready.pop() {
+            if self.looks_first(id) {
+                self.look(id, actions);
+                continue;
+            }
             let Some(command) = self.tasks.get_mut(&id).and_then(|it| it.command.take()) else {
                 continue;
             };
@@ -328,6 +347,45 @@ impl Target {
             if let Some(next) = next {
                 ready.extend(self.proceed(id, next, actions));
             }
+        }
+    }
+
+    /// Has the servers asked how a task's volume is, before it begins.
+    ///
+    /// What another gateway has answered before the task came, a reset, a new size, a reservation, counts for it.
+    /// The cell checks requests to blocks; whatever ends without one is to be checked like this.
+    fn look(&mut self, id: u64, actions: &mut Actions) {
+        let Some(task) = self.tasks.get_mut(&id) else {
+            return;
+        };
+        task.looked = true;
+        task.outstanding = 1;
+        task.since = self.now;
+        let lun = task.lun;
+        self.submit_request(Owner::Look(id), lun, 0, DeviceRequest::Look, actions);
+    }
+
+    /// A task's look has ended.
+    fn look_completed(&mut self, id: u64, lun: u16, result: DeviceResult, actions: &mut Actions) {
+        match result {
+            Err(DeviceError::ReservationChanged | DeviceError::Reserved) => {
+                self.ask_reservations(Owner::Looked(id), lun, ReservationRequest::read(), actions);
+            }
+            Err(DeviceError::Unavailable) => self.looked(id, false, actions),
+            // A volume that is gone, or a fenced session, is known by the device's fate now.
+            _ => self.looked(id, true, actions),
+        }
+    }
+
+    fn looked(&mut self, id: u64, reached: bool, actions: &mut Actions) {
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.outstanding = 0;
+        }
+        if reached {
+            return self.start(id, actions);
+        }
+        for ready in self.finish(id, Err(Failure::Status(Status::Busy)), actions) {
+            self.start(ready, actions);
         }
     }
 
@@ -524,7 +582,10 @@ impl Target {
         let mut left = Vec::new();
         for (cookie, request) in &mut self.requests {
             let own = match &request.owner {
-                Owner::Task(owner) | Owner::Recheck(owner, ..) => *owner == id,
+                Owner::Task(owner)
+                | Owner::Look(owner)
+                | Owner::Looked(owner)
+                | Owner::Recheck(owner, ..) => *owner == id,
                 _ => false,
             };
             if own {
@@ -552,8 +613,24 @@ impl Target {
                 }
                 (result, _) => self.part_completed(id, request.part, result, actions),
             },
-            Owner::Sanitize => self.sanitize_completed(request.lun, request.part, result, actions),
-            Owner::Nobody | Owner::Recheck(..) | Owner::Lost(_) => {}
+            Owner::Sanitize => match (result, request.request) {
+                // It was allowed when it began, and goes on whatever becomes of reservations.
+                (Err(DeviceError::ReservationChanged | DeviceError::Reserved), Some(again)) => {
+                    let owner = Owner::SanitizeAgain(request.part, again);
+                    let read = ReservationRequest::read();
+                    self.ask_reservations(owner, request.lun, read, actions);
+                }
+                (result, _) => {
+                    self.sanitize_completed(request.lun, request.part, result, actions);
+                }
+            },
+            Owner::Look(id) => self.look_completed(id, request.lun, result, actions),
+            Owner::Nobody
+            | Owner::Looked(_)
+            | Owner::Recheck(..)
+            | Owner::SanitizeAgain(..)
+            | Owner::Lost(_)
+            | Owner::Reset => {}
         }
         self.drained(cookie, actions);
     }
@@ -561,11 +638,11 @@ impl Target {
     /// Whether the device answers at all.
     fn note_device(&mut self, lun: u16, result: &DeviceResult) {
         let now = self.now;
-        if let Some(disk) = self.units.get_mut(&lun).and_then(|it| it.disk.as_mut()) {
-            disk.silent_since = match result {
-                Err(DeviceError::Unavailable) => disk.silent_since.or(Some(now)),
-                _ => None,
-            };
+        if let Some(disk) = self.disk_mut(lun) {
+            match result {
+                Err(DeviceError::Unavailable) => _ = disk.silent_since.get_or_insert(now),
+                _ => disk.answers(now),
+            }
         }
     }
 
@@ -609,7 +686,12 @@ impl Target {
         };
         self.leftovers.remove(&cookie);
         if let Some(reply) = &reply {
-            self.reservations_changed(request.lun, Arc::clone(&reply.now), actions);
+            let now = self.now;
+            if let Some(disk) = self.disk_mut(request.lun) {
+                disk.answers(now);
+            }
+            let own = matches!(request.owner, Owner::Task(_)) && reply.result.is_ok();
+            self.learn_reservations(request.lun, Arc::clone(&reply.now), own, actions);
         }
         match request.owner {
             Owner::Task(id) => {
@@ -627,8 +709,17 @@ impl Target {
             Owner::Recheck(id, part, again) => {
                 self.rechecked(id, request.lun, part, again, reply.is_some(), actions)
             }
+            Owner::SanitizeAgain(part, again) if reply.is_some() => {
+                self.submit_request(Owner::Sanitize, request.lun, part, again, actions);
+            }
+            Owner::SanitizeAgain(part, _) => {
+                let result = Err(DeviceError::Unavailable);
+                self.sanitize_completed(request.lun, part, result, actions);
+            }
+            Owner::Looked(id) => self.looked(id, reply.is_some(), actions),
             Owner::Lost(name) if reply.is_none() => self.lost.push((request.lun, name)),
-            Owner::Lost(_) | Owner::Nobody | Owner::Sanitize => {}
+            Owner::Reset if reply.is_none_or(|it| it.result.is_err()) => self.reset_failed(cookie),
+            Owner::Lost(_) | Owner::Nobody | Owner::Sanitize | Owner::Look(_) | Owner::Reset => {}
         }
         self.drained(cookie, actions);
     }
@@ -687,15 +778,28 @@ impl Target {
         }
     }
 
-    /// Time goes on; to be called every half second, and before commands are handed over after a pause.
+    /// What time it is; to be told before a command is handed over. A command's time is counted from then, and
+    /// nobody calls [`Target::tick`] while nobody is logged in.
+    pub fn note_time(&mut self, now: Instant) {
+        self.now = self.now.max(now);
+    }
+
+    /// Whether [`Target::tick`] has something to do though nobody is logged in.
+    pub fn is_owing(&self) -> bool {
+        !self.lost.is_empty()
+    }
+
+    /// Time goes on; to be called every half second while anyone is logged in, or [`Target::is_owing`].
     pub fn tick(&mut self, now: Instant, actions: &mut Actions) {
         self.now = now;
         let limit = self.config.command_timeout;
         let late = self.tasks_where(|task| task.outstanding > 0 && now.since(task.since) > limit);
         for id in late {
             let lun = self.tasks.get(&id).map(|task| (task.lun, task.since));
+            // A disk that has answered others meanwhile is there.
             if let Some((lun, since)) = lun
-                && let Some(disk) = self.units.get_mut(&lun).and_then(|it| it.disk.as_mut())
+                && let Some(disk) = self.disk_mut(lun)
+                && disk.answered <= since
             {
                 disk.silent_since.get_or_insert(since + limit);
             }
@@ -744,11 +848,31 @@ impl Target {
         }
     }
 
+    /// The reservations that a new LUN's volume has: what happened before is nobody's concern.
+    pub fn reservations_known(&mut self, lun: u16, now: Arc<Reservations>) {
+        if let Some(disk) = self.disk_mut(lun)
+            && disk.reservations.version() < now.version()
+        {
+            disk.reservations = now;
+        }
+    }
+
     /// The reservations of a LUN's volume changed, maybe through another gateway.
     pub fn reservations_changed(
         &mut self,
         lun: u16,
         now: Arc<Reservations>,
+        actions: &mut Actions,
+    ) {
+        self.learn_reservations(lun, now, false, actions);
+    }
+
+    /// `own`: a command of this target changed them, and has not been answered yet.
+    fn learn_reservations(
+        &mut self,
+        lun: u16,
+        now: Arc<Reservations>,
+        own: bool,
         actions: &mut Actions,
     ) {
         let Some(unit) = self.units.get_mut(&lun) else {
@@ -789,15 +913,37 @@ impl Target {
                 unit.attend(*nexus, Asc::REGISTRATIONS_PREEMPTED);
             }
         }
+        // Nothing but that command's change: what it ends came before it was answered (TAS 0: no response).
+        let silent = own && now.version() == seen + 1;
         for nexus in aborted {
             let tasks = self.tasks_where(|task| task.nexus == nexus && task.lun == lun);
-            self.abort_tasks(tasks, actions);
+            match silent {
+                true => _ = self.abort_tasks(tasks, actions),
+                false => self.end_tasks(tasks, Asc::REGISTRATIONS_PREEMPTED, actions),
+            }
         }
-        let reset_by_other = now.reset().is_some_and(|(version, by)| {
-            version > seen && self.nexuses.values().all(|state| state.name != *by)
-        });
-        if reset_by_other {
+        if now.reset().is_some_and(|(version, _)| version > seen) {
             self.reset_unit(lun, actions);
+        }
+    }
+
+    /// Ends tasks that something forbids of which another gateway may have answered before they came: each as
+    /// though it had come afterwards and met the unit attention condition, which is told with that. Without a
+    /// response, those that did come afterwards would be lost.
+    fn end_tasks(&mut self, ids: Vec<u64>, asc: Asc, actions: &mut Actions) {
+        let mut ready = Vec::new();
+        for id in ids {
+            let Some((nexus, lun)) = self.tasks.get(&id).map(|task| (task.nexus, task.lun)) else {
+                continue;
+            };
+            if let Some(unit) = self.units.get_mut(&lun) {
+                unit.clear_attention(nexus, asc);
+            }
+            self.leave_requests(id);
+            ready.extend(self.finish(id, Err(Sense::attention(asc).into()), actions));
+        }
+        for id in ready {
+            self.start(id, actions);
         }
     }
 
@@ -865,6 +1011,7 @@ fn changes(request: &DeviceRequest) -> bool {
         | DeviceRequest::CompareAndWrite { .. } => true,
         DeviceRequest::Read { .. }
         | DeviceRequest::Flush
+        | DeviceRequest::Look
         | DeviceRequest::Extents { .. }
         | DeviceRequest::Prefetch { .. } => false,
     }
@@ -903,7 +1050,7 @@ fn range(request: &DeviceRequest) -> (u64, u64) {
             offset_bytes,
             length_bytes,
         } => (*offset_bytes, *length_bytes),
-        DeviceRequest::Flush => (0, 0),
+        DeviceRequest::Flush | DeviceRequest::Look => (0, 0),
     };
     (offset, offset.saturating_add(length))
 }

@@ -53,6 +53,8 @@ pub(super) struct Disk {
     pub(super) sanitize_task: Option<u64>,
     /// Since when the device has not answered.
     pub(super) silent_since: Option<Instant>,
+    /// When it last answered.
+    pub(super) answered: Instant,
     /// What EXTENDED COPY commands came to.
     pub(super) copies: CopyHistory,
     /// Bytes used and available, if known.
@@ -86,6 +88,7 @@ impl Unit {
                 sanitize_results: Vec::new(),
                 sanitize_task: None,
                 silent_since: None,
+                answered: Instant::default(),
                 copies: CopyHistory::default(),
                 usage: None,
             }),
@@ -162,6 +165,12 @@ impl Unit {
 }
 
 impl Disk {
+    /// The device has answered.
+    pub(super) fn answers(&mut self, now: Instant) {
+        self.silent_since = None;
+        self.answered = now;
+    }
+
     /// Bytes of a logical block.
     pub(super) fn block_bytes(&self) -> u64 {
         u64::from(self.settings.block_bytes)

@@ -8,8 +8,8 @@ use crate::catalog::LunEntry;
 use crate::keys::{parse, put};
 use crate::pdu::framing::Pdu;
 use crate::pdu::request::{
-    Common, DataOut, LoginRequest, LogoutRequest, NopOut, Request, ScsiCommand, TextRequest,
-    encode_whole,
+    Common, DataOut, LoginRequest, LogoutRequest, NopOut, Request, ScsiCommand, TaskRequest,
+    TextRequest, encode_whole,
 };
 use crate::pdu::{FINAL, RESERVED_TAG, opcode, word};
 use crate::scsi::LunSettings;
@@ -50,7 +50,17 @@ fn catalog(targets: impl IntoIterator<Item = TargetEntry>) -> Catalog {
 impl Bench {
     async fn with(limits: Limits, catalog: Catalog) -> Bench {
         let volumes = MemoryVolumes::new(["a", "b"].map(|it| MemoryDevice::new(it, 64 << 20)));
-        let server = Server::new(Arc::clone(&volumes) as _, 1, limits);
+        Bench::of(volumes, 1, limits, catalog).await
+    }
+
+    /// A gateway before volumes that others may have as well.
+    async fn of(
+        volumes: Arc<MemoryVolumes>,
+        portal_group: u16,
+        limits: Limits,
+        catalog: Catalog,
+    ) -> Bench {
+        let server = Server::new(Arc::clone(&volumes) as _, portal_group, limits);
         assert_eq!(server.apply(catalog).await, []);
         let listener = Listener::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let Listener::Tcp(tcp) = &listener else {
@@ -717,6 +727,67 @@ async fn an_initiator_that_does_not_read_is_bounded() {
         "{unsent}"
     );
     assert!(greedy_handle.session().tasks() > 50);
+}
+
+/// Nobody calls the SCSI side while nobody is logged in; a command that comes then has all of its time.
+#[tokio::test]
+async fn the_first_command_after_a_pause_has_its_time() {
+    let limits = Limits {
+        command_timeout: Duration::from_secs(2),
+        ..Limits::default()
+    };
+    let bench = Bench::with(limits, catalog([entry(TARGET, "a")])).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let mut client = bench.client("").await;
+    client.ready().await;
+    bench.device().hold();
+    let device = bench.device();
+    let later = tokio::spawn(async move {
+        // Longer than the SCSI side goes without looking at its clock.
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        assert_eq!(device.held(), 1);
+        device.release();
+    });
+    assert_eq!(client.read(0, 512).await.len(), 512);
+    later.await.unwrap();
+}
+
+/// Two gateways before one volume.
+#[tokio::test]
+async fn a_reset_of_one_gateway_is_seen_on_the_other() {
+    let bench = Bench::new().await;
+    let volumes = Arc::clone(&bench.volumes);
+    let entries = catalog([entry(TARGET, "a")]);
+    let other_side = Bench::of(volumes, 2, Limits::default(), entries).await;
+    let mut one = bench.client("").await;
+    let mut other = other_side.client("").await;
+    one.ready().await;
+    other.ready().await;
+    other_side.device().hold();
+    let write = other.command(&[0x2a, 0, 0, 0, 0, 0, 0, 0, 1], 0, 512);
+    let (tag, request) = (write.common.itt, Request::Command(write));
+    other.send(&request, &[7; 512]).await;
+    while bench.device().held() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let reset = Request::Task(TaskRequest {
+        common: one.common(),
+        function: 5,
+        lun: LUN,
+        referenced_tag: RESERVED_TAG,
+        ref_cmd_sn: 0,
+    });
+    one.send(&reset, b"").await;
+    let answer = one.receive().await.unwrap();
+    assert_eq!(
+        (opcode_of(&answer.bhs), answer.bhs[2]),
+        (opcode::TASK_RESPONSE, 0)
+    );
+    let ended = other.receive().await.unwrap();
+    assert_eq!((word(&ended.bhs, 16), ended.bhs[3]), (tag, 2));
+    assert_eq!(ended.data[14..16], [0x29, 0x03]);
+    other_side.device().release();
+    other.ready().await;
 }
 
 fn tool(name: &str, arguments: &[&str]) -> tokio::task::JoinHandle<(bool, String)> {

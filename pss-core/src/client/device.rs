@@ -1,5 +1,6 @@
 //! A volume as a [`BlockDevice`] over the connection to the leader.
 
+use std::future::Future;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -55,11 +56,46 @@ impl Device {
 }
 
 impl Device {
-    /// Has a request carried out; `None` if there was no answer.
-    async fn call(&self, body: RequestBody) -> Option<Result<ReplyBody, ReplyError>> {
-        let (sender, answer) = oneshot::channel();
-        let target = Target::Call(sender);
-        self.handle.push(Item::Request { body, target });
+    /// Begins a request, with the version of the reservations under which it is allowed.
+    fn start(&self, request: DeviceRequest, reservations: Option<u64>, done: Completion) {
+        if self.state.fate() == Fate::Deleted {
+            done.complete(Err(DeviceError::Deleted));
+            return;
+        }
+        let size_bytes = self.state.size_bytes.load(Ordering::Acquire);
+        match plan(self.state.volume, size_bytes, request) {
+            Plan::Now(result) => done.complete(result),
+            Plan::One(body) => self.handle.push(Item::Request {
+                body: checked(body, reservations),
+                target: Target::Device(done),
+            }),
+            Plan::Parts(mut parts) => {
+                parts.reservations = reservations;
+                Join::start(parts, done, &self.handle);
+            }
+            Plan::Look => self.handle.push(Item::Request {
+                body: RequestBody::Look {
+                    volume: self.state.volume,
+                },
+                target: Target::Look {
+                    device: Arc::clone(&self.state),
+                    reservations,
+                    done,
+                },
+            }),
+        }
+    }
+}
+
+/// Has a request carried out, which is on its way when this returns; `None` if there was no answer.
+fn call(
+    handle: &Handle,
+    body: RequestBody,
+) -> impl Future<Output = Option<Result<ReplyBody, ReplyError>>> + use<> {
+    let (sender, answer) = oneshot::channel();
+    let target = Target::Call(sender);
+    handle.push(Item::Request { body, target });
+    async move {
         match answer.await {
             Ok(Ok(body)) => Some(Ok(body)),
             Ok(Err(CallError::Reply(error))) => Some(Err(error)),
@@ -148,47 +184,37 @@ impl BlockDevice for Device {
     }
 
     fn submit(&self, request: DeviceRequest, done: Completion) {
-        self.submit_checked(request, 0, done);
+        self.start(request, None, done);
     }
 
     fn submit_checked(&self, request: DeviceRequest, reservations: u64, done: Completion) {
-        if self.state.fate() == Fate::Deleted {
-            done.complete(Err(DeviceError::Deleted));
-            return;
-        }
-        let size_bytes = self.state.size_bytes.load(Ordering::Acquire);
-        match plan(self.state.volume, size_bytes, request) {
-            Plan::Now(result) => done.complete(result),
-            Plan::One(body) => self.handle.push(Item::Request {
-                body: checked(body, reservations),
-                target: Target::Device(done),
-            }),
-            Plan::Parts(mut parts) => {
-                parts.reservations = reservations;
-                Join::start(parts, done, &self.handle);
-            }
-        }
+        self.start(request, Some(reservations), done);
     }
 
-    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'static, Option<ReservationReply>> {
+        let (handle, state) = (Arc::clone(&self.handle), Arc::clone(&self.state));
+        let volume = state.volume;
+        // Under way before anyone polls: a nexus that is lost must not overtake its own RESERVE(6).
+        let changed = (request.action != ReservationAction::Read).then(|| {
+            let request = Box::new(request);
+            call(&handle, RequestBody::Reserve { volume, request })
+        });
         Box::pin(async move {
-            let volume = self.state.volume;
             let mut result = Ok(());
-            if request.action != ReservationAction::Read {
-                let request = Box::new(request);
-                match self.call(RequestBody::Reserve { volume, request }).await {
-                    Some(Ok(_)) => {}
-                    Some(Err(ReplyError::Refused(refusal))) => {
+            if let Some(changed) = changed {
+                match changed.await? {
+                    Ok(_) => {}
+                    Err(ReplyError::Refused(refusal)) => {
                         result = Err(refusal.of_reservation()?);
                     }
-                    _ => return None,
+                    Err(_) => return None,
                 }
             }
             let body = RequestBody::Reservations { volume };
-            let Some(Ok(ReplyBody::Reservations(now))) = self.call(body).await else {
+            let Some(Ok(ReplyBody::Reservations(now))) = call(&handle, body).await else {
                 return None;
             };
-            self.state.set_reservations(now.version());
+            state.set_reservations(now.version());
             let now = Arc::from(now);
             Some(ReservationReply { result, now })
         })
@@ -243,12 +269,15 @@ enum Plan {
     One(RequestBody),
     /// By several, whose results are joined.
     Parts(Parts),
+    /// By asking how the volume is.
+    Look,
 }
 
 fn plan(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Plan {
     let (offset, length, limit) = match &request {
         // Whatever was answered is durable on a majority.
         DeviceRequest::Flush => return Plan::Now(Ok(DeviceReply::Done)),
+        DeviceRequest::Look => return Plan::Look,
         DeviceRequest::Read {
             offset_bytes,
             length_bytes,
@@ -312,7 +341,7 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
             next: offset,
             end: offset + length,
             kind,
-            reservations: 0,
+            reservations: None,
         };
         if is_one_request(offset, length) {
             Plan::One(parts.body(offset, length))
@@ -346,7 +375,7 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
                     allocate,
                     size_bytes,
                 },
-                reservations: 0,
+                reservations: None,
             };
             let mut parts = zeroes();
             match parts.next() {
@@ -386,14 +415,15 @@ fn plan_checked(volume: VolumeId, size_bytes: u64, request: DeviceRequest) -> Pl
         }),
         // The servers read ahead by themselves; data sent here would only be thrown away.
         DeviceRequest::Prefetch { .. } | DeviceRequest::Flush => Plan::Now(Ok(DeviceReply::Done)),
+        DeviceRequest::Look => Plan::Look,
     }
 }
 
 /// A request with the version of the reservations under which it is allowed.
-fn checked(body: RequestBody, reservations: u64) -> RequestBody {
+fn checked(body: RequestBody, reservations: Option<u64>) -> RequestBody {
     match reservations {
-        0 => body,
-        _ => RequestBody::Checked {
+        None => body,
+        Some(reservations) => RequestBody::Checked {
             reservations,
             body: Box::new(body),
         },
@@ -425,7 +455,7 @@ struct Parts {
     end: u64,
     kind: PartKind,
     /// Version of the reservations under which they are allowed.
-    reservations: u64,
+    reservations: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -640,6 +670,36 @@ pub(super) fn device_result(
         (_, Ok(ReplyBody::Done)) => Ok(DeviceReply::Done),
         (_, Ok(_)) => Err(DeviceError::Io),
         (_, Err(error)) => Err(device_error(&error)),
+    }
+}
+
+/// Notes what a server's answer to `Look` says, and what it means to the front end, which knows that version of
+/// the reservations.
+pub(super) fn look_result(
+    device: &DeviceState,
+    known: Option<u64>,
+    result: Result<ReplyBody, ReplyError>,
+) -> DeviceResult {
+    match result {
+        Ok(ReplyBody::Volume {
+            size_bytes,
+            reservations,
+        }) => {
+            device.set_size(size_bytes);
+            device.set_reservations(reservations);
+            match known {
+                Some(known) if known != reservations => Err(DeviceError::ReservationChanged),
+                _ => Ok(DeviceReply::Done),
+            }
+        }
+        Ok(_) => Err(DeviceError::Io),
+        Err(error) => {
+            let error = device_error(&error);
+            if error == DeviceError::Deleted {
+                device.set_fate(Fate::Deleted);
+            }
+            Err(error)
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use tokio::time::Sleep;
 
 use crate::client::ServerError;
-use crate::client::device::{DeviceState, Join, device_result};
+use crate::client::device::{DeviceState, Join, device_result, look_result};
 use crate::client::leader::{Connection, Dialer, find_leader};
 use crate::client::session::{Event, Pending, Session};
 use crate::state::Refusal;
@@ -62,6 +62,12 @@ pub(super) enum Item {
 pub(super) enum Target {
     /// A front end.
     Device(Completion),
+    /// A front end that looks how a volume is, with the version of the reservations that it knows.
+    Look {
+        device: Arc<DeviceState>,
+        reservations: Option<u64>,
+        done: Completion,
+    },
     /// A part of a front end's request.
     Part { join: Arc<Join>, part: usize },
     /// A caller that waits.
@@ -378,6 +384,11 @@ impl Driver {
     ) {
         match target {
             Target::Device(done) => done.complete(self.device_result(body, result)),
+            Target::Look {
+                device,
+                reservations,
+                done,
+            } => done.complete(look_result(&device, reservations, result)),
             Target::Part { join, part } => {
                 let result = self.device_result(body, result);
                 if let Some(item) = join.finish(part, result) {
@@ -419,7 +430,7 @@ impl Driver {
 
     fn fail(&mut self, target: Target, error: DeviceError) {
         match target {
-            Target::Device(done) => done.complete(Err(error)),
+            Target::Device(done) | Target::Look { done, .. } => done.complete(Err(error)),
             // No next part follows a part that failed.
             Target::Part { join, part } => drop(join.finish(part, Err(error))),
             Target::Call(caller) => {

@@ -370,6 +370,14 @@ impl Store {
             }
             RequestBody::Attach { volume } => self.apply(command(Op::Attach { volume }), |_| {}),
             RequestBody::Detach { volume } => self.apply(command(Op::Detach { volume }), |_| {}),
+            RequestBody::Look { volume } => {
+                let found = self.state.volume(volume);
+                let volume = found.ok_or(ReplyError::Refused(Refusal::NoSuchVolume))?;
+                return Ok(ReplyBody::Volume {
+                    size_bytes: volume.size_bytes,
+                    reservations: 0,
+                });
+            }
             RequestBody::Reserve { .. }
             | RequestBody::Reservations { .. }
             | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
@@ -811,6 +819,27 @@ async fn grown_volume_is_noticed_without_a_request() {
         .await
         .unwrap();
     assert_eq!(device.info().size_bytes, 16 << 20);
+}
+
+/// Before the poll of every five seconds.
+#[tokio::test]
+async fn whoever_looks_sees_a_new_size_at_once() {
+    let (fake, cell, device) = Fake::device().await;
+    let mut runner = Runner::new();
+    assert_eq!(runner.run(&device, DeviceRequest::Look).await, DONE);
+    let volume = fake.store().state.volume_named("v").unwrap().id;
+    fake.store().apply(
+        Command::internal(Op::ResizeVolume {
+            volume,
+            size_bytes: 16 << 20,
+            allow_shrink: false,
+        }),
+        |_| {},
+    );
+    assert_eq!(device.info().size_bytes, 8 << 20);
+    assert_eq!(runner.run(&device, DeviceRequest::Look).await, DONE);
+    assert_eq!(device.info().size_bytes, 16 << 20);
+    drop(cell);
 }
 
 #[tokio::test]

@@ -110,6 +110,7 @@ impl Engine {
                 | RequestBody::Extents { .. }
                 | RequestBody::ListVolumes
                 | RequestBody::Reservations { .. }
+                | RequestBody::Look { .. }
         );
         if reads && !self.replica.may_read(now) {
             // Checked when there is a lease.
@@ -235,6 +236,10 @@ impl Engine {
             }
             RequestBody::Reservations { volume } => {
                 let body = self.reservations_of(volume);
+                self.read_done(client, request.tag, body);
+            }
+            RequestBody::Look { volume } => {
+                let body = self.look(volume);
                 self.read_done(client, request.tag, body);
             }
             _ => self.reply(client, request.tag, Err(ReplyError::Invalid)),

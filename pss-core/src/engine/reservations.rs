@@ -22,12 +22,13 @@ impl Engine {
         let Some((volume, access)) = touched(request.body.unchecked()) else {
             return Some(request);
         };
-        let checked = matches!(request.body, RequestBody::Checked { .. });
         let never = self.reserving.is_empty()
             && self.queued.is_empty()
             && self.state.reservations(volume).is_none();
-        if never && !checked && access.is_some() {
-            return Some(request);
+        let knows =
+            !matches!(request.body, RequestBody::Checked { reservations, .. } if reservations != 0);
+        if never && knows && access.is_some() {
+            return Some(unwrapped(request).1);
         }
         if self.is_repeated(&request) {
             return Some(unwrapped(request).1);
@@ -108,6 +109,16 @@ impl Engine {
                 }
             }
         }
+    }
+
+    pub(super) fn look(&self, volume: VolumeId) -> Result<ReplyBody, ReplyError> {
+        let found = self.state.volume(volume);
+        let volume = found.ok_or(ReplyError::Refused(Refusal::NoSuchVolume))?;
+        let reservations = self.state.reservations(volume.id);
+        Ok(ReplyBody::Volume {
+            size_bytes: volume.size_bytes,
+            reservations: reservations.map_or(0, Reservations::version),
+        })
     }
 
     pub(super) fn reservations_of(&self, volume: VolumeId) -> Result<ReplyBody, ReplyError> {

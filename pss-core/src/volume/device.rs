@@ -30,16 +30,17 @@ pub trait BlockDevice: Send + Sync {
     fn fate(&self) -> Fate;
 
     /// As [`BlockDevice::submit`], for a request that was found to be allowed under that version of the
-    /// volume's reservations. It fails with [`DeviceError::ReservationChanged`], or
-    /// [`DeviceError::Reserved`] if the version is 0, if others hold by the time it is its turn.
+    /// volume's reservations, 0 if there never were any. It fails with [`DeviceError::ReservationChanged`] if
+    /// others hold by the time it is its turn.
     fn submit_checked(&self, request: DeviceRequest, reservations: u64, done: Completion) {
         let _ = reservations;
         self.submit(request, done);
     }
 
     /// Asks for, or changes, the volume's reservations. `None` if that is not possible: the device has
-    /// none, or the cell cannot be reached in time (whether it was done is open then).
-    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'_, Option<ReservationReply>> {
+    /// none, or the cell cannot be reached in time (whether it was done is open then). Requests are carried out
+    /// in the order of the calls, whenever their futures are polled.
+    fn reserve(&self, request: ReservationRequest) -> BoxFuture<'static, Option<ReservationReply>> {
         let _ = request;
         Box::pin(std::future::ready(None))
     }
@@ -122,6 +123,10 @@ pub enum DeviceRequest {
     },
     /// Everything answered before is durable when this is answered.
     Flush,
+    /// Asks the servers how the volume is. When this is answered, [`BlockDevice::info`] and
+    /// [`BlockDevice::fate`] hold whatever was answered to anyone before it was asked; and so does the version
+    /// of the reservations, with which [`BlockDevice::submit_checked`] compares.
+    Look,
     /// Writes `write` if the present content is `expected`, in one step.
     CompareAndWrite {
         /// Where.

@@ -100,6 +100,19 @@ pub struct ReservationRequest {
     pub action: ReservationAction,
 }
 
+impl ReservationRequest {
+    /// How things stand; who asks does not matter.
+    pub fn read() -> ReservationRequest {
+        ReservationRequest {
+            nexus: Nexus {
+                initiator: String::new(),
+                target: String::new(),
+            },
+            action: ReservationAction::Read,
+        }
+    }
+}
+
 /// What a nexus asks for.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub enum ReservationAction {

@@ -155,10 +155,15 @@ pub enum RequestBody {
         /// Which.
         volume: VolumeId,
     },
+    /// How a volume is now.
+    Look {
+        /// Which.
+        volume: VolumeId,
+    },
     /// A request to blocks that was found to be allowed under a volume's reservations. Without it, a
     /// request is allowed what someone is allowed who cannot be registered.
     Checked {
-        /// Version of the reservations.
+        /// Version of the reservations; 0 if there never were any.
         reservations: u64,
         /// `Read`, `Write`, `Zero`, `CompareAndWrite` or `Extents`. Numbered if that is.
         body: Box<RequestBody>,
@@ -193,6 +198,13 @@ pub enum ReplyBody {
     Status(Box<ServerStatus>),
     /// A volume's reservations.
     Reservations(Box<Reservations>),
+    /// How a volume is: everything that was answered before the question was asked is in it.
+    Volume {
+        /// Size, bytes.
+        size_bytes: u64,
+        /// Version of its reservations; 0 if there never were any.
+        reservations: u64,
+    },
 }
 
 /// Why a request failed.
@@ -465,6 +477,7 @@ impl RequestBody {
             RequestBody::Reserve { .. } => 17,
             RequestBody::Reservations { .. } => 18,
             RequestBody::Checked { .. } => 19,
+            RequestBody::Look { .. } => 20,
         }
     }
 
@@ -558,7 +571,8 @@ impl RequestBody {
             RequestBody::DeleteVolume { volume }
             | RequestBody::Attach { volume }
             | RequestBody::Detach { volume }
-            | RequestBody::Reservations { volume } => put.u32(volume.0),
+            | RequestBody::Reservations { volume }
+            | RequestBody::Look { volume } => put.u32(volume.0),
             RequestBody::Reserve { volume, request } => {
                 put.u32(volume.0);
                 request.encode(put.0);
@@ -635,6 +649,9 @@ impl RequestBody {
                 ),
             },
             18 => RequestBody::Reservations {
+                volume: VolumeId(input.u32()?),
+            },
+            20 => RequestBody::Look {
                 volume: VolumeId(input.u32()?),
             },
             code => {
@@ -820,6 +837,7 @@ impl ReplyBody {
             ReplyBody::VolumeCreated(_) => 6,
             ReplyBody::Status(_) => 7,
             ReplyBody::Reservations(_) => 8,
+            ReplyBody::Volume { .. } => 9,
         }
     }
 
@@ -850,6 +868,13 @@ impl ReplyBody {
             ReplyBody::VolumeCreated(volume) => put.u32(volume.0),
             ReplyBody::Status(status) => put_json(put, status),
             ReplyBody::Reservations(reservations) => reservations.encode(put.0),
+            ReplyBody::Volume {
+                size_bytes,
+                reservations,
+            } => {
+                put.u64(*size_bytes);
+                put.u64(*reservations);
+            }
         }
     }
 
@@ -880,6 +905,10 @@ impl ReplyBody {
                 Reservations::decode(&mut input.0)
                     .map_err(|_| DecodeError::Meaningless("reservations"))?,
             )),
+            9 => ReplyBody::Volume {
+                size_bytes: input.u64()?,
+                reservations: input.u64()?,
+            },
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "reply",

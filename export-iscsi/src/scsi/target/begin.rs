@@ -8,7 +8,7 @@ use super::super::cdb::{Cdb, Kind, Known, Transfer, find};
 use super::super::copy::{self, CopyDisk};
 use super::super::job::{Answer, Begin, Begun, Next};
 use super::super::sanitize::{SanitizeState, sanitize};
-use super::super::sense::{Asc, Failure, Sense};
+use super::super::sense::{Asc, Failure, Sense, SenseKey};
 use super::super::unit::{Disk, Unit};
 use super::super::{block, inquiry, mode, provision, report, reserve};
 use super::Target;
@@ -58,15 +58,34 @@ impl Target {
         report::luns(self.units.keys().copied(), cdb)
     }
 
-    /// Begins a task. `None`: it goes on as the unit's sanitize operation.
+    /// Whether a task has to look how its volume is before it begins. Those that ask the servers otherwise
+    /// need not.
+    pub(super) fn looks_first(&self, id: u64) -> bool {
+        let task = self.tasks.get(&id).filter(|task| !task.looked);
+        let Some((lun, command)) = task.and_then(|it| Some((it.lun, it.command.as_ref()?))) else {
+            return false;
+        };
+        let is_disk = self.units.get(&lun).is_some_and(|it| it.disk.is_some());
+        is_disk && !asks_servers(&Cdb(command.cdb))
+    }
+
+    /// Begins a task. `None`: it goes on by itself, as the unit's sanitize operation or after a look.
     pub(super) fn begin(
         &mut self,
         id: u64,
         command: Command,
         actions: &mut Actions,
     ) -> Option<Next> {
-        let lun = self.tasks.get(&id).map(|task| task.lun)?;
+        let (lun, looked) = self.tasks.get(&id).map(|task| (task.lun, task.looked))?;
         let begun = self.begin_checked(id, lun, &command);
+        let is_disk = self.units.get(&lun).is_some_and(|it| it.disk.is_some());
+        if is_disk && !looked && begun.as_ref().is_err_and(may_be_outdated) {
+            if let Some(task) = self.tasks.get_mut(&id) {
+                task.command = Some(command);
+            }
+            self.look(id, actions);
+            return None;
+        }
         Some(match begun {
             Ok(Begun::Done(answer)) => Next::Done(Ok(answer)),
             Err(failure) => Next::Done(Err(failure)),
@@ -324,6 +343,25 @@ impl Target {
         };
         copy::extended_copy(cdb, &command.data_out, find, usable)
     }
+}
+
+/// Whether a command asks the servers in the course of being carried out, so that they refuse it if the volume is
+/// not as it is thought to be here.
+fn asks_servers(cdb: &Cdb) -> bool {
+    match cdb.u8(0) {
+        // RESERVE, RELEASE, PERSISTENT RESERVE IN and OUT.
+        0x16 | 0x17 | 0x5e | 0x5f => true,
+        // READ, WRITE and WRITE AND VERIFY of all lengths, COMPARE AND WRITE, ORWRITE, WRITE ATOMIC, WRITE SAME.
+        0x08 | 0x28 | 0xa8 | 0x88 | 0x0a | 0x2a | 0xaa | 0x8a | 0x2e | 0xae | 0x8e | 0x89
+        | 0x8b | 0x9c | 0x41 | 0x93 => Transfer::decode(cdb).is_ok_and(|it| it.blocks > 0),
+        _ => false,
+    }
+}
+
+/// Whether a command that failed before the servers were asked might fare better: after another gateway's RELEASE,
+/// or on a volume that has grown.
+fn may_be_outdated(failure: &Failure) -> bool {
+    !matches!(failure, Failure::Sense(sense) if sense.key == SenseKey::UnitAttention)
 }
 
 /// Refuses the NACA bit of the CONTROL byte, which is the last one.

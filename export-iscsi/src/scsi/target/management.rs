@@ -19,6 +19,8 @@ pub(super) struct Management {
     since: Instant,
     /// Sessions to close when it is done.
     drops: Vec<NexusId>,
+    /// The cell did not do what it was to do.
+    failed: bool,
 }
 
 impl Target {
@@ -84,6 +86,7 @@ impl Target {
             waits: waits.into_iter().collect(),
             since: self.now,
             drops,
+            failed: false,
         });
         self.answer_drained(actions);
     }
@@ -105,24 +108,27 @@ impl Target {
         self.abort_tasks(tasks, actions)
     }
 
-    /// Resets a unit for one of our nexuses: here at once, and through the cell everywhere else.
+    /// Resets a unit for one of our nexuses: a disk when the cell's log has it, at the same moment here and on
+    /// every other gateway. The tasks that are here end at once.
     fn reset_by(&mut self, nexus: NexusId, lun: u16, actions: &mut Actions) -> Vec<u64> {
-        let mut waits = self.reset_unit(lun, actions);
+        let tasks = self.tasks_where(|it| it.lun == lun);
+        let mut waits = self.abort_tasks(tasks, actions);
         let is_disk = self.units.get(&lun).is_some_and(|it| it.disk.is_some());
-        if let Some(state) = self.nexuses.get(&nexus).filter(|_| is_disk) {
-            let request = ReservationRequest {
-                nexus: state.name.clone(),
-                action: ReservationAction::Reset,
-            };
-            waits.push(self.ask_reservations(Owner::Nobody, lun, request, actions));
+        match self.nexuses.get(&nexus).filter(|_| is_disk) {
+            Some(state) => {
+                let request = ReservationRequest {
+                    nexus: state.name.clone(),
+                    action: ReservationAction::Reset,
+                };
+                waits.push(self.ask_reservations(Owner::Reset, lun, request, actions));
+            }
+            None => self.reset_unit(lun, actions),
         }
         waits
     }
 
-    /// LOGICAL UNIT RESET (SAM-5 §6.3.3). Returns requests that may still change the disk.
-    pub(super) fn reset_unit(&mut self, lun: u16, actions: &mut Actions) -> Vec<u64> {
-        let tasks = self.tasks_where(|it| it.lun == lun);
-        let waits = self.abort_tasks(tasks, actions);
+    /// A unit was reset (SAM-5 §6.3.3): by one of our nexuses or through another gateway.
+    pub(super) fn reset_unit(&mut self, lun: u16, actions: &mut Actions) {
         let nexuses: Vec<NexusId> = self.nexuses.keys().copied().collect();
         if let Some(unit) = self.units.get_mut(&lun) {
             unit.reset();
@@ -130,7 +136,16 @@ impl Target {
                 unit.attend(nexus, Asc::BUS_DEVICE_RESET);
             }
         }
-        waits
+        let tasks = self.tasks_where(|it| it.lun == lun);
+        self.end_tasks(tasks, Asc::BUS_DEVICE_RESET, actions);
+    }
+
+    /// The cell did not do a reset, or nobody knows: that is not to be called complete.
+    pub(super) fn reset_failed(&mut self, cookie: u64) {
+        let waiting = self.management.iter_mut();
+        for waiting in waiting.filter(|it| it.waits.contains(&cookie)) {
+            waiting.failed = true;
+        }
     }
 
     /// A request has ended: maybe a function waited for it.
@@ -153,9 +168,12 @@ impl Target {
             actions.0.push(Action::Managed {
                 nexus: waiting.nexus,
                 id: waiting.id,
-                response: TaskResponse::Complete,
+                response: match waiting.failed {
+                    true => TaskResponse::Rejected,
+                    false => TaskResponse::Complete,
+                },
             });
-            if !waiting.drops.is_empty() {
+            if !waiting.drops.is_empty() && !waiting.failed {
                 actions.0.push(Action::DropSessions {
                     nexuses: waiting.drops,
                 });

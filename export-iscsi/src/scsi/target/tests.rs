@@ -92,7 +92,10 @@ impl Memory {
                 }
                 return Ok(DeviceReply::Extents(extents));
             }
-            DeviceRequest::Trim { .. } | DeviceRequest::Flush | DeviceRequest::Prefetch { .. } => {}
+            DeviceRequest::Trim { .. }
+            | DeviceRequest::Flush
+            | DeviceRequest::Look
+            | DeviceRequest::Prefetch { .. } => {}
         }
         Ok(DeviceReply::Done)
     }
@@ -103,8 +106,10 @@ struct Rig {
     target: Target,
     volumes: BTreeMap<u16, Memory>,
     reservations: BTreeMap<u16, Reservations>,
-    /// Requests to devices wait here while `holds`.
+    /// Requests to devices, but for looks, wait here while `holds`.
     holds: bool,
+    /// The cell does not answer: looks and requests to reservations fail.
+    is_cut: bool,
     held: VecDeque<(u64, u16, DeviceRequest)>,
     done: Vec<(NexusId, u32, Outcome)>,
     aborted: Vec<(NexusId, u32)>,
@@ -170,6 +175,7 @@ impl Rig {
                 .collect(),
             volumes,
             holds: false,
+            is_cut: false,
             held: VecDeque::new(),
             done: Vec::new(),
             aborted: Vec::new(),
@@ -200,7 +206,11 @@ impl Rig {
                         reservations,
                     } => {
                         let current = self.reservations[&lun].version();
-                        if self.holds {
+                        let looks = request == DeviceRequest::Look;
+                        if looks && self.is_cut {
+                            let silent = Err(DeviceError::Unavailable);
+                            self.target.completed(cookie, silent, &mut actions);
+                        } else if self.holds && !looks {
                             self.held.push_back((cookie, lun, request));
                         } else if reservations != current {
                             let changed = Err(DeviceError::ReservationChanged);
@@ -217,10 +227,11 @@ impl Rig {
                         request,
                     } => {
                         let state = self.reservations.get_mut(&lun).unwrap();
-                        let result = state.apply(&request);
-                        let now = Arc::new(state.clone());
-                        let reply = ReservationReply { result, now };
-                        self.target.reserved(cookie, Some(reply), &mut actions);
+                        let reply = (!self.is_cut).then(|| ReservationReply {
+                            result: state.apply(&request),
+                            now: Arc::new(state.clone()),
+                        });
+                        self.target.reserved(cookie, reply, &mut actions);
                     }
                     Action::Done {
                         nexus,

@@ -110,7 +110,7 @@ proptest! {
         let bodies: Vec<RequestBody> = match plan(VOLUME, 100 * MIB, request) {
             Plan::One(body) => vec![body],
             Plan::Parts(parts) => parts.collect(),
-            Plan::Now(_) => vec![],
+            Plan::Now(_) | Plan::Look => vec![],
         };
         let mut next = offset;
         let mut all = Vec::new();
@@ -312,6 +312,7 @@ fn zeroing(offset_bytes: u64, length_bytes: u64, allocate: bool) -> Vec<(u64, u6
         Plan::One(body) => vec![body],
         Plan::Parts(parts) => parts.collect(),
         Plan::Now(result) => panic!("{result:?}"),
+        Plan::Look => panic!("a look"),
     };
     let part = |body| match body {
         RequestBody::Zero {

@@ -340,3 +340,39 @@ fn a_repeated_write_is_answered_whatever_holds_now() {
     rig.step();
     assert_eq!(rig.replies[&999], DONE);
 }
+
+#[test]
+fn what_was_allowed_before_there_were_reservations_is_checked_again() {
+    let mut rig = Rig::new();
+    assert_eq!(rig.run(checked(0, rig.write(1))), DONE);
+    assert!(rig.run(checked(0, rig.read())).is_ok());
+    assert_eq!(rig.run(rig.reserve(ReservationAction::Reset)), DONE);
+    let changed = refused(Refusal::ReservationsChanged);
+    assert_eq!(rig.run(checked(0, rig.write(2))), changed);
+    assert_eq!(rig.run(checked(0, rig.read())), changed);
+    assert_eq!(rig.run(checked(1, rig.write(2))), DONE);
+}
+
+#[test]
+fn a_look_shows_what_was_answered_before() {
+    let mut rig = Rig::new();
+    let volume = rig.volume;
+    let look = |rig: &mut Rig| rig.run(RequestBody::Look { volume });
+    let shown = |size_bytes, reservations| {
+        Ok(ReplyBody::Volume {
+            size_bytes,
+            reservations,
+        })
+    };
+    assert_eq!(look(&mut rig), shown(1 << 20, 0));
+    rig.run(rig.register()).unwrap();
+    let resize = RequestBody::ResizeVolume {
+        volume,
+        size_bytes: 2 << 20,
+        allow_shrink: false,
+    };
+    rig.run(resize).unwrap();
+    assert_eq!(look(&mut rig), shown(2 << 20, 1));
+    rig.run(RequestBody::DeleteVolume { volume }).unwrap();
+    assert_eq!(look(&mut rig), refused(Refusal::NoSuchVolume));
+}

@@ -125,6 +125,7 @@ fn body() -> impl Strategy<Value = RequestBody> {
         Just(RequestBody::Shutdown),
         (volume(), any::<u64>()).prop_map(|(volume, key)| reserve(volume, key)),
         volume().prop_map(|volume| RequestBody::Reservations { volume }),
+        volume().prop_map(|volume| RequestBody::Look { volume }),
         (any::<u64>(), offset(), data(9000)).prop_map(|(reservations, offset, data)| {
             let body = Box::new(write(offset, data));
             RequestBody::Checked { reservations, body }
@@ -210,6 +211,10 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
         }),
         any::<u32>().prop_map(|id| ReplyBody::VolumeCreated(VolumeId(id))),
         Just(ReplyBody::Status(Box::new(status()))),
+        any::<(u64, u64)>().prop_map(|(size_bytes, reservations)| ReplyBody::Volume {
+            size_bytes,
+            reservations,
+        }),
     ];
     let leader = prop::option::of((0..8_u8).prop_map(ServerId));
     let bad = prop_oneof![
@@ -404,6 +409,13 @@ fn literal_requests() {
             19,
             "0500000000000000080700000001000000000000000200000000000000",
         ),
+        (
+            RequestBody::Look {
+                volume: VolumeId(7),
+            },
+            20,
+            "07000000",
+        ),
     ];
     for (body, code, fields) in requests {
         let header = request_frame(&request(body.clone())).header;
@@ -429,6 +441,14 @@ fn literal_replies() {
             "01000000120000000000000001",
         ),
         (Ok(ReplyBody::VolumeCreated(VolumeId(7))), 6, "07000000"),
+        (
+            Ok(ReplyBody::Volume {
+                size_bytes: 1024,
+                reservations: 5,
+            }),
+            9,
+            "00040000000000000500000000000000",
+        ),
         (Err(ReplyError::NoSpace), 66, ""),
         (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
         (Err(ReplyError::Invalid), 68, ""),

@@ -237,6 +237,65 @@ fn a_reset_that_cannot_end_is_refused_in_time() {
 }
 
 #[test]
+fn a_reset_that_the_cell_does_not_do_is_refused() {
+    let mut rig = Rig::new();
+    rig.is_cut = true;
+    manage(&mut rig, A, TaskFunction::LogicalUnitReset, 1, 0);
+    manage(&mut rig, A, TaskFunction::TargetColdReset, 0, 0);
+    let rejected = (1, TaskResponse::Rejected);
+    assert_eq!(rig.managed, [rejected, rejected]);
+    assert_eq!(rig.dropped, []);
+}
+
+/// Nobody calls `tick` while nobody is logged in.
+#[test]
+fn a_command_after_a_pause_is_not_late() {
+    let mut rig = Rig::new();
+    rig.tick(1);
+    rig.target
+        .note_time(Instant::default() + Duration::from_secs(100));
+    rig.holds = true;
+    let tag = write(&mut rig, A, 0);
+    rig.tick(101);
+    assert!(rig.ended(tag).is_none());
+    rig.release_held();
+    assert_eq!(rig.ended(tag).unwrap().status, Status::Good);
+}
+
+/// NOT READY is for a disk that is silent, not for one request that is slow.
+#[test]
+fn a_disk_that_answers_others_is_busy_at_most() {
+    let mut rig = Rig::new();
+    rig.tick(1);
+    rig.holds = true;
+    let slow = write(&mut rig, A, 0);
+    rig.holds = false;
+    rig.tick(5);
+    rig.run(B, 1, &cdb10(0x28, 0, 9, 1), &[]);
+    rig.tick(14);
+    assert_eq!(rig.ended(slow).unwrap().status, Status::Busy);
+    rig.tick(40);
+    let again = write(&mut rig, A, 0);
+    assert_eq!(rig.ended(again).unwrap().status, Status::Busy);
+}
+
+/// Issue 3, item 7, of commands that touch no blocks.
+#[test]
+fn a_disk_whose_servers_are_silent_is_not_ready() {
+    let mut rig = Rig::new();
+    rig.tick(1);
+    rig.is_cut = true;
+    assert_eq!(rig.run(A, 1, &[0; 6], &[]).status, Status::Busy);
+    rig.tick(20);
+    assert_eq!(rig.sense(1, &[0; 6], &[]), (2, 0x040a));
+    // The list of disks, and what they are, is known here.
+    rig.good(1, &[0x12, 0, 0, 0, 36, 0], &[]);
+    rig.good(1, &[0xa0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0], &[]);
+    rig.is_cut = false;
+    rig.good(1, &[0; 6], &[]);
+}
+
+#[test]
 fn a_lost_nexus_leaves_nothing_behind() {
     let mut rig = Rig::new();
     rig.holds = true;
