@@ -10,7 +10,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use pss_core::volume::device::{
-    BlockDevice, CompletionQueue, DeviceError, DeviceInfo, DeviceResult,
+    BlockDevice, CompletionQueue, DeviceError, DeviceInfo, DeviceResult, Fate,
 };
 use pss_core::volume::reservation::{ReservationReply, ReservationRequest, Reservations};
 use pss_gateway::alarm::Alarm;
@@ -70,6 +70,15 @@ enum Delivery {
     Drop,
 }
 
+impl State {
+    /// A volume is attached while an initiator is logged in to its target, whether it uses that disk or not.
+    fn use_disks(&self, in_use: bool) {
+        for disk in self.disks.values() {
+            disk.device.set_in_use(in_use);
+        }
+    }
+}
+
 impl Host {
     /// A target without disks.
     pub fn new(config: TargetConfig, clock: Clock) -> Arc<Host> {
@@ -122,6 +131,13 @@ impl Host {
         state.disks.iter().map(named).collect()
     }
 
+    /// Whether the volume of a LUN was deleted: another one may have its name.
+    pub fn is_gone(&self, lun: u16) -> bool {
+        let state = self.state();
+        let disk = state.disks.get(&lun);
+        disk.is_some_and(|disk| disk.device.fate() == Fate::Deleted)
+    }
+
     /// Its disks and how they are shown.
     pub fn disks(&self) -> BTreeMap<u16, (DeviceInfo, LunSettings)> {
         let state = self.state();
@@ -150,6 +166,7 @@ impl Host {
         }));
         let info = device.info();
         let mut state = self.state();
+        device.set_in_use(!state.sessions.is_empty());
         let disk = Disk {
             device,
             settings: settings.clone(),
@@ -191,6 +208,9 @@ impl Host {
         let mut state = self.state();
         state.target.note_time(self.clock.now());
         state.target.attach(handle.nexus, info);
+        if state.sessions.is_empty() {
+            state.use_disks(true);
+        }
         state.sessions.insert(handle.nexus, Arc::clone(handle));
         drop(state);
         self.alarm.ring();
@@ -201,6 +221,9 @@ impl Host {
         let mut state = self.state();
         if state.sessions.remove(&nexus).is_none() {
             return;
+        }
+        if state.sessions.is_empty() {
+            state.use_disks(false);
         }
         let State {
             target, actions, ..

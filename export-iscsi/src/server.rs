@@ -137,7 +137,7 @@ impl Server {
     /// # Errors
     /// If the cell cannot be asked.
     pub async fn has_volume(&self, name: &str) -> Result<bool, DeviceError> {
-        Ok(self.volumes.open(name).await?.is_some())
+        Ok(self.volumes.open_unused(name).await?.is_some())
     }
 
     /// Exports what a catalog says from now on. Sessions of targets that are still there go on; disks
@@ -163,7 +163,7 @@ impl Server {
             for (lun, (volume, settings)) in host.luns() {
                 let wanted = entry.luns.get(&lun);
                 let same = wanted.is_some_and(|it| it.volume == volume && it.settings == settings);
-                if !same {
+                if !same || host.is_gone(lun) {
                     host.remove_lun(lun);
                 }
             }
@@ -215,7 +215,7 @@ impl Server {
                 }
                 // A cell that could not be asked for one volume need not be waited for again.
                 let opened = match failure {
-                    None => self.volumes.open(&disk.volume).await,
+                    None => self.volumes.open_unused(&disk.volume).await,
                     Some(error) => Err(error),
                 };
                 let why = match opened {

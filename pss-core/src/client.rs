@@ -156,6 +156,17 @@ impl std::fmt::Display for Outcomes<'_> {
     }
 }
 
+/// Whether a volume may become smaller.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Shrink {
+    /// No.
+    Never,
+    /// If no session has it attached.
+    Unused,
+    /// Whoever has it attached.
+    Always,
+}
+
 /// A cell, as its clients see it.
 pub struct Cell {
     handle: Arc<Handle>,
@@ -283,22 +294,30 @@ impl Cell {
         &self,
         volume: VolumeId,
         size_bytes: u64,
-        allow_shrink: bool,
+        shrink: Shrink,
     ) -> Result<(), ClientError> {
-        self.change(RequestBody::ResizeVolume {
-            volume,
-            size_bytes,
-            allow_shrink,
-        })
-        .await
+        let allow_shrink = shrink == Shrink::Always;
+        let body = match shrink {
+            Shrink::Unused => RequestBody::ShrinkVolume { volume, size_bytes },
+            Shrink::Never | Shrink::Always => RequestBody::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            },
+        };
+        self.change(body).await
     }
 
-    /// Deletes a volume that nobody has attached.
+    /// Deletes a volume; one that is attached only by `force`.
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn delete_volume(&self, volume: VolumeId) -> Result<(), ClientError> {
-        self.change(RequestBody::DeleteVolume { volume }).await
+    pub async fn delete_volume(&self, volume: VolumeId, force: bool) -> Result<(), ClientError> {
+        let body = match force {
+            false => RequestBody::DeleteVolume { volume },
+            true => RequestBody::DeleteAttachedVolume { volume },
+        };
+        self.change(body).await
     }
 
     async fn change(&self, body: RequestBody) -> Result<(), ClientError> {
@@ -343,6 +362,12 @@ impl Cell {
         ClientError::Unavailable { answered, silent }
     }
 
+    async fn open_volume_unused(&self, name: &str) -> Result<Option<Device>, ClientError> {
+        let volumes = self.volumes().await?;
+        let device = |volume| Device::new(volume, Arc::clone(&self.handle), false);
+        Ok(named(&volumes, name).map(device))
+    }
+
     async fn open_volume(&self, name: &str) -> Result<Option<Arc<dyn BlockDevice>>, ClientError> {
         let mut open = self.open.lock().await;
         let volumes = self.volumes().await?;
@@ -355,7 +380,7 @@ impl Cell {
             device.state.set_size(volume.size_bytes);
             return Ok(Some(device));
         }
-        let device = Arc::new(Device::new(volume, Arc::clone(&self.handle)));
+        let device = Arc::new(Device::new(volume, Arc::clone(&self.handle), true));
         let attach = RequestBody::Attach { volume: volume.id };
         match self.change(attach).await {
             Ok(()) => {}
@@ -389,6 +414,21 @@ impl Volumes for Cell {
                 tracing::warn!(volume = name, %error, "volume cannot be opened");
                 device_error(&error)
             })
+        })
+    }
+
+    fn open_unused<'a>(
+        &'a self,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Arc<dyn BlockDevice>>, DeviceError>> {
+        Box::pin(async move {
+            match self.open_volume_unused(name).await {
+                Ok(device) => Ok(device.map(|device| Arc::new(device) as Arc<dyn BlockDevice>)),
+                Err(error) => {
+                    tracing::warn!(volume = name, %error, "volume cannot be opened");
+                    Err(device_error(&error))
+                }
+            }
         })
     }
 }

@@ -755,6 +755,10 @@ fn without_sessions(entry: &Entry) -> Entry {
 fn changes_volumes(op: &Op) -> bool {
     matches!(
         op,
-        Op::CreateVolume { .. } | Op::ResizeVolume { .. } | Op::DeleteVolume { .. }
+        Op::CreateVolume { .. }
+            | Op::ResizeVolume { .. }
+            | Op::ShrinkVolume { .. }
+            | Op::DeleteVolume { .. }
+            | Op::DeleteAttachedVolume { .. }
     )
 }

@@ -127,6 +127,18 @@ pub enum Op {
         /// How.
         request: Box<ReservationRequest>,
     },
+    /// Changes the size of a volume, which may become smaller unless a session has it attached.
+    ShrinkVolume {
+        /// Which.
+        volume: VolumeId,
+        /// New size, bytes.
+        size_bytes: u64,
+    },
+    /// Deletes a volume, and takes it from the sessions that have it attached.
+    DeleteAttachedVolume {
+        /// Which.
+        volume: VolumeId,
+    },
 }
 
 impl Command {
@@ -351,6 +363,8 @@ impl Op {
             Op::Attach { .. } => 8,
             Op::Detach { .. } => 9,
             Op::Reserve { .. } => 10,
+            Op::ShrinkVolume { .. } => 11,
+            Op::DeleteAttachedVolume { .. } => 12,
         }
     }
 
@@ -412,8 +426,15 @@ impl Op {
                 out.put_u64_le(*size_bytes);
                 out.put_u8(u8::from(*allow_shrink));
             }
-            Op::DeleteVolume { volume } | Op::Attach { volume } | Op::Detach { volume } => {
+            Op::DeleteVolume { volume }
+            | Op::Attach { volume }
+            | Op::Detach { volume }
+            | Op::DeleteAttachedVolume { volume } => {
                 out.put_u32_le(volume.0);
+            }
+            Op::ShrinkVolume { volume, size_bytes } => {
+                out.put_u32_le(volume.0);
+                out.put_u64_le(*size_bytes);
             }
             Op::Reserve { volume, request } => {
                 out.put_u32_le(volume.0);
@@ -484,6 +505,13 @@ impl Op {
                 request: Box::new(
                     ReservationRequest::decode(input).map_err(|_| EntryError::Reservation)?,
                 ),
+            },
+            11 => Op::ShrinkVolume {
+                volume: VolumeId(get_u32(input)?),
+                size_bytes: get_u64(input)?,
+            },
+            12 => Op::DeleteAttachedVolume {
+                volume: VolumeId(get_u32(input)?),
             },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })

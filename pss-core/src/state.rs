@@ -413,6 +413,16 @@ impl State {
             Op::Attach { volume } => self.attach(command.session, *volume),
             Op::Detach { volume } => Ok(self.detach(command.session, *volume)),
             Op::Reserve { volume, request } => self.reserve(command.session, *volume, request),
+            Op::ShrinkVolume { volume, size_bytes } => self.shrink_volume(*volume, *size_bytes),
+            Op::DeleteAttachedVolume { volume } => match self.volumes.contains_key(volume) {
+                false => Err(Refusal::NoSuchVolume),
+                true => {
+                    for session in self.sessions.values_mut() {
+                        session.attached.remove(volume);
+                    }
+                    Ok(Answer::Done)
+                }
+            },
         };
         result.unwrap_or_else(Answer::Refused)
     }
@@ -443,7 +453,8 @@ impl State {
                 volume,
                 allow_shrink: true,
                 ..
-            } => {
+            }
+            | Op::ShrinkVolume { volume, .. } => {
                 let volume = &self.volumes[volume];
                 let first_block = volume.blocks();
                 let most = crate::volume::map::blocks_per_chunk(volume.chunk_bytes) << 24;
@@ -454,7 +465,7 @@ impl State {
                     allocate: false,
                 }
             }
-            Op::DeleteVolume { volume } => {
+            Op::DeleteVolume { volume } | Op::DeleteAttachedVolume { volume } => {
                 self.reservations.remove(volume);
                 match self.volumes.remove(volume) {
                     Some(volume) => Effect::Delete(volume),
@@ -551,6 +562,15 @@ impl State {
         }
         volume.size_bytes = size_bytes;
         Ok(Answer::Done)
+    }
+
+    fn shrink_volume(&mut self, id: VolumeId, size_bytes: u64) -> Result<Answer, Refusal> {
+        let volume = self.volumes.get(&id).ok_or(Refusal::NoSuchVolume)?;
+        if size_bytes < volume.size_bytes && self.attachments(id) > 0 {
+            check_volume_size(size_bytes, volume.chunk_bytes)?;
+            return Err(Refusal::VolumeAttached);
+        }
+        self.resize_volume(id, size_bytes, true)
     }
 
     fn reserve(

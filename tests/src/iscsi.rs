@@ -38,6 +38,8 @@ impl Gateway {
         command.arg("--config").arg(&file);
         let control = cell.bench.path(&format!("iscsi{number}.sock"));
         command.arg("--control").arg(&control);
+        // A test of the suite sleeps for a minute and answers nothing meanwhile.
+        command.args(["--probe", "60"]);
         let output = cell.bench.path(&format!("pss-iscsi{number}.log"));
         let mut process = Process::start(&format!("pss-iscsi {number}"), &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {

@@ -4,6 +4,7 @@ pub mod binaries;
 pub mod checker;
 pub mod disk;
 pub mod iscsi;
+pub mod iscsi_client;
 pub mod load;
 pub mod nbd_client;
 pub mod processes;

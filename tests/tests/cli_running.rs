@@ -9,6 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use pss_tests::binaries;
+use pss_tests::iscsi_client::IscsiClient;
 use pss_tests::nbd_client::{Command, NbdClient};
 use pss_tests::programs::{Bench, Running};
 use serde_json::Value;
@@ -262,14 +263,33 @@ fn volumes_from_creation_to_deletion() {
 
 #[test]
 fn an_attached_volume_is_not_deleted() {
-    let up = Up::new("127.0.3.11");
+    let mut up = Up::new("127.0.3.11");
     let nbdsh = binaries::tool("nbdsh", "python3-libnbd");
     // It runs the first python3 of PATH, which has to be the system's.
     let path = "/usr/bin:/bin";
-    // vol001 is a disk of the iSCSI target, and so in use.
+    // vol001 is a disk of the iSCSI target: in use while an initiator is logged in.
+    let said = up.running.wait_for("iscsi://", SOON);
+    let portal = said.split_once("iscsi://").unwrap().1.split('/').next();
+    let portal = portal.unwrap().parse().unwrap();
+    let target = "iqn.2001-03.jp.tritech:pss-up";
+    let mut initiator = IscsiClient::login(portal, target, 1, SOON).unwrap();
+    initiator.ready().unwrap();
+    let refused = ["vol001", "attached by", "pss-up", "--force"];
+    for change in ["delete vol001 --yes", "resize vol001 1G --allow-shrink"] {
+        up.bench
+            .run("pss", &format!("volume {change}"))
+            .fails(4, &refused);
+    }
     up.bench
-        .run("pss", "volume delete vol001 --yes")
-        .fails(4, &["vol001", "attached by", "pss-up"]);
+        .run("pss", "volume resize vol001 1G --force")
+        .fails(2, &["--allow-shrink"]);
+    drop(initiator);
+    let end = Instant::now() + SOON;
+    let resize = "volume resize vol001 1G --allow-shrink";
+    while up.bench.run("pss", resize).0.status.code() != Some(0) {
+        assert!(Instant::now() < end);
+    }
+    up.bench.run("pss", "volume delete vol001 --yes").done();
     up.bench.run("pss", "volume create other 10G").done();
     let uri = format!("nbd://{}/other", up.nbd);
     let script = "import sys, time; print(h.get_size(), flush=True); time.sleep(60)";

@@ -314,6 +314,13 @@ fn ops() -> Vec<Op> {
         Op::Detach {
             volume: VolumeId(1),
         },
+        Op::ShrinkVolume {
+            volume: VolumeId(1),
+            size_bytes: 1 << 20,
+        },
+        Op::DeleteAttachedVolume {
+            volume: VolumeId(2),
+        },
     ]
 }
 
@@ -528,6 +535,12 @@ fn requests() -> Vec<RequestBody> {
         RequestBody::DeleteVolume { volume },
         RequestBody::Attach { volume },
         RequestBody::Detach { volume },
+        RequestBody::Look { volume },
+        RequestBody::ShrinkVolume {
+            volume,
+            size_bytes: 1 << 20,
+        },
+        RequestBody::DeleteAttachedVolume { volume },
         RequestBody::Status,
         RequestBody::Shutdown,
     ]

@@ -14,6 +14,7 @@ const SUPPORTED_PAGES: u8 = 0x00;
 const SERIAL: u8 = 0x80;
 const IDENTIFICATION: u8 = 0x83;
 const EXTENDED: u8 = 0x86;
+const MODE_PAGE_POLICY: u8 = 0x87;
 const THIRD_PARTY_COPY: u8 = 0x8f;
 const BLOCK_LIMITS: u8 = 0xb0;
 const BLOCK_CHARACTERISTICS: u8 = 0xb1;
@@ -133,6 +134,7 @@ fn pages_of(unit: &Unit) -> &'static [u8] {
             SERIAL,
             IDENTIFICATION,
             EXTENDED,
+            MODE_PAGE_POLICY,
             THIRD_PARTY_COPY,
             BLOCK_LIMITS,
             BLOCK_CHARACTERISTICS,
@@ -153,6 +155,7 @@ fn vital_page(config: &TargetConfig, unit: &Unit, portal_group: u16, page: u8) -
         SERIAL => Some(serial(config, disk)),
         IDENTIFICATION => Some(identification(config, disk, portal_group)),
         EXTENDED => Some(extended()),
+        MODE_PAGE_POLICY => Some(mode_page_policy()),
         THIRD_PARTY_COPY => Some(copy::third_party_page()),
         BLOCK_LIMITS => disk.map(block_limits),
         BLOCK_CHARACTERISTICS => disk.map(block_characteristics),
@@ -304,6 +307,12 @@ fn extended() -> Vec<u8> {
     // MAXIMUM SUPPORTED SENSE DATA LENGTH.
     page[9] = 252;
     page
+}
+
+/// Mode page policy (SPC-4 §7.8.9): a gateway, which is a target port, has pages of its own.
+fn mode_page_policy() -> Vec<u8> {
+    // All pages with all subpages; MLUS 0, per target port.
+    vec![0x3f, 0xff, 0x01, 0]
 }
 
 /// Block limits (SBC-3 §6.6.4).

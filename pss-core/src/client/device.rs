@@ -1,7 +1,7 @@
 //! A volume as a [`BlockDevice`] over the connection to the leader.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -28,7 +28,7 @@ const ALIVE: u8 = 0;
 const DELETED: u8 = 1;
 const FENCED: u8 = 2;
 
-/// An open volume. Dropping it detaches the volume.
+/// An open volume. Dropping it detaches the volume, if it is in use.
 pub(super) struct Device {
     pub(super) state: Arc<DeviceState>,
     handle: Arc<Handle>,
@@ -42,14 +42,17 @@ pub(super) struct DeviceState {
     size_bytes: AtomicU64,
     reservations: AtomicU64,
     fate: AtomicU8,
+    /// The cell is to know that it is attached.
+    in_use: AtomicBool,
     listeners: Mutex<Vec<Listener>>,
 }
 
 type Listener = Arc<dyn Fn() -> bool + Send + Sync>;
 
 impl Device {
-    pub(super) fn new(volume: &Volume, handle: Arc<Handle>) -> Device {
-        let state = Arc::new(DeviceState::new(volume));
+    /// A device in use: its `Attach` must follow; or one that nobody uses yet.
+    pub(super) fn new(volume: &Volume, handle: Arc<Handle>, in_use: bool) -> Device {
+        let state = Arc::new(DeviceState::new(volume, in_use));
         handle.push(Item::Opened(Arc::clone(&state)));
         Device { state, handle }
     }
@@ -111,7 +114,7 @@ impl Drop for Device {
 }
 
 impl DeviceState {
-    fn new(volume: &Volume) -> DeviceState {
+    fn new(volume: &Volume, in_use: bool) -> DeviceState {
         DeviceState {
             volume: volume.id,
             name: volume.name.clone(),
@@ -119,8 +122,13 @@ impl DeviceState {
             size_bytes: AtomicU64::new(volume.size_bytes),
             reservations: AtomicU64::new(0),
             fate: AtomicU8::new(ALIVE),
+            in_use: AtomicBool::new(in_use),
             listeners: Mutex::default(),
         }
+    }
+
+    pub(super) fn is_in_use(&self) -> bool {
+        self.in_use.load(Ordering::Acquire)
     }
 
     fn fate(&self) -> Fate {
@@ -222,6 +230,13 @@ impl BlockDevice for Device {
 
     fn reservations_version(&self) -> u64 {
         self.state.reservations.load(Ordering::Acquire)
+    }
+
+    fn set_in_use(&self, in_use: bool) {
+        if self.state.in_use.swap(in_use, Ordering::AcqRel) != in_use {
+            let device = Arc::clone(&self.state);
+            self.handle.push(Item::Used { device, in_use });
+        }
     }
 
     fn watch(&self, listener: Box<dyn Fn() -> bool + Send + Sync>) {

@@ -12,7 +12,7 @@ use tokio::time::Sleep;
 use crate::client::ServerError;
 use crate::client::device::{DeviceState, Join, device_result, look_result};
 use crate::client::leader::{Connection, Dialer, find_leader};
-use crate::client::session::{Event, Pending, Session};
+use crate::client::session::{Event, Pending, Session, nothing};
 use crate::state::Refusal;
 use crate::types::{ServerId, VolumeId};
 use crate::volume::device::{Completion, DeviceError, DeviceResult, Fate};
@@ -50,8 +50,13 @@ const BYTES_PER_TURN: usize = 256 << 10;
 pub(super) enum Item {
     /// A request.
     Request { body: RequestBody, target: Target },
-    /// A volume was opened; its `Attach` follows.
+    /// A volume was opened; its `Attach` follows, if it is in use.
     Opened(Arc<DeviceState>),
+    /// An open volume is in use from now on, or not any more.
+    Used {
+        device: Arc<DeviceState>,
+        in_use: bool,
+    },
     /// A volume was closed.
     Closed(Arc<DeviceState>),
     /// End the session; the sender is dropped when that is done.
@@ -279,10 +284,21 @@ impl Driver {
                 }
                 self.devices.push(device);
             }
+            Item::Used { device, in_use } => {
+                let volume = device.volume;
+                match in_use {
+                    true => {
+                        let target = Target::Attach(device);
+                        self.submit(RequestBody::Attach { volume }, target, now);
+                    }
+                    false => self.submit(RequestBody::Detach { volume }, Target::Nobody, now),
+                }
+            }
             Item::Closed(device) => {
                 self.devices.retain(|open| !Arc::ptr_eq(open, &device));
                 // Without a session nothing is attached.
-                if self.session.is_open() || self.session.is_changing() {
+                let is_known = self.session.is_open() || self.session.is_changing();
+                if device.is_in_use() && is_known {
                     let volume = device.volume;
                     self.submit(RequestBody::Detach { volume }, Target::Nobody, now);
                 }
@@ -455,9 +471,14 @@ impl Driver {
         self.devices.iter().any(|open| Arc::ptr_eq(open, device))
     }
 
+    /// Attaches a volume in a new session. One that is not in use is asked about by a request without effect: that
+    /// there is a session again is what matters to it.
     fn attach(&mut self, device: Arc<DeviceState>) {
         let volume = device.volume;
-        let body = RequestBody::Attach { volume };
+        let body = match device.is_in_use() {
+            true => RequestBody::Attach { volume },
+            false => nothing(),
+        };
         self.submit(body, Target::Attach(device), Instant::now());
     }
 

@@ -479,7 +479,7 @@ fn envelope(tag: u64, session: Option<SessionId>, number: u64, first: u64) -> Re
 
 /// A numbered request without effect: no volume has number 0, and taking back what was never done is
 /// no error.
-fn nothing() -> RequestBody {
+pub(super) fn nothing() -> RequestBody {
     RequestBody::Detach {
         volume: VolumeId(0),
     }

@@ -368,6 +368,13 @@ impl Store {
             RequestBody::DeleteVolume { volume } => {
                 self.apply(command(Op::DeleteVolume { volume }), |_| {})
             }
+            RequestBody::ShrinkVolume { volume, size_bytes } => self
+                .apply(command(Op::ShrinkVolume { volume, size_bytes }), |all| {
+                    all.truncate(size_bytes as usize)
+                }),
+            RequestBody::DeleteAttachedVolume { volume } => {
+                self.apply(command(Op::DeleteAttachedVolume { volume }), |_| {})
+            }
             RequestBody::Attach { volume } => self.apply(command(Op::Attach { volume }), |_| {}),
             RequestBody::Detach { volume } => self.apply(command(Op::Detach { volume }), |_| {}),
             RequestBody::Look { volume } => {
@@ -780,7 +787,8 @@ async fn volume_that_was_deleted_while_the_session_was_lost() {
 async fn shrunken_volume_is_noticed() {
     let (fake, cell, device) = Fake::device().await;
     let volume = cell.volumes().await.unwrap()[0].volume.id;
-    cell.resize_volume(volume, 1 << 20, true).await.unwrap();
+    let shrink = Shrink::Always;
+    cell.resize_volume(volume, 1 << 20, shrink).await.unwrap();
     let changed = Arc::new(Notify::new());
     let notify = Arc::clone(&changed);
     device.watch(Box::new(move || {
@@ -850,11 +858,11 @@ async fn volume_is_attached_once_and_detached_when_the_last_handle_goes() {
     assert!(cell.open("nonesuch").await.unwrap().is_none());
     let id = cell.volumes().await.unwrap()[0].volume.id;
     assert!(matches!(
-        cell.delete_volume(id).await,
+        cell.delete_volume(id, false).await,
         Err(ClientError::Refused(Refusal::VolumeAttached))
     ));
     drop((device, again));
-    cell.delete_volume(id).await.unwrap();
+    cell.delete_volume(id, false).await.unwrap();
     assert!(cell.list().await.unwrap().is_empty());
     cell.close().await;
     assert!(fake.sessions().is_empty());
@@ -862,6 +870,82 @@ async fn volume_is_attached_once_and_detached_when_the_last_handle_goes() {
         cell.volumes().await,
         Err(ClientError::Unavailable { .. })
     ));
+}
+
+/// As an iSCSI gateway opens it: attached while a session uses it.
+#[tokio::test]
+async fn an_unused_volume_is_attached_while_it_is_used() {
+    let (fake, cell, device) = Fake::device().await;
+    drop(device);
+    let unused = cell.open_unused("v").await.unwrap().unwrap();
+    assert!(cell.open_unused("nonesuch").await.unwrap().is_none());
+    let volume = cell.volumes().await.unwrap()[0].volume.id;
+    let attached = || {
+        let sessions = fake.sessions().into_iter();
+        sessions.filter(|it| it.volumes.contains(&volume)).count()
+    };
+    let becomes = async |count| {
+        for _ in 0..500 {
+            if attached() == count {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("attached by {} instead of {count}", attached());
+    };
+    becomes(0).await;
+    let mut runner = Runner::new();
+    assert_eq!(runner.run(&unused, write(0, vec![1; 4096])).await, DONE);
+    assert_eq!(attached(), 0);
+    unused.set_in_use(true);
+    unused.set_in_use(true);
+    becomes(1).await;
+    let busy = Err(Refusal::VolumeAttached);
+    let refused = |result: Result<(), ClientError>| {
+        result.map_err(|error| match error {
+            ClientError::Refused(refusal) => refusal,
+            other => panic!("{other}"),
+        })
+    };
+    assert_eq!(refused(cell.delete_volume(volume, false).await), busy);
+    let shrink = |shrink| cell.resize_volume(volume, 4096, shrink);
+    assert_eq!(refused(shrink(Shrink::Unused).await), busy);
+    // The session is lost and comes again: it is attached as before.
+    fake.end_all_sessions();
+    let lost = runner.run(&unused, write(0, vec![2; 4096])).await;
+    assert_eq!(lost, Err(DeviceError::Fenced));
+    becomes(1).await;
+    unused.set_in_use(false);
+    becomes(0).await;
+    shrink(Shrink::Unused).await.unwrap();
+    unused.set_in_use(true);
+    becomes(1).await;
+    cell.delete_volume(volume, true).await.unwrap();
+    assert_eq!(
+        runner.run(&unused, DeviceRequest::Look).await,
+        Err(DeviceError::Deleted)
+    );
+    assert_eq!(unused.fate(), Fate::Deleted);
+}
+
+#[tokio::test]
+async fn a_device_that_nobody_uses_lives_on_after_its_session_was_lost() {
+    let (fake, cell, device) = Fake::device().await;
+    drop(device);
+    let unused = cell.open_unused("v").await.unwrap().unwrap();
+    let mut runner = Runner::new();
+    assert_eq!(runner.run(&unused, write(0, vec![1; 4096])).await, DONE);
+    fake.end_all_sessions();
+    let lost = runner.run(&unused, write(0, vec![2; 4096])).await;
+    assert_eq!(lost, Err(DeviceError::Fenced));
+    for _ in 0..500 {
+        if unused.fate() == Fate::Alive {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(runner.run(&unused, write(0, vec![3; 4096])).await, DONE);
+    assert!(fake.sessions().iter().all(|it| it.volumes.is_empty()));
 }
 
 #[tokio::test]

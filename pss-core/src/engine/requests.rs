@@ -591,6 +591,10 @@ impl Engine {
                 allow_shrink,
             },
             RequestBody::DeleteVolume { volume } => Op::DeleteVolume { volume },
+            RequestBody::ShrinkVolume { volume, size_bytes } => {
+                Op::ShrinkVolume { volume, size_bytes }
+            }
+            RequestBody::DeleteAttachedVolume { volume } => Op::DeleteAttachedVolume { volume },
             RequestBody::Attach { volume } => Op::Attach { volume },
             RequestBody::Detach { volume } => Op::Detach { volume },
             RequestBody::Reserve { volume, request } => Op::Reserve { volume, request },

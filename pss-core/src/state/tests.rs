@@ -146,6 +146,49 @@ fn attached_volume_is_not_deleted() {
 }
 
 #[test]
+fn an_attached_volume_is_shrunk_and_deleted_by_force_only() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    let command = |number, op| Command {
+        session,
+        number: RequestNumber(number),
+        settled_below: RequestNumber(0),
+        op,
+    };
+    driver.run(command(1, Op::Attach { volume }));
+    let shrink = |size_bytes| Command::internal(Op::ShrinkVolume { volume, size_bytes });
+    let attached = (Answer::Refused(Refusal::VolumeAttached), false);
+    let size = driver.0.volume(volume).unwrap().size_bytes;
+    assert_eq!(driver.run(shrink(4096)), attached);
+    let bad = (Answer::Refused(Refusal::BadSize), false);
+    assert_eq!(driver.run(shrink(1)), bad);
+    // To grow is no loss.
+    assert_eq!(driver.run(shrink(size + 512)), (Answer::Done, true));
+    let by_force = Op::ResizeVolume {
+        volume,
+        size_bytes: 8192,
+        allow_shrink: true,
+    };
+    assert_eq!(
+        driver.run(Command::internal(by_force)),
+        (Answer::Done, true)
+    );
+    driver.run(command(2, Op::Detach { volume }));
+    assert_eq!(driver.run(shrink(4096)), (Answer::Done, true));
+    driver.run(command(3, Op::Attach { volume }));
+    let delete = || Command::internal(Op::DeleteAttachedVolume { volume });
+    assert_eq!(driver.run(delete()), (Answer::Done, true));
+    assert_eq!(driver.0.attachments(volume), 0);
+    let gone = (Answer::Refused(Refusal::NoSuchVolume), false);
+    assert_eq!(driver.run(delete()), gone);
+    assert_eq!(
+        driver.run(command(4, Op::Detach { volume })).0,
+        Answer::Done
+    );
+    assert_eq!(driver.run(write(session, 5, 0, volume, 0)), gone);
+}
+
+#[test]
 fn volume_names() {
     for good in ["vol001", "a", "Größe 1", &"x".repeat(64)] {
         assert_eq!(check_volume_name(good), Ok(()));

@@ -45,6 +45,12 @@ pub trait BlockDevice: Send + Sync {
         Box::pin(std::future::ready(None))
     }
 
+    /// Says whether somebody uses a device that was opened with [`Volumes::open_unused`]: while it is in use, the
+    /// volume is attached.
+    fn set_in_use(&self, in_use: bool) {
+        let _ = in_use;
+    }
+
     /// Version of the volume's reservations, as far as is known here; listeners are told when it changes.
     fn reservations_version(&self) -> u64 {
         0
@@ -318,4 +324,16 @@ pub trait Volumes: Send + Sync {
         &'a self,
         name: &'a str,
     ) -> BoxFuture<'a, Result<Option<Arc<dyn BlockDevice>>, DeviceError>>;
+
+    /// As [`Volumes::open`], but the volume is attached only while [`BlockDevice::set_in_use`] says so: nobody has
+    /// it yet, and it can be deleted and made smaller like one that is not open.
+    ///
+    /// # Errors
+    /// As [`Volumes::open`].
+    fn open_unused<'a>(
+        &'a self,
+        name: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Arc<dyn BlockDevice>>, DeviceError>> {
+        self.open(name)
+    }
 }

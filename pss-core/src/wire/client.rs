@@ -121,10 +121,10 @@ pub enum RequestBody {
         volume: VolumeId,
         /// New size, bytes.
         size_bytes: u64,
-        /// Whether it may become smaller.
+        /// Whether it may become smaller, whoever has it attached.
         allow_shrink: bool,
     },
-    /// Deletes a volume. Numbered.
+    /// Deletes a volume that no session has attached. Numbered.
     DeleteVolume {
         /// Which.
         volume: VolumeId,
@@ -157,6 +157,18 @@ pub enum RequestBody {
     },
     /// How a volume is now.
     Look {
+        /// Which.
+        volume: VolumeId,
+    },
+    /// Changes a volume's size; smaller only if no session has it attached. Numbered.
+    ShrinkVolume {
+        /// Which.
+        volume: VolumeId,
+        /// New size, bytes.
+        size_bytes: u64,
+    },
+    /// Deletes a volume whoever has it attached. Numbered.
+    DeleteAttachedVolume {
         /// Which.
         volume: VolumeId,
     },
@@ -403,6 +415,8 @@ impl RequestBody {
                 | RequestBody::Attach { .. }
                 | RequestBody::Detach { .. }
                 | RequestBody::Reserve { .. }
+                | RequestBody::ShrinkVolume { .. }
+                | RequestBody::DeleteAttachedVolume { .. }
         )
     }
 
@@ -478,6 +492,8 @@ impl RequestBody {
             RequestBody::Reservations { .. } => 18,
             RequestBody::Checked { .. } => 19,
             RequestBody::Look { .. } => 20,
+            RequestBody::ShrinkVolume { .. } => 21,
+            RequestBody::DeleteAttachedVolume { .. } => 22,
         }
     }
 
@@ -572,7 +588,12 @@ impl RequestBody {
             | RequestBody::Attach { volume }
             | RequestBody::Detach { volume }
             | RequestBody::Reservations { volume }
-            | RequestBody::Look { volume } => put.u32(volume.0),
+            | RequestBody::Look { volume }
+            | RequestBody::DeleteAttachedVolume { volume } => put.u32(volume.0),
+            RequestBody::ShrinkVolume { volume, size_bytes } => {
+                put.u32(volume.0);
+                put.u64(*size_bytes);
+            }
             RequestBody::Reserve { volume, request } => {
                 put.u32(volume.0);
                 request.encode(put.0);
@@ -652,6 +673,13 @@ impl RequestBody {
                 volume: VolumeId(input.u32()?),
             },
             20 => RequestBody::Look {
+                volume: VolumeId(input.u32()?),
+            },
+            21 => RequestBody::ShrinkVolume {
+                volume: VolumeId(input.u32()?),
+                size_bytes: input.u64()?,
+            },
+            22 => RequestBody::DeleteAttachedVolume {
                 volume: VolumeId(input.u32()?),
             },
             code => {

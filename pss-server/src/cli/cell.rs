@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pss_core::client::{Cell, CellConfig, ClientError, ServerError};
+use pss_core::client::{Cell, CellConfig, ClientError, ServerError, Shrink};
 use pss_core::state::{Refusal, Volume};
 use pss_core::types::{ServerId, VolumeId};
 use pss_core::wire::auth::{Denial, HandshakeError};
@@ -221,14 +221,14 @@ impl Access {
         &self,
         volume: &Volume,
         size_bytes: u64,
-        allow_shrink: bool,
+        shrink: Shrink,
     ) -> Result<(), CliError> {
-        self.wait(self.cell.resize_volume(volume.id, size_bytes, allow_shrink))
+        self.wait(self.cell.resize_volume(volume.id, size_bytes, shrink))
             .map_err(|error| about(&volume.name, error))
     }
 
-    pub(super) fn delete_volume(&self, volume: &Volume) -> Result<(), CliError> {
-        self.wait(self.cell.delete_volume(volume.id))
+    pub(super) fn delete_volume(&self, volume: &Volume, force: bool) -> Result<(), CliError> {
+        self.wait(self.cell.delete_volume(volume.id, force))
             .map_err(|error| about(&volume.name, error))
     }
 

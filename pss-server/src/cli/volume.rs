@@ -1,6 +1,7 @@
 //! `pss volume`.
 
 use clap::Subcommand;
+use pss_core::client::Shrink;
 use pss_core::size::{Size, SizeChange, parse_size};
 use pss_core::state::{
     CHUNK_BYTES_DEFAULT, Refusal, VOLUME_BYTES_MAX, check_chunk_bytes, check_volume_name,
@@ -43,6 +44,9 @@ pub(super) enum VolumeVerb {
         /// Allow a smaller size: what lies behind the new end is lost
         #[arg(long)]
         allow_shrink: bool,
+        /// Make it smaller even while it is attached
+        #[arg(long, requires = "allow_shrink")]
+        force: bool,
     },
     /// Deletes a volume and everything in it; refused while it is attached
     Delete {
@@ -51,6 +55,9 @@ pub(super) enum VolumeVerb {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+        /// Delete it even while it is attached: for those who use it the disk is gone at once
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -67,8 +74,16 @@ pub(super) fn run(args: &CellArgs, verb: VolumeVerb) -> Result<(), CliError> {
             name,
             size,
             allow_shrink,
-        } => resize(args, &name, size, allow_shrink),
-        VolumeVerb::Delete { name, yes } => delete(args, &name, yes),
+            force,
+        } => {
+            let shrink = match (allow_shrink, force) {
+                (false, _) => Shrink::Never,
+                (true, false) => Shrink::Unused,
+                (true, true) => Shrink::Always,
+            };
+            resize(args, &name, size, shrink)
+        }
+        VolumeVerb::Delete { name, yes, force } => delete(args, &name, yes, force),
     }
 }
 
@@ -184,20 +199,19 @@ fn show_text(status: &VolumeStatus) -> String {
     )
 }
 
-fn resize(
-    args: &CellArgs,
-    name: &str,
-    change: SizeChange,
-    allow_shrink: bool,
-) -> Result<(), CliError> {
+fn resize(args: &CellArgs, name: &str, change: SizeChange, shrink: Shrink) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
-    let volume = cell.volume(name)?.volume;
+    let VolumeStatus {
+        volume,
+        attached_by,
+        ..
+    } = cell.volume(name)?;
     let now = volume.size_bytes;
     let size = change
         .apply(now)
         .ok_or_else(|| CliError::usage("the new size is past every limit; use at most 64T"))?;
     check_size(size, volume.chunk_bytes)?;
-    if size < now && !allow_shrink {
+    if size < now && shrink == Shrink::Never {
         return Err(CliError::usage(format!(
             "volume {} has {}; {} is smaller, and what lies behind the new end would be lost: add --allow-shrink if that is what you want",
             printable(name),
@@ -205,7 +219,13 @@ fn resize(
             Size(size)
         )));
     }
-    cell.resize_volume(&volume, size, allow_shrink)?;
+    // The cell refuses this as well; it does not say by whom.
+    if size < now && shrink == Shrink::Unused && !attached_by.is_empty() {
+        let remedy = "add --force to make it smaller all the same: whoever uses what lies behind the new end \
+                      loses it and finds errors there";
+        return Err(attached(name, &attached_by, remedy));
+    }
+    cell.resize_volume(&volume, size, shrink)?;
     if args.json {
         return print_json(&json!({
             "schema": "pss.volume.resize/1",
@@ -223,29 +243,43 @@ fn resize(
     Ok(())
 }
 
-fn delete(args: &CellArgs, name: &str, yes: bool) -> Result<(), CliError> {
+/// Somebody has the volume attached.
+fn attached(name: &str, by: &[String], remedy: &str) -> CliError {
+    CliError::new(
+        Exit::Busy,
+        format!(
+            "volume {} is attached by {}; disconnect it there first, or {remedy}",
+            printable(name),
+            printable(&by.join(", "))
+        ),
+    )
+}
+
+fn delete(args: &CellArgs, name: &str, yes: bool, force: bool) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
     let status = cell.volume(name)?;
     // The cell refuses this as well; asking first would be a question without a choice.
-    if !status.attached_by.is_empty() {
-        return Err(CliError::new(
-            Exit::Busy,
-            format!(
-                "volume {} is attached by {}; disconnect it there first",
-                printable(name),
-                printable(&status.attached_by.join(", "))
-            ),
-        ));
+    if !status.attached_by.is_empty() && !force {
+        let remedy =
+            "add --force to delete it all the same: for whoever uses it the disk is gone at once";
+        return Err(attached(name, &status.attached_by, remedy));
     }
     if !yes {
+        let used = match status.attached_by.is_empty() {
+            true => String::new(),
+            false => format!(
+                " It is attached by {}.",
+                printable(&status.attached_by.join(", "))
+            ),
+        };
         confirm(&format!(
-            "Delete volume {} of {} with {} of data in it? This cannot be undone.",
+            "Delete volume {} of {} with {} of data in it?{used} This cannot be undone.",
             printable(name),
             Size(status.volume.size_bytes),
             Size(status.allocated_bytes)
         ))?;
     }
-    cell.delete_volume(&status.volume)?;
+    cell.delete_volume(&status.volume, force)?;
     if args.json {
         return print_json(&json!({ "schema": "pss.volume.delete/1", "name": name }));
     }

@@ -259,7 +259,7 @@ impl Client {
         let deleted = async {
             let volumes = self.cell.volumes().await.unwrap();
             let found = volumes.iter().find(|it| it.volume.name == name).unwrap();
-            self.cell.delete_volume(found.volume.id).await
+            self.cell.delete_volume(found.volume.id, false).await
         };
         self.runtime.block_on(deleted).unwrap();
     }

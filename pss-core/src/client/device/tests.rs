@@ -282,6 +282,7 @@ fn listeners_hear_of_changes_until_they_have_enough() {
         size_bytes: AtomicU64::new(1),
         reservations: AtomicU64::new(0),
         fate: AtomicU8::new(ALIVE),
+        in_use: AtomicBool::new(true),
         listeners: Mutex::default(),
     };
     let calls = Arc::new(AtomicU64::new(0));

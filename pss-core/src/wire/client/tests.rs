@@ -126,6 +126,9 @@ fn body() -> impl Strategy<Value = RequestBody> {
         (volume(), any::<u64>()).prop_map(|(volume, key)| reserve(volume, key)),
         volume().prop_map(|volume| RequestBody::Reservations { volume }),
         volume().prop_map(|volume| RequestBody::Look { volume }),
+        (volume(), any::<u64>())
+            .prop_map(|(volume, size_bytes)| RequestBody::ShrinkVolume { volume, size_bytes }),
+        volume().prop_map(|volume| RequestBody::DeleteAttachedVolume { volume }),
         (any::<u64>(), offset(), data(9000)).prop_map(|(reservations, offset, data)| {
             let body = Box::new(write(offset, data));
             RequestBody::Checked { reservations, body }
@@ -414,6 +417,21 @@ fn literal_requests() {
                 volume: VolumeId(7),
             },
             20,
+            "07000000",
+        ),
+        (
+            RequestBody::ShrinkVolume {
+                volume: VolumeId(7),
+                size_bytes: 1024,
+            },
+            21,
+            "070000000004000000000000",
+        ),
+        (
+            RequestBody::DeleteAttachedVolume {
+                volume: VolumeId(7),
+            },
+            22,
             "07000000",
         ),
     ];

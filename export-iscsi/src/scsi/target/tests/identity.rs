@@ -44,7 +44,7 @@ fn removable_disks_say_so() {
 fn supported_pages_are_exactly_those_that_are_served() {
     let mut rig = Rig::new();
     for (lun, expected) in [
-        (1, &[0, 0x80, 0x83, 0x86, 0x8f, 0xb0, 0xb1, 0xb2][..]),
+        (1, &[0, 0x80, 0x83, 0x86, 0x87, 0x8f, 0xb0, 0xb1, 0xb2][..]),
         (0, &[0, 0x80, 0x83, 0x86][..]),
     ] {
         let pages = rig.good(lun, &vital(0), &[]);
@@ -60,6 +60,14 @@ fn supported_pages_are_exactly_those_that_are_served() {
             }
         }
     }
+}
+
+// SPC-4 §7.8.9.
+#[test]
+fn mode_pages_are_those_of_a_target_port() {
+    let mut rig = Rig::new();
+    let page = rig.good(1, &vital(0x87), &[]);
+    assert_eq!(page, [0, 0x87, 0, 4, 0x3f, 0xff, 1, 0]);
 }
 
 const NAA_OF_ZEROS: [u8; 8] = [0x32, 0x20, 0xa8, 0x39, 0x7b, 0x1d, 0xcd, 0xaf];
