@@ -1,10 +1,11 @@
 #!/bin/bash
-# All tests: formatting, lints, and every test of the workspace. See docs/testing.md.
+# All tests: formatting, lints, and every test of the workspace; with --all also Linux's own initiator in a guest,
+# which takes four minutes more. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# Debian package and the program (or, with a slash, the file of Perl's library) that shows that it is
-# there. The tests drive PSS with clients that
+# Debian package and the program (or file, or with a slash within, the file of Perl's library) that shows
+# that it is there. The tests drive PSS with clients that
 # others wrote; without one of them they would prove less, so a missing one is an error.
 needed=(
     "nbdkit nbdkit"
@@ -14,18 +15,33 @@ needed=(
     "python3-libnbd nbdsh"
     "fio fio"
     "qemu-utils qemu-img"
+    "qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so"
     "e2fsprogs mke2fs"
     "strace strace"
     "libiscsi-bin iscsi-test-cu"
     "libconfig-general-perl Config/General.pm"
 )
 
+case "${1:-}" in
+    "") all=false ;;
+    --all)
+        all=true
+        needed+=("qemu-system-x86 qemu-system-x86_64")
+        ;;
+    *)
+        echo "usage: $0 [--all]" >&2
+        exit 2
+        ;;
+esac
+
 missing_packages() {
     local entry package program
     for entry in "${needed[@]}"; do
         read -r package program <<<"$entry"
         # System administration programs are not in everybody's PATH.
-        if [[ $program == */* ]]; then
+        if [[ $program == /* ]]; then
+            [[ -e $program ]] || echo "$package"
+        elif [[ $program == */* ]]; then
             perl -e 'exit !grep { -e "$_/$ARGV[0]" } @INC' "$program" || echo "$package"
         else
             PATH="$PATH:/usr/sbin:/sbin" command -v "$program" >/dev/null || echo "$package"
@@ -33,13 +49,35 @@ missing_packages() {
     done
 }
 
+# Packages as apt-get takes them. QEMU's come in one version only: where qemu-utils is newer than what
+# the rest is to be had in, apt would rather remove it.
+to_install() {
+    local package version
+    version=$(apt-cache madison qemu-block-extra 2>/dev/null | awk 'NR == 1 { print $3 }')
+    for package in "$@"; do
+        case $package in
+            qemu-*) ;;
+            *) echo "$package" ;;
+        esac
+    done
+    if [[ " $* " == *" qemu-"* ]]; then
+        printf "%s${version:+=$version}\n" qemu-utils qemu-block-extra
+        if $all; then
+            printf "%s${version:+=$version}\n" qemu-system-x86
+        fi
+    fi
+}
+
+install() {
+    mapfile -t packages < <(to_install "$@")
+    apt-get install -y -qq --allow-downgrades --no-install-recommends "${packages[@]}" >/dev/null
+}
+
 mapfile -t missing < <(missing_packages)
 if ((${#missing[@]} > 0)) && [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     echo "== installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
-        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null; } ||
-        true
+    install "${missing[@]}" 2>/dev/null || { apt-get update -qq && install "${missing[@]}"; } || true
     mapfile -t missing < <(missing_packages)
 fi
 if ((${#missing[@]} > 0)); then
@@ -62,4 +100,8 @@ echo "== cargo build"
 cargo build --workspace
 echo "== cargo test"
 cargo test --workspace --no-fail-fast
+if $all; then
+    echo "== Linux's own initiator"
+    cargo test -p pss-tests --test linux_initiator -- --ignored
+fi
 echo "== all tests passed in $((SECONDS - started)) s"

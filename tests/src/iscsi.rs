@@ -70,15 +70,30 @@ impl Gateway {
 /// # Panics
 /// If it cannot be run or does not end.
 pub fn libiscsi(program: &str, args: &[&str]) -> (bool, String) {
-    let (code, text) = run(program, args);
+    let (code, text) = run(program, "libiscsi-bin", args);
     (code == Some(0), text)
 }
 
-fn run(program: &str, args: &[&str]) -> (Option<i32>, String) {
+/// Runs one of QEMU's programs; whether it succeeded, and what it wrote.
+///
+/// # Panics
+/// If it cannot be run, knows no iSCSI or does not end.
+pub fn qemu(program: &str, args: &[&str]) -> (bool, String) {
+    let (code, text) = run(program, "qemu-utils", args);
+    let knows =
+        !text.contains("nknown protocol 'iscsi'") && !text.contains("nknown driver 'iscsi'");
+    assert!(
+        knows,
+        "install iSCSI for qemu with 'apt-get install qemu-block-extra': {text}"
+    );
+    (code == Some(0), text)
+}
+
+fn run(program: &str, package: &str, args: &[&str]) -> (Option<i32>, String) {
     let output = tempfile::NamedTempFile::new().expect("temporary files can be made");
     let file = output.reopen().expect("the file is there");
     let second = file.try_clone().expect("a descriptor can be doubled");
-    let mut child = Command::new(tool(program, "libiscsi-bin"))
+    let mut child = Command::new(tool(program, package))
         .args(args)
         .stdin(Stdio::null())
         .stdout(file)
@@ -134,7 +149,7 @@ pub fn suite_test(name: &str, urls: &[String]) -> (Verdict, String) {
     let test = format!("ALL.{name}");
     let mut args = vec!["-d", "-S", "-f", "-v", "-t", &test];
     args.extend(urls.iter().map(String::as_str));
-    let (code, text) = run("iscsi-test-cu", &args);
+    let (code, text) = run("iscsi-test-cu", "libiscsi-bin", &args);
     // "tests  total ran passed failed inactive"; nothing is to be had from the exit code alone.
     let counts = text.lines().find_map(|line| {
         let fields = line.trim().strip_prefix("tests ")?;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pss_tests::iscsi::{Gateway, Verdict, libiscsi, suite, suite_test};
+use pss_tests::iscsi::{Gateway, Verdict, libiscsi, qemu, suite, suite_test};
 use pss_tests::nbd_client::Command;
 use pss_tests::processes::{Cell, Layout};
 
@@ -130,6 +130,142 @@ fn the_manuals_example_on_two_gateways() {
         &reply.data[..8]
     );
 }
+
+/// A disk image goes into a volume and comes back, and every kind of request is made, with CHAP and with
+/// each answer about digests that QEMU can ask for.
+#[test]
+fn qemu_over_iscsi() {
+    let cell = cell(&["vol001 128M"]);
+    let gateway = Gateway::start(&cell, 0, MANUAL);
+    let image = cell.bench.path("image");
+    let back = cell.bench.path("back");
+    let (image, back) = (image.to_str().unwrap(), back.to_str().unwrap());
+    // Data, a hole, data, a hole up to the size of the disk.
+    let mut bytes: Vec<u8> = (0..24 << 20)
+        .map(|at: u64| (at / 512 * 7 + at) as u8)
+        .collect();
+    bytes[8 << 20..16 << 20].fill(0);
+    std::fs::write(image, &bytes).unwrap();
+    let file = std::fs::File::options().write(true).open(image).unwrap();
+    file.set_len(128 << 20).unwrap();
+
+    let url = gateway.url(USER, TARGET, 1);
+    let qemu_img = |args: &[&str]| {
+        let (done, said) = qemu("qemu-img", args);
+        assert!(done, "{args:?}: {said}");
+        said
+    };
+    let raw = ["-f", "raw"];
+    let said = qemu_img(&["info", "-f", "raw", "--output=json", &url]);
+    assert!(said.contains("\"virtual-size\": 134217728"), "{said}");
+    qemu_img(&["convert", "-n", "-f", "raw", "-O", "raw", image, &url]);
+    qemu_img(&["compare", "-f", "raw", "-F", "raw", image, &url]);
+    // What was a hole takes no space: GET LBA STATUS says so.
+    let map = qemu_img(&["map", "-f", "raw", "--output=json", &url]);
+    let map: serde_json::Value = serde_json::from_str(&map).unwrap();
+    let is_hole = |at: u64| {
+        let extents = map.as_array().unwrap();
+        let covers = |it: &&serde_json::Value| {
+            let start = it["start"].as_u64().unwrap();
+            start <= at && at < start + it["length"].as_u64().unwrap()
+        };
+        extents.iter().find(covers).unwrap()["data"] == false
+    };
+    assert_eq!(
+        [0, 20 << 20, 12 << 20, 100 << 20].map(is_hole),
+        [false, false, true, true],
+        "{map}"
+    );
+    qemu_img(&["convert", "-f", "raw", "-O", "raw", &url, back]);
+    assert!(std::fs::read(image).unwrap() == std::fs::read(back).unwrap());
+    qemu_img(
+        &[
+            &["bench"],
+            &raw[..],
+            &["-c", "2000", "-d", "16", "-w", &url],
+        ]
+        .concat(),
+    );
+    qemu_img(
+        &[
+            &["bench"],
+            &raw[..],
+            &["-c", "2000", "-d", "16", "-s", "65536", &url],
+        ]
+        .concat(),
+    );
+    for wrong in ["", "iscsi_pss%iscsi_pss001@", "someone%iscsi_pss000@"] {
+        let url = gateway.url(wrong, TARGET, 1);
+        let (done, said) = qemu("qemu-img", &["info", "-f", "raw", &url]);
+        assert!(!done, "{wrong}: {said}");
+    }
+
+    // CHAP with a secret that is on no command line, and all that QEMU can ask about header digests.
+    let secret = cell.bench.path("secret");
+    std::fs::write(&secret, "iscsi_pss000").unwrap();
+    let secret = format!("secret,id=chap,file={}", secret.display());
+    for (offer, agreed) in [
+        ("none", false),
+        ("crc32c", true),
+        ("none-crc32c", false),
+        ("crc32c-none", true),
+    ] {
+        let options = format!(
+            "driver=raw,file.driver=iscsi,file.transport=tcp,file.portal={},file.target={TARGET},file.lun=1,\
+             file.user=iscsi_pss,file.password-secret=chap,file.header-digest={offer}",
+            gateway.portal
+        );
+        let mut args = vec!["--object", &secret, "-d", "unmap", "--image-opts"];
+        for command in QEMU_IO {
+            args.extend(["-c", command]);
+        }
+        args.push(&options);
+        let session = || {
+            let control = gateway.control.display();
+            let sessions = format!("iscsi --control {control} --json sessions");
+            let said = cell.bench.run("pss", &sessions).done().stdout();
+            let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+            said["sessions"][0]["header_digest"].as_bool()
+        };
+        let said = std::thread::scope(|scope| {
+            let io = scope.spawn(|| qemu("qemu-io", &args));
+            let mut seen = None;
+            while !io.is_finished() {
+                seen = session().or(seen);
+            }
+            assert_eq!(seen, Some(agreed), "{offer}");
+            io.join().unwrap()
+        });
+        assert!(said.0, "{offer}: {}", said.1);
+        for sign in ["verification failed", "failed:", "error"] {
+            assert!(!said.1.contains(sign), "{offer}: {}", said.1);
+        }
+    }
+}
+
+/// Commands of qemu-io; the sleep is there for the session to be seen.
+const QEMU_IO: [&str; 19] = [
+    "sleep 500",
+    "write -P 0xab 1M 64k",
+    "read -P 0xab 1M 64k",
+    "write -P 0x11 2M 4M",
+    "write -z 2M 1M",
+    "write -z -u 3M 1M",
+    "discard 4M 1M",
+    "write -f -P 0x22 7M 4k",
+    "aio_write -P 0x33 8M 1M",
+    "aio_write -P 0x44 9M 1M",
+    "aio_flush",
+    "flush",
+    "read -P 0 2M 3M",
+    "read -P 0x11 5M 1M",
+    "read -P 0x22 7M 4k",
+    "read -P 0x33 8M 1M",
+    "read -P 0x44 9M 1M",
+    // Aligned to neither sectors nor blocks.
+    "write -P 0x55 10000001 777",
+    "read -P 0x55 10000001 777",
+];
 
 #[test]
 fn libiscsis_suite() {
