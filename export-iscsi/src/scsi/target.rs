@@ -762,18 +762,24 @@ impl Target {
             true => Access::Write,
             false => Access::Read,
         };
-        let name = self.nexuses.get(&task.nexus).map(|state| &state.name);
+        let nexus = task.nexus;
+        let name = self.nexuses.get(&nexus).map(|state| &state.name);
         let allowed = self.reservations(lun).allows(name, access);
-        if reached && allowed {
-            self.submit_request(Owner::Task(id), lun, part, request, actions);
-            return;
-        }
-        let status = match reached {
-            true => Status::ReservationConflict,
-            false => Status::Busy,
+        // The change that was just heard of may have been answered before the task came: then what it tells this
+        // nexus comes first, as it does for a task that begins (SAM-5 §5.14).
+        let unit = self.units.get_mut(&lun).filter(|_| reached);
+        let told = unit.and_then(|unit| unit.take_attention(nexus));
+        let failure = match (reached, told) {
+            (false, _) => Status::Busy.into(),
+            (true, Some(asc)) => Sense::attention(asc).into(),
+            (true, None) if allowed => {
+                self.submit_request(Owner::Task(id), lun, part, request, actions);
+                return;
+            }
+            (true, None) => Status::ReservationConflict.into(),
         };
         self.leave_requests(id);
-        for ready in self.finish(id, Err(Failure::Status(status)), actions) {
+        for ready in self.finish(id, Err(failure), actions) {
             self.start(ready, actions);
         }
     }

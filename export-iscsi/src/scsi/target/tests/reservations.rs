@@ -324,6 +324,30 @@ fn a_reservation_of_another_gateway_holds_before_it_is_heard_of() {
     assert_eq!(rig.volumes[&1].bytes[0], 1);
 }
 
+/// A command that comes after another gateway has answered PREEMPT is told so, whether it is allowed or not.
+#[test]
+fn what_a_preemption_tells_comes_before_what_it_forbids() {
+    use pss_core::volume::reservation::ReservationType::*;
+    let write = (cdb10(0x2a, 0, 0, 1), &[1; 512][..], CONFLICT);
+    let read = (cdb10(0x28, 0, 0, 1), &[][..], Status::Good);
+    for (cdb, data, then) in [write, read] {
+        let mut rig = Rig::new();
+        register(&mut rig, A, 1);
+        out(&mut rig, A, 1, 1, 1, 0);
+        registered_elsewhere(&mut rig, 7, 70);
+        let preempt = ReservationAction::Preempt {
+            key: 70,
+            victim: 1,
+            kind: WriteExclusive,
+            abort: false,
+        };
+        elsewhere(&mut rig, 7, preempt);
+        assert_eq!(rig.sense(1, &cdb, data), (6, 0x2a05));
+        assert_eq!(status(&mut rig, A, &cdb, data), then);
+        assert_eq!(rig.volumes[&1].bytes[0], 0);
+    }
+}
+
 #[test]
 fn preempted_and_reset_from_another_gateway() {
     use pss_core::volume::reservation::ReservationType::*;
