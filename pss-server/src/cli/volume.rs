@@ -220,12 +220,13 @@ fn resize(args: &CellArgs, name: &str, change: SizeChange, shrink: Shrink) -> Re
         )));
     }
     // The cell refuses this as well; it does not say by whom.
+    let remedy = "add --force to make it smaller all the same: whoever uses what lies behind the new end \
+                  loses it and finds errors there";
     if size < now && shrink == Shrink::Unused && !attached_by.is_empty() {
-        let remedy = "add --force to make it smaller all the same: whoever uses what lies behind the new end \
-                      loses it and finds errors there";
         return Err(attached(name, &attached_by, remedy));
     }
-    cell.resize_volume(&volume, size, shrink)?;
+    cell.resize_volume(&volume, size, shrink)
+        .map_err(|error| or_attached(&cell, name, error, remedy))?;
     if args.json {
         return print_json(&json!({
             "schema": "pss.volume.resize/1",
@@ -255,13 +256,23 @@ fn attached(name: &str, by: &[String], remedy: &str) -> CliError {
     )
 }
 
+/// The refusal of a change; by whom the volume is attached, if somebody has attached it since we looked.
+fn or_attached(cell: &Access, name: &str, refusal: CliError, remedy: &str) -> CliError {
+    match cell.volume(name) {
+        Ok(now) if refusal.exit == Exit::Busy && !now.attached_by.is_empty() => {
+            attached(name, &now.attached_by, remedy)
+        }
+        _ => refusal,
+    }
+}
+
 fn delete(args: &CellArgs, name: &str, yes: bool, force: bool) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
     let status = cell.volume(name)?;
     // The cell refuses this as well; asking first would be a question without a choice.
+    let remedy =
+        "add --force to delete it all the same: for whoever uses it the disk is gone at once";
     if !status.attached_by.is_empty() && !force {
-        let remedy =
-            "add --force to delete it all the same: for whoever uses it the disk is gone at once";
         return Err(attached(name, &status.attached_by, remedy));
     }
     if !yes {
@@ -279,7 +290,8 @@ fn delete(args: &CellArgs, name: &str, yes: bool, force: bool) -> Result<(), Cli
             Size(status.allocated_bytes)
         ))?;
     }
-    cell.delete_volume(&status.volume, force)?;
+    cell.delete_volume(&status.volume, force)
+        .map_err(|error| or_attached(&cell, name, error, remedy))?;
     if args.json {
         return print_json(&json!({ "schema": "pss.volume.delete/1", "name": name }));
     }
