@@ -15,12 +15,12 @@ exec 9>lock
 flock 9
 
 # What the guest runs comes from these, and from the libraries that they depend on.
-packages=(busybox-static open-iscsi multipath-tools sg3-utils sg3-utils-udev fio xfsprogs e2fsprogs
+packages=(busybox-static open-iscsi multipath-tools sg3-utils sg3-utils-udev fio xfsprogs e2fsprogs nbd-client
     util-linux udev dmsetup kpartx)
 programs=(iscsid iscsiadm multipath multipathd sg_inq sg_luns sg_opcodes sg_persist sg_readcap sg_vpd
-    sg_get_lba_status sg_rtpg fio mkfs.xfs xfs_repair mke2fs e2fsck blkdiscard blockdev udevadm scsi_id dmsetup
+    sg_get_lba_status sg_rtpg nbd-client fio mkfs.xfs xfs_repair mke2fs e2fsck blkdiscard blockdev udevadm scsi_id dmsetup
     kpartx)
-modules=(virtio_pci virtio_net iscsi_tcp sd_mod sg dm-multipath dm-round-robin dm-service-time xfs ext4
+modules=(virtio_pci virtio_net nbd iscsi_tcp sd_mod sg dm-multipath dm-round-robin dm-service-time xfs ext4
     crc32c-intel crc32c_generic)
 # Debian's loader and glibc look for this one only when a thread is cancelled.
 libraries=(libgcc_s.so.1)

@@ -348,6 +348,49 @@ step_persistent_reservations() {
     portal=$portal1 logout multi
 }
 
+# --- NBD, by the kernel
+
+attach_nbd() {
+    nbd-client "${nbd%:*}" "${nbd#*:}" /dev/nbd0 -N v "$@"
+    wait_for 10 test -e /sys/block/nbd0/pid
+}
+detach_nbd() {
+    nbd-client -d /dev/nbd0
+    udevadm settle
+}
+
+step_nbd() {
+    modprobe nbd
+    attach_nbd -C 4
+    [ "$(blockdev --getsize64 /dev/nbd0)" = 268435456 ]
+    mkfs.ext4 -q -F /dev/nbd0
+    mount -t ext4 /dev/nbd0 /mnt
+    cp -a /usr /mnt/
+    # The rest while there is no leader for a moment.
+    echo "HOST leader" >/dev/ttyS0
+    cp -a /lib /etc /mnt/
+    sync
+    umount /mnt
+    detach_nbd
+    echo 3 >/proc/sys/vm/drop_caches
+    attach_nbd
+    e2fsck -fn /dev/nbd0
+    mount -t ext4 /dev/nbd0 /mnt
+    for tree in usr lib etc; do
+        diff -r "/$tree" "/mnt/$tree"
+    done
+    rm -r /mnt/usr /mnt/lib
+    fstrim -v /mnt
+    umount /mnt
+    write_and_compare /dev/nbd0
+    /sbin/blkdiscard /dev/nbd0
+    dd if=/dev/zero of=/tmp/random bs=1M count=4
+    dd if=/dev/nbd0 bs=1M count=4 iflag=direct of=/tmp/back
+    cmp /tmp/random /tmp/back
+    detach_nbd
+    [ ! -e /sys/block/nbd0/pid ]
+}
+
 # --- multipath
 
 cat >/etc/multipath.conf <<'END'

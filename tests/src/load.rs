@@ -1,4 +1,4 @@
-//! Load over NBD on a few hundred 4 KiB blocks, and the history of each of them.
+//! Load over NBD or iSCSI on a few hundred 4 KiB blocks, and the history of each of them.
 //!
 //! Every write has a value of its own, which fills its block. What is under way when a connection is
 //! cut, or fails, stays open in the history: it may take effect at any time, or never.
@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::checker::{Kind, Operation, Time, check};
+use crate::iscsi_client::{IscsiClient, cdb10};
 use crate::nbd_client::{Command, NbdClient};
 use crate::processes::wait_until;
 use crate::rng::Rng;
@@ -31,6 +32,10 @@ const DEPTH: usize = 4;
 const THINK: Duration = Duration::from_millis(3);
 /// A connection to a gateway that is not the worker's own ends after so many requests.
 const GUEST_REQUESTS: u32 = 300;
+/// As many as an initiator sends with a command.
+const INITIATOR_BLOCKS_MAX: u64 = 2;
+/// UNIT ATTENTION.
+const ATTENTION: u8 = 6;
 /// A client gives a connection up when nothing has come for this time; the gateways give up after 30 s.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(75);
 
@@ -49,9 +54,24 @@ pub struct Load {
 impl Load {
     /// Starts so many clients; they are at home on the gateways in turn.
     pub fn start(gateways: Vec<SocketAddr>, workers: usize, seed: u64) -> Load {
+        Load::start_over(None, gateways, workers, seed)
+    }
+
+    /// The same with initiators of a target, whose LUN 1 is the volume; each has one command in flight.
+    pub fn over_iscsi(target: &str, gateways: Vec<SocketAddr>, workers: usize, seed: u64) -> Load {
+        Load::start_over(Some(target.to_owned()), gateways, workers, seed)
+    }
+
+    fn start_over(
+        target: Option<String>,
+        gateways: Vec<SocketAddr>,
+        workers: usize,
+        seed: u64,
+    ) -> Load {
         let shared = Arc::new(Shared {
             start: Instant::now(),
             stop: AtomicBool::new(false),
+            target,
             gateways,
             progress: (0..workers).map(|_| AtomicU64::new(0)).collect(),
         });
@@ -133,7 +153,7 @@ impl Drop for Load {
 pub struct History {
     start: Instant,
     blocks: BTreeMap<u64, Vec<Operation>>,
-    /// Requests that ended with an error, by its number.
+    /// Requests that ended with an error, by its number (over iSCSI: with a status).
     pub errors: BTreeMap<u32, u64>,
 }
 
@@ -205,6 +225,8 @@ impl History {
 struct Shared {
     start: Instant,
     stop: AtomicBool,
+    /// Over iSCSI.
+    target: Option<String>,
     gateways: Vec<SocketAddr>,
     /// For each worker, when the latest write was begun that was answered.
     progress: Vec<AtomicU64>,
@@ -260,8 +282,15 @@ impl Worker {
         let mut gateway = home;
         while !self.shared.stop.load(Ordering::Relaxed) {
             let address = self.shared.gateways[gateway];
-            let client = NbdClient::connect(address, "v", CLIENT_PATIENCE);
-            let used = client.and_then(|client| self.use_client(client, gateway == home));
+            let at_home = gateway == home;
+            let used = match self.shared.target.clone() {
+                None => NbdClient::connect(address, "v", CLIENT_PATIENCE)
+                    .and_then(|client| self.use_client(client, at_home)),
+                Some(target) => {
+                    IscsiClient::login(address, &target, self.number as u8, CLIENT_PATIENCE)
+                        .and_then(|client| self.use_initiator(client, at_home))
+                }
+            };
             // What is under way on a connection that was cut stays open for ever.
             self.cut += self.pending.len() as u64;
             for (_, pending) in std::mem::take(&mut self.pending) {
@@ -293,9 +322,67 @@ impl Worker {
         }
     }
 
+    fn use_initiator(&mut self, mut client: IscsiClient, at_home: bool) -> io::Result<()> {
+        let mut left = if at_home { u32::MAX } else { GUEST_REQUESTS };
+        while left > 0 && !self.shared.stop.load(Ordering::Relaxed) {
+            left = left.saturating_sub(1);
+            let (command, count, pending, payload) = self.choose(INITIATOR_BLOCKS_MAX);
+            let lba = (offset(pending.first) / 512) as u32;
+            let mut cdb = cdb10(0x28, lba, (count * BLOCK / 512) as u16);
+            // READ, WRITE, WRITE SAME with and without UNMAP.
+            let (opcode, flags, reads) = match command {
+                Command::Read => (0x28, 0, count * BLOCK),
+                Command::Write => (0x2a, 0, 0),
+                Command::Trim => (0x41, 8, 0),
+                _ => (0x41, 0, 0),
+            };
+            (cdb[0], cdb[1]) = (opcode, flags);
+            let out = match opcode {
+                0x41 => &[0; 512][..],
+                _ => &payload,
+            };
+            let ended = match client.command(&cdb, reads as u32, out) {
+                Ok(ended) => ended,
+                Err(error) => {
+                    self.cut += 1;
+                    self.note(&pending, None);
+                    return Err(error);
+                }
+            };
+            match (ended.status, ended.sense) {
+                (0, _) => self.answered(pending, ended.data),
+                // Not carried out; to leave it open allows more than that.
+                (_, Some((ATTENTION, _))) => self.note(&pending, None),
+                (status, _) => {
+                    *self.errors.entry(status.into()).or_default() += 1;
+                    self.note(&pending, None);
+                }
+            }
+            std::thread::sleep(THINK);
+        }
+        Ok(())
+    }
+
     fn begin(&mut self, client: &mut NbdClient) -> io::Result<()> {
+        let (command, count, pending, payload) = self.choose(4);
+        let length = (count * BLOCK) as u32;
+        let sent = client.submit(command, offset(pending.first), length, &payload);
+        match sent {
+            Ok(cookie) => {
+                self.pending.insert(cookie, pending);
+                Ok(())
+            }
+            Err(error) => {
+                self.note(&pending, None);
+                Err(error)
+            }
+        }
+    }
+
+    /// The next request: what, on how many blocks, how it stands in the history, with which payload.
+    fn choose(&mut self, blocks_max: u64) -> (Command, u64, Pending, Vec<u8>) {
         let count = match self.rng.chance(150) {
-            true => self.rng.between(2, 4),
+            true => self.rng.between(2, blocks_max),
             false => 1,
         };
         let run = self.rng.below(RUNS) * RUN_BLOCKS;
@@ -322,48 +409,39 @@ impl Worker {
             }
             _ => Some(vec![0; count as usize]),
         };
-        let begun = self.shared.now();
-        let length = (count * BLOCK) as u32;
-        let sent = client.submit(command, offset(first), length, &payload);
         let pending = Pending {
-            begun,
+            begun: self.shared.now(),
             first,
             values,
         };
-        match sent {
-            Ok(cookie) => {
-                self.pending.insert(cookie, pending);
-                Ok(())
-            }
-            Err(error) => {
-                self.note(&pending, None);
-                Err(error)
-            }
-        }
+        (command, count, pending, payload)
     }
 
     fn finish(&mut self, client: &mut NbdClient) -> io::Result<()> {
-        let mut reply = client.complete()?;
-        let now = self.shared.now();
-        let mut pending = self.pending.remove(&reply.cookie).expect("it was sent");
+        let reply = client.complete()?;
+        let pending = self.pending.remove(&reply.cookie).expect("it was sent");
         if reply.error != 0 {
             *self.errors.entry(reply.error).or_default() += 1;
             self.note(&pending, None);
             return Ok(());
         }
-        match pending.values {
-            None => pending.values = Some(self.values_of(&pending, &mut reply.data)),
-            Some(_) => {
-                self.note(&pending, Some(now));
-                self.shared.progress[self.number].fetch_max(pending.begun, Ordering::Relaxed);
-                return Ok(());
-            }
-        }
-        self.note_read(&pending, now);
+        self.answered(pending, reply.data);
         Ok(())
     }
 
-    fn values_of(&mut self, pending: &Pending, data: &mut [u8]) -> Vec<u64> {
+    /// A request was carried out.
+    fn answered(&mut self, mut pending: Pending, data: Vec<u8>) {
+        let now = self.shared.now();
+        if pending.values.is_some() {
+            self.note(&pending, Some(now));
+            self.shared.progress[self.number].fetch_max(pending.begun, Ordering::Relaxed);
+            return;
+        }
+        pending.values = Some(self.values_of(&pending, &data));
+        self.note_read(&pending, now);
+    }
+
+    fn values_of(&mut self, pending: &Pending, data: &[u8]) -> Vec<u64> {
         let mut values = Vec::new();
         for (index, block) in data.chunks_exact(BLOCK as usize).enumerate() {
             let (words, _) = block.as_chunks::<8>();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use pss_tests::iscsi::Gateway;
 use pss_tests::iscsi_client::{Ended, IscsiClient, Reset, cdb10};
+use pss_tests::load::Load;
 use pss_tests::processes::{Cell, Layout};
 
 const TARGET: &str = "iqn.2001-03.jp.tritech:tgtd-pss";
@@ -19,25 +20,25 @@ const REGISTRATIONS_PREEMPTED: (u8, u16) = (6, 0x2a05);
 const NOT_SUPPORTED: (u8, u16) = (5, 0x2500);
 const CONFLICT: u8 = 0x18;
 
-/// Three servers and two gateways that show volumes, one target each, as LUN 1.
+/// Targets that show one volume each, as LUN 1.
+fn conf(volumes: &[&str]) -> String {
+    let target = |volume| {
+        format!(
+            "<target {TARGET}-{volume}>\n<backing-store {volume}>\nbs-type pss\nlun 1\n</backing-store>\n</target>\n"
+        )
+    };
+    volumes.iter().map(target).collect()
+}
+
+/// Three servers, and two gateways that show volumes. `v` is always there, also over NBD.
 fn cell(volumes: &[&str]) -> (Cell, [Gateway; 2]) {
-    let mut cell = Cell::new(Layout {
-        gateways: 0,
-        ..Layout::small(3)
-    });
-    for id in 0..3 {
-        cell.start(id);
-    }
-    cell.wait_current();
-    let mut conf = String::new();
-    for volume in volumes {
+    let cell = Cell::started(Layout::small(3), "64M --chunk-size 1M");
+    for volume in volumes.iter().filter(|volume| **volume != "v") {
         cell.bench
             .run("pss", &format!("volume create {volume} 64M"))
             .done();
-        conf += &format!(
-            "<target {TARGET}-{volume}>\n<backing-store {volume}>\nbs-type pss\nlun 1\n</backing-store>\n</target>\n"
-        );
     }
+    let conf = conf(volumes);
     let gateways = [0, 1].map(|number| Gateway::start(&cell, number, &conf));
     (cell, gateways)
 }
@@ -128,17 +129,21 @@ fn resets_are_seen_by_the_next_command_on_the_other_gateway() {
 fn reservations_are_seen_by_the_next_command_on_the_other_gateway() {
     let (_cell, gateways) = cell(&["v"]);
     let [mut one, mut other] = gateways.each_ref().map(|gateway| login(gateway, "v"));
-    for round in 0..10 {
+    for round in 0..12 {
         assert_eq!(reserve_out(&mut one, 6, 0, 0, 1), 0);
         assert_eq!(reserve_out(&mut other, 6, 0, 0, 2), 0);
         // WRITE EXCLUSIVE.
         assert_eq!(reserve_out(&mut one, 1, 1, 1, 0), 0);
         assert_eq!(write(&mut other, 0).status, CONFLICT, "round {round}");
         assert_eq!(read(&mut other, 0).status, 0);
-        assert_eq!(reserve_out(&mut other, 5, 1, 2, 1), 0);
-        let told = match round % 2 {
+        // PREEMPT, or PREEMPT AND ABORT.
+        let preempt = 4 + (round / 2 % 2) as u8;
+        assert_eq!(reserve_out(&mut other, preempt, 1, 2, 1), 0);
+        let told = match round % 3 {
             0 => one.test_unit_ready().unwrap(),
-            _ => write(&mut one, 0),
+            1 => write(&mut one, 0),
+            // It would be allowed.
+            _ => read(&mut one, 0),
         };
         assert_eq!(told.sense, Some(REGISTRATIONS_PREEMPTED), "round {round}");
         assert_eq!(write(&mut one, 0).status, CONFLICT);
@@ -238,4 +243,157 @@ fn a_volume_is_deleted_while_nobody_has_it_or_by_force() {
     let mut client = login(&gateways[0], "used");
     assert_eq!(blocks(&mut client), 65_536);
     assert_eq!(read(&mut client, 0).data, [0; 512]);
+}
+
+/// COMPARE AND WRITE of the first block (SBC-3 §5.3): whether the block was `old` and is `new` now.
+fn compare_and_write(
+    client: &mut IscsiClient,
+    old: &[u8; 512],
+    new: &[u8; 512],
+) -> std::io::Result<bool> {
+    let mut cdb = [0; 16];
+    (cdb[0], cdb[13]) = (0x89, 1);
+    let ended = client.command(&cdb, 0, &[&old[..], &new[..]].concat())?;
+    match (ended.status, ended.sense) {
+        (0, _) => Ok(true),
+        (2, Some(MISCOMPARE)) => Ok(false),
+        _ => panic!("{ended:?}"),
+    }
+}
+
+const MISCOMPARE: (u8, u16) = (0xe, 0x1d00);
+
+fn count_of(block: &[u8]) -> u64 {
+    u64::from_le_bytes(block[..8].try_into().unwrap())
+}
+
+/// How an initiator has counted.
+#[derive(Default)]
+struct Counted {
+    done: u64,
+    /// Its session ended before the answer came.
+    unknown: u64,
+}
+
+/// Increments the counter in the first block so often, or until its gateway is gone.
+fn count_up(client: &mut IscsiClient, times: u64) -> Counted {
+    let mut counted = Counted::default();
+    while counted.done < times {
+        let Ok(ended) = client.command(&cdb10(0x28, 0, 1), 512, &[]) else {
+            return counted;
+        };
+        assert_eq!(ended.status, 0, "{ended:?}");
+        let old: [u8; 512] = ended.data.try_into().unwrap();
+        let mut new = old;
+        new[..8].copy_from_slice(&(count_of(&old) + 1).to_le_bytes());
+        match compare_and_write(client, &old, &new) {
+            Ok(done) => counted.done += u64::from(done),
+            Err(_) => {
+                counted.unknown += 1;
+                return counted;
+            }
+        }
+    }
+    counted
+}
+
+/// A counter that initiators on both gateways increment with COMPARE AND WRITE is exact.
+#[test]
+fn a_counter_is_exact_over_two_gateways() {
+    const EACH: u64 = 2500;
+    let (mut cell, mut gateways) = cell(&["v"]);
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        for gateway in &gateways {
+            let number = clients.len() as u8;
+            let target = format!("{TARGET}-v");
+            let client = IscsiClient::login(gateway.portal, &target, number, PATIENCE);
+            let mut client = client.unwrap();
+            client.ready().unwrap();
+            clients.push(client);
+        }
+    }
+    // All answers come, although a leader is killed in the middle.
+    let counted: Vec<Counted> = std::thread::scope(|scope| {
+        let counting = clients.iter_mut();
+        let counting: Vec<_> = counting
+            .map(|client| scope.spawn(move || count_up(client, EACH)))
+            .collect();
+        std::thread::sleep(Duration::from_secs(1));
+        let leader = cell.leader();
+        cell.kill(leader);
+        cell.start(leader);
+        counting.into_iter().map(|it| it.join().unwrap()).collect()
+    });
+    assert!(counted.iter().all(|it| (it.done, it.unknown) == (EACH, 0)));
+    let count = count_of(&read(&mut clients[0], 0).data);
+    assert_eq!(count, 4 * EACH);
+
+    // A gateway is killed: whose answer did not come may have counted, and nobody else.
+    let counted: Vec<Counted> = std::thread::scope(|scope| {
+        let counting = clients.iter_mut();
+        let counting: Vec<_> = counting
+            .map(|client| scope.spawn(move || count_up(client, EACH)))
+            .collect();
+        std::thread::sleep(Duration::from_secs(1));
+        gateways[1].process.kill();
+        counting.into_iter().map(|it| it.join().unwrap()).collect()
+    });
+    assert_eq!((counted[0].done, counted[2].done), (EACH, EACH));
+    assert!(counted[1].done < EACH && counted[3].done < EACH);
+    let done: u64 = counted.iter().map(|it| it.done).sum();
+    let unknown: u64 = counted.iter().map(|it| it.unknown).sum();
+    let now = count_of(&read(&mut clients[0], 0).data);
+    assert!((count + done..=count + done + unknown).contains(&now));
+}
+
+/// What every 4 KiB block showed over two gateways is linearizable, with servers and gateways killed and paused;
+/// nothing that was answered is lost, and a client of another protocol sees the same.
+#[test]
+fn histories_over_iscsi_are_linearizable() {
+    const RETURN: Duration = Duration::from_secs(25);
+    let calm = || std::thread::sleep(Duration::from_millis(1500));
+    let (mut cell, mut gateways) = cell(&["v"]);
+    let portals = gateways.iter().map(|it| it.portal).collect();
+    let load = Load::over_iscsi(&format!("{TARGET}-v"), portals, 6, 1);
+    for round in 0..4 {
+        calm();
+        let leader = cell.leader();
+        match round {
+            1 => {
+                cell.signal(&[leader], "STOP");
+                load.wait_served("leader paused", load.now(), RETURN);
+                cell.signal(&[leader], "CONT");
+            }
+            2 => {
+                for id in 0..3 {
+                    cell.signal(&[id], "KILL");
+                }
+                for id in 0..3 {
+                    cell.kill(id);
+                    cell.start(id);
+                }
+                load.wait_served("all killed and started", load.now(), RETURN);
+            }
+            _ => {
+                cell.kill(leader);
+                load.wait_served("leader killed", load.now(), RETURN);
+                cell.start(leader);
+            }
+        }
+        cell.wait_current();
+    }
+    for (number, gateway) in gateways.iter_mut().enumerate() {
+        calm();
+        gateway.process.kill();
+        load.wait_served("gateway killed", load.now(), RETURN);
+        *gateway = Gateway::start(&cell, number as u16, &conf(&["v"]));
+        calm();
+    }
+    let mut history = load.finish();
+    // BUSY is what a gateway says when it has waited too long for a leader.
+    let other_than_busy: Vec<_> = history.errors.iter().filter(|(it, _)| **it != 8).collect();
+    assert!(other_than_busy.is_empty(), "{other_than_busy:?}");
+    history.read_all(&mut cell.client(0));
+    history.check();
 }

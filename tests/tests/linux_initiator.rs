@@ -1,5 +1,5 @@
-//! Linux's own initiator before a real cell: Debian's kernel with open-iscsi and multipath-tools in a
-//! QEMU guest. `tests/guest/steps.sh` has what it does.
+//! Linux's own initiator and NBD client before a real cell: Debian's kernel with open-iscsi, multipath-tools and
+//! nbd-client in a QEMU guest. `tests/guest/steps.sh` has what it does.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -69,6 +69,7 @@ const STEPS: &[&str] = &[
     "vpd",
     "opcodes",
     "persistent_reservations",
+    "nbd",
     "multipath",
     "multipath_gateway_killed",
     "multipath_ended",
@@ -77,14 +78,7 @@ const STEPS: &[&str] = &[
 #[test]
 #[ignore = "has a command of its own: cargo test -p pss-tests --test linux_initiator -- --ignored --nocapture"]
 fn linuxs_own_initiator() {
-    let mut cell = Cell::new(Layout {
-        gateways: 0,
-        ..Layout::small(3)
-    });
-    for id in 0..3 {
-        cell.start(id);
-    }
-    cell.wait_current();
+    let mut cell = Cell::started(Layout::small(3), "256M");
     for volume in [
         "ext4 512M",
         "xfs 512M",
@@ -102,6 +96,7 @@ fn linuxs_own_initiator() {
     let mut guest = Guest::boot(&[
         ("portal0", &portals[0]),
         ("portal1", &portals[1]),
+        ("nbd", &cell.nbd(0).to_string()),
         ("steps", &STEPS.join(",")),
     ]);
     let mut results = Vec::new();
@@ -113,6 +108,11 @@ fn linuxs_own_initiator() {
             Some(("STEP", result)) => results.push(result.to_owned()),
             Some(("HOST", "resize")) => {
                 cell.bench.run("pss", "volume resize ext4 768M").done();
+            }
+            Some(("HOST", "leader")) => {
+                let leader = cell.leader();
+                cell.kill(leader);
+                cell.start(leader);
             }
             Some(("HOST", "kill")) => gateways[1].process.kill(),
             Some(("HOST", "start")) => gateways[1] = Gateway::start(&cell, 1, &confs[1]),
