@@ -12,6 +12,29 @@ use tempfile::TempDir;
 
 use crate::binaries;
 
+/// Commands of qemu-io: every kind of request. What is read must be what was written.
+pub const QEMU_IO: [&str; 18] = [
+    "write -P 0xab 1M 64k",
+    "read -P 0xab 1M 64k",
+    "write -P 0x11 2M 4M",
+    "write -z 2M 1M",
+    "write -z -u 3M 1M",
+    "discard 4M 1M",
+    "write -f -P 0x22 7M 4k",
+    "aio_write -P 0x33 8M 1M",
+    "aio_write -P 0x44 9M 1M",
+    "aio_flush",
+    "flush",
+    "read -P 0 2M 3M",
+    "read -P 0x11 5M 1M",
+    "read -P 0x22 7M 4k",
+    "read -P 0x33 8M 1M",
+    "read -P 0x44 9M 1M",
+    // Aligned to neither sectors nor blocks.
+    "write -P 0x55 10000001 777",
+    "read -P 0x55 10000001 777",
+];
+
 /// A directory with a server.conf of three servers at addresses where nobody is.
 pub struct Bench {
     dir: TempDir,

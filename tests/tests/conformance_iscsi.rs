@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use pss_tests::iscsi::{Gateway, Verdict, libiscsi, qemu, suite, suite_test};
 use pss_tests::nbd_client::Command;
 use pss_tests::processes::{Cell, Layout};
+use pss_tests::programs::QEMU_IO;
 
 /// The manual's example, to the letter.
 const MANUAL: &str = "\
@@ -216,7 +217,8 @@ fn qemu_over_iscsi() {
             gateway.portal
         );
         let mut args = vec!["--object", &secret, "-d", "unmap", "--image-opts"];
-        for command in QEMU_IO {
+        // The sleep is there for the session to be seen.
+        for command in ["sleep 500"].iter().chain(&QEMU_IO) {
             args.extend(["-c", command]);
         }
         args.push(&options);
@@ -242,30 +244,6 @@ fn qemu_over_iscsi() {
         }
     }
 }
-
-/// Commands of qemu-io; the sleep is there for the session to be seen.
-const QEMU_IO: [&str; 19] = [
-    "sleep 500",
-    "write -P 0xab 1M 64k",
-    "read -P 0xab 1M 64k",
-    "write -P 0x11 2M 4M",
-    "write -z 2M 1M",
-    "write -z -u 3M 1M",
-    "discard 4M 1M",
-    "write -f -P 0x22 7M 4k",
-    "aio_write -P 0x33 8M 1M",
-    "aio_write -P 0x44 9M 1M",
-    "aio_flush",
-    "flush",
-    "read -P 0 2M 3M",
-    "read -P 0x11 5M 1M",
-    "read -P 0x22 7M 4k",
-    "read -P 0x33 8M 1M",
-    "read -P 0x44 9M 1M",
-    // Aligned to neither sectors nor blocks.
-    "write -P 0x55 10000001 777",
-    "read -P 0x55 10000001 777",
-];
 
 #[test]
 fn libiscsis_suite() {

@@ -20,6 +20,7 @@ use export_nbd::listen::Listener;
 use export_nbd::memory::{MemoryDevice, MemoryVolumes};
 use export_nbd::server::{Limits, Server};
 use pss_tests::processes::{Cell, Layout, PATIENCE, Process, wait_until};
+use pss_tests::programs::QEMU_IO;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -420,28 +421,7 @@ fn qemu_img_reads_writes_and_compares() {
 fn qemu_io_commands() {
     both(|fixture| {
         let mut arguments = vec!["-f", "raw", "-d", "unmap"];
-        for command in [
-            "write -P 0xab 1M 64k",
-            "read -P 0xab 1M 64k",
-            "write -P 0x11 2M 4M",
-            "write -z 2M 1M",
-            "write -z -u 3M 1M",
-            "discard 4M 1M",
-            "write -f -P 0x22 7M 4k",
-            "aio_write -P 0x33 8M 1M",
-            "aio_write -P 0x44 9M 1M",
-            "aio_flush",
-            "flush",
-            "read -P 0 2M 3M",
-            "read -P 0x11 5M 1M",
-            "read -P 0x22 7M 4k",
-            "read -P 0x33 8M 1M",
-            "read -P 0x44 9M 1M",
-            // Aligned to neither sectors nor blocks.
-            "write -P 0x55 10000001 777",
-            "read -P 0x55 10000001 777",
-            "map",
-        ] {
+        for command in QEMU_IO.iter().chain(&["map"]) {
             arguments.extend(["-c", command]);
         }
         let uri = fixture.uri("vol");

@@ -297,6 +297,19 @@ fn count_up(client: &mut IscsiClient, times: u64) -> Counted {
     counted
 }
 
+/// Lets all count at once; `fault` comes in the middle.
+fn count_all(clients: &mut [IscsiClient], times: u64, fault: impl FnOnce()) -> Vec<Counted> {
+    std::thread::scope(|scope| {
+        let counting = clients.iter_mut();
+        let counting: Vec<_> = counting
+            .map(|client| scope.spawn(move || count_up(client, times)))
+            .collect();
+        std::thread::sleep(Duration::from_secs(1));
+        fault();
+        counting.into_iter().map(|it| it.join().unwrap()).collect()
+    })
+}
+
 /// A counter that initiators on both gateways increment with COMPARE AND WRITE is exact.
 #[test]
 fn a_counter_is_exact_over_two_gateways() {
@@ -314,31 +327,17 @@ fn a_counter_is_exact_over_two_gateways() {
         }
     }
     // All answers come, although a leader is killed in the middle.
-    let counted: Vec<Counted> = std::thread::scope(|scope| {
-        let counting = clients.iter_mut();
-        let counting: Vec<_> = counting
-            .map(|client| scope.spawn(move || count_up(client, EACH)))
-            .collect();
-        std::thread::sleep(Duration::from_secs(1));
+    let counted = count_all(&mut clients, EACH, || {
         let leader = cell.leader();
         cell.kill(leader);
         cell.start(leader);
-        counting.into_iter().map(|it| it.join().unwrap()).collect()
     });
     assert!(counted.iter().all(|it| (it.done, it.unknown) == (EACH, 0)));
     let count = count_of(&read(&mut clients[0], 0).data);
     assert_eq!(count, 4 * EACH);
 
     // A gateway is killed: whose answer did not come may have counted, and nobody else.
-    let counted: Vec<Counted> = std::thread::scope(|scope| {
-        let counting = clients.iter_mut();
-        let counting: Vec<_> = counting
-            .map(|client| scope.spawn(move || count_up(client, EACH)))
-            .collect();
-        std::thread::sleep(Duration::from_secs(1));
-        gateways[1].process.kill();
-        counting.into_iter().map(|it| it.join().unwrap()).collect()
-    });
+    let counted = count_all(&mut clients, EACH, || gateways[1].process.kill());
     assert_eq!((counted[0].done, counted[2].done), (EACH, EACH));
     assert!(counted[1].done < EACH && counted[3].done < EACH);
     let done: u64 = counted.iter().map(|it| it.done).sum();

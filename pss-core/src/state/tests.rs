@@ -124,16 +124,20 @@ fn open_session_with_the_same_nonce_is_the_same_session() {
     assert_ne!(driver.open(7), driver.open(8));
 }
 
-#[test]
-fn attached_volume_is_not_deleted() {
-    let mut driver = Driver::new();
-    let (session, volume) = (driver.open(1), driver.volume("v"));
-    let command = |number, op| Command {
+fn numbered(session: SessionId, number: u64, op: Op) -> Command {
+    Command {
         session,
         number: RequestNumber(number),
         settled_below: RequestNumber(0),
         op,
-    };
+    }
+}
+
+#[test]
+fn attached_volume_is_not_deleted() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    let command = |number, op| numbered(session, number, op);
     driver.run(command(1, Op::Attach { volume }));
     let delete = || Command::internal(Op::DeleteVolume { volume });
     let attached = (Answer::Refused(Refusal::VolumeAttached), false);
@@ -149,12 +153,7 @@ fn attached_volume_is_not_deleted() {
 fn an_attached_volume_is_shrunk_and_deleted_by_force_only() {
     let mut driver = Driver::new();
     let (session, volume) = (driver.open(1), driver.volume("v"));
-    let command = |number, op| Command {
-        session,
-        number: RequestNumber(number),
-        settled_below: RequestNumber(0),
-        op,
-    };
+    let command = |number, op| numbered(session, number, op);
     driver.run(command(1, Op::Attach { volume }));
     let shrink = |size_bytes| Command::internal(Op::ShrinkVolume { volume, size_bytes });
     let attached = (Answer::Refused(Refusal::VolumeAttached), false);
