@@ -570,14 +570,6 @@ impl Engine {
                 Some(_) => Some(&copied),
                 None => None,
             };
-            if std::env::var("DBG").is_ok() {
-                println!(
-                    "   DBG apply {:?} {:?} filter {}",
-                    self.replica.id(),
-                    entry.id,
-                    filter.is_some()
-                );
-            }
             let applied = if self.forgetful {
                 let forgotten = without_sessions(&entry);
                 storage::apply_entry(&mut self.state, &self.chunks, &forgotten, filter)
@@ -623,6 +615,10 @@ impl Engine {
 
     /// Tries again to apply the entry for which there was no space.
     fn resume_applying(&mut self, now: Instant) {
+        if self.copying.as_ref().is_some_and(Copying::is_storing) {
+            // The base counts on data and tables as they are; the entry may be in it.
+            return;
+        }
         let Some(stalled) = self.stalled.take() else {
             return;
         };

@@ -63,6 +63,10 @@ impl VolumeChunks {
         }
     }
 
+    pub(super) fn is_deleted(&self) -> bool {
+        *self.deleted.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn is_present(&self, chunk: ChunkIndex) -> bool {
         let presence = self.presence.read().unwrap_or_else(PoisonError::into_inner);
         presence.get(chunk) != ABSENT

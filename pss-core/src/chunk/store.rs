@@ -115,21 +115,47 @@ impl ChunkStore {
     /// [`ChunkError`].
     pub fn delete_volume(&self, volume: &Volume) -> Result<(), ChunkError> {
         self.check()?;
-        let known = self.volume(volume.id);
-        if let Some(chunks) = known {
-            // From here on no checkpoint touches files by their names, which may be used again.
-            *chunks
-                .deleted
-                .write()
-                .unwrap_or_else(PoisonError::into_inner) = true;
-            self.cache.forget_volume(volume.id);
-            let mut dirty = lock(&self.dirty);
-            dirty.chunks.retain(|chunk| chunk.volume.id != volume.id);
-            drop(dirty);
+        match self.volume(volume.id) {
+            Some(chunks) => self.remove_volume(&chunks),
+            None => self.throw_away(&path::volume(&volume.name), volume.id),
         }
-        self.throw_away(&path::volume(&volume.name), volume.id)?;
+    }
+
+    fn remove_volume(&self, volume: &VolumeChunks) -> Result<(), ChunkError> {
+        // From here on no checkpoint touches files by their names, which may be used again.
+        *volume
+            .deleted
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = true;
+        self.cache.forget_volume(volume.id);
+        let mut dirty = lock(&self.dirty);
+        dirty.chunks.retain(|chunk| chunk.volume.id != volume.id);
+        drop(dirty);
+        self.throw_away(&volume.directory, volume.id)?;
         let mut volumes = self.volumes.write().unwrap_or_else(PoisonError::into_inner);
         volumes.remove(&volume.id);
+        Ok(())
+    }
+
+    /// Removes all volumes but these, and makes those of them that are not known.
+    ///
+    /// # Errors
+    /// [`ChunkError`].
+    pub fn exchange_volumes<'a>(
+        &self,
+        volumes: impl Iterator<Item = &'a Volume>,
+    ) -> Result<(), ChunkError> {
+        self.check()?;
+        let new: BTreeMap<VolumeId, &Volume> = volumes.map(|it| (it.id, it)).collect();
+        let known = self.volumes.read().unwrap_or_else(PoisonError::into_inner);
+        let old: Vec<Arc<VolumeChunks>> = known.values().map(Arc::clone).collect();
+        drop(known);
+        for volume in old.iter().filter(|it| !new.contains_key(&it.id)) {
+            self.remove_volume(volume)?;
+        }
+        for volume in new.values() {
+            self.create_volume(volume)?;
+        }
         Ok(())
     }
 
@@ -251,7 +277,12 @@ impl ChunkStore {
             .ok_or(ReadError::NoSuchVolume(volume.id))?;
         let mut parts = Vec::new();
         for range in chunk_ranges(first_block, blocks, volume.chunk_bytes) {
-            self.read_chunk(&volume, &range, nowait, &mut parts)?;
+            let read = self.read_chunk(&volume, &range, nowait, &mut parts);
+            if volume.is_deleted() {
+                // Whatever was found, zeros of files that are gone perhaps.
+                return Err(ReadError::NoSuchVolume(volume.id));
+            }
+            read?;
         }
         Ok(parts)
     }

@@ -91,6 +91,8 @@ struct CountingDisk {
     open_files: std::sync::atomic::AtomicUsize,
     renamed: std::sync::atomic::AtomicUsize,
     removed: std::sync::atomic::AtomicUsize,
+    /// A file that ends like this cannot be removed.
+    stuck: std::sync::OnceLock<&'static str>,
 }
 
 impl CountingDisk {
@@ -101,6 +103,7 @@ impl CountingDisk {
             open_files: Default::default(),
             renamed: Default::default(),
             removed: Default::default(),
+            stuck: Default::default(),
         })
     }
 }
@@ -120,6 +123,9 @@ impl Disk for CountingDisk {
         self.disk.rename(from, to)
     }
     fn remove_file(&self, path: &str) -> io::Result<()> {
+        if self.stuck.get().is_some_and(|end| path.ends_with(end)) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         self.removed.fetch_add(1, Ordering::Relaxed);
         self.disk.remove_file(path)
     }
@@ -323,6 +329,71 @@ fn trash_is_emptied_in_steps() {
     // The volume's directory, one below it, two with files.
     assert_eq!(removed(), 300 + 4);
     assert!(!store.empty_trash(1).unwrap());
+}
+
+/// A file that cannot be removed keeps only itself and its directory.
+#[test]
+fn trash_is_emptied_around_what_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = CountingDisk::new(&directory);
+    disk.stuck.set("/00/01").unwrap();
+    let store = open(&(Arc::clone(&disk) as _), &[]);
+    let volume = volume(1, "v");
+    store.create_volume(&volume).unwrap();
+    for chunk in [1, 2, 3, 600] {
+        write(&store, &volume, chunk * 16, data(1, 1), 1);
+    }
+    store.delete_volume(&volume).unwrap();
+    let mut errors = 0;
+    for _ in 0..20 {
+        errors += usize::from(store.empty_trash(2).is_err());
+    }
+    assert!(errors > 2, "it is tried again");
+    let of_volume = format!("trash/{}", disk.read_dir("trash").unwrap()[0].name);
+    let left = |leaf: &str| disk.read_dir(&format!("{of_volume}/00/{leaf}"));
+    assert_eq!(left("00").unwrap().len(), 1);
+    assert!(left("02").unwrap().is_empty());
+    assert!(!store.is_trash_empty());
+}
+
+/// Data that were deleted do not come back because someone has removed the directory for them.
+#[test]
+fn the_trash_is_made_again() {
+    let fixture = fixture();
+    let (store, volume) = (&fixture.store, volume(1, "v"));
+    store.create_volume(&volume).unwrap();
+    for chunk in 0..600 {
+        write(store, &volume, chunk * 16, data(1, 1), 1);
+    }
+    flush(store);
+    fixture.disk.remove_dir_all("trash").unwrap();
+    store.zero(&volume, 0, 1 << 40, false, Slot(2)).unwrap();
+    flush(store);
+    let again = open(&fixture.disk, std::slice::from_ref(&volume));
+    assert_eq!(again.allocated_bytes(volume.id), 0);
+    assert_eq!(read(&again, &volume, 0, 16), data(0, 16));
+    fixture.disk.remove_dir_all("trash").unwrap();
+    again.delete_volume(&volume).unwrap();
+    assert!(fixture.disk.read_dir("data").unwrap().is_empty());
+}
+
+/// The volumes of a base take the place of those of a state that may be between two entries.
+#[test]
+fn volumes_are_exchanged() {
+    let fixture = fixture();
+    let store = &fixture.store;
+    let [stays, goes, comes] = [volume(1, "a"), volume(2, "b"), volume(3, "b")];
+    for volume in [&stays, &goes] {
+        store.create_volume(volume).unwrap();
+        write(store, volume, 0, data(1, 1), 1);
+    }
+    store
+        .exchange_volumes([&stays, &comes].into_iter())
+        .unwrap();
+    assert_eq!(read(store, &stays, 0, 1), data(1, 1));
+    assert_eq!(read(store, &comes, 0, 1), data(0, 1));
+    let error = store.read(&goes, 0, 1, false).unwrap_err();
+    assert!(matches!(error, ReadError::NoSuchVolume(_)), "{error}");
 }
 
 /// Zeroing many chunks takes a few changes of names, and the next checkpoint does not remove them either.

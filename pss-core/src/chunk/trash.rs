@@ -46,6 +46,11 @@ enum Kind {
     Emptied,
 }
 
+fn is_missing(result: &io::Result<()>) -> bool {
+    let error = result.as_ref().err();
+    error.is_some_and(|it| it.kind() == io::ErrorKind::NotFound)
+}
+
 impl Kind {
     fn of(is_dir: bool) -> Kind {
         if is_dir { Kind::Directory } else { Kind::File }
@@ -77,7 +82,7 @@ impl ChunkStore {
     /// start.
     ///
     /// # Errors
-    /// [`ChunkError::Io`]; it does no harm, and the same is tried again with the next call.
+    /// [`ChunkError::Io`]; it does no harm, and the same is tried again after everything else.
     pub fn empty_trash(&self, names_max: usize) -> Result<bool, ChunkError> {
         for _ in 0..names_max {
             let Some(rubbish) = lock(&self.trash.left).pop() else {
@@ -85,7 +90,8 @@ impl ChunkStore {
             };
             if let Err(source) = self.remove(&rubbish) {
                 let error = ChunkError::io("remove", &rubbish.path, source);
-                lock(&self.trash.left).push(rubbish);
+                // The rest does not wait for it.
+                lock(&self.trash.left).insert(0, rubbish);
                 return Err(error);
             }
         }
@@ -148,10 +154,18 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         let number = self.trash.next.fetch_add(1, Ordering::Relaxed);
         let to = format!("{}/{owner}.{number}", path::TRASH);
-        match self.disk.rename(directory, &to) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            result => self.finish("rename", directory, result)?,
+        let mut renamed = self.disk.rename(directory, &to);
+        if is_missing(&renamed) {
+            // Of what does not exist nothing is left; but it may be the trash that someone has removed.
+            let made = self.disk.create_dir_all(path::TRASH);
+            self.finish("create", path::TRASH, made)?;
+            lock(&self.dirty).directories.insert(String::new());
+            renamed = self.disk.rename(directory, &to);
         }
+        if is_missing(&renamed) {
+            return Ok(());
+        }
+        self.finish("rename", directory, renamed)?;
         let parent = directory.rsplit_once('/').map_or("", |(parent, _)| parent);
         let mut dirty = lock(&self.dirty);
         dirty.directories.insert(parent.to_owned());
@@ -178,11 +192,14 @@ impl ChunkStore {
         if chunks.end.saturating_sub(chunks.start) < 1 << path::LEAF_BITS {
             return Ok(());
         }
-        let result = self.put_directories_aside(volume, &chunks, filter);
-        // Their tables may be in memory, and a reader may just have read one.
-        for chunk in self.cache.within(volume.id, &chunks) {
-            let mut state = lock(&chunk.state);
-            self.forget_if_put_aside(&chunk, &mut state);
+        let mut aside = false;
+        let result = self.put_directories_aside(volume, &chunks, filter, &mut aside);
+        if aside {
+            // Their tables may be in memory, and a reader may just have read one.
+            for chunk in self.cache.within(volume.id, &chunks) {
+                let mut state = lock(&chunk.state);
+                self.forget_if_put_aside(&chunk, &mut state);
+            }
         }
         result
     }
@@ -192,6 +209,7 @@ impl ChunkStore {
         volume: &VolumeChunks,
         chunks: &Range<u64>,
         filter: Filter<'_>,
+        aside: &mut bool,
     ) -> Result<(), ChunkError> {
         let _names = volume.names.write().unwrap_or_else(PoisonError::into_inner);
         let fits = |directory: &Range<u64>| {
@@ -213,6 +231,7 @@ impl ChunkStore {
                     let directory = path::branch(&volume.directory, chunk);
                     self.throw_away(&directory, volume.id)?;
                     volume.set_absent(&branch);
+                    *aside = true;
                     next = branch.end;
                     continue;
                 }
@@ -221,6 +240,7 @@ impl ChunkStore {
                 let directory = path::leaf(&volume.directory, chunk);
                 self.throw_away(&directory, volume.id)?;
                 volume.set_absent(&leaf);
+                *aside = true;
             }
             next = leaf.end;
         }

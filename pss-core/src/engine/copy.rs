@@ -4,7 +4,8 @@
 //! and goes on appending, acknowledging and applying entries; but an entry takes effect only on chunks
 //! that have been copied. A chunk is copied as of a slot that is at least as new as what is applied here
 //! at that moment, so that no entry can be missed between; entries that it holds already are applied once
-//! more, which changes nothing because they write whole blocks in order. So that a chunk is not outdated
+//! more, which changes nothing because they write whole blocks in order. An entry that was applied in part
+//! when the disk was full counts as applied: of its first commands nobody asks again. So that a chunk is not outdated
 //! when it comes, nothing is applied here while the answer to a question is on its way. Volumes and chunks
 //! are copied in ascending order: what lies below the cursor is done.
 //!
@@ -97,7 +98,8 @@ impl Copying {
         }
     }
 
-    /// Goes on after a restart: what was copied before is found equal and not copied again.
+    /// Goes on after a restart: what was copied before is found equal and not copied again, unless its table
+    /// is above `proven`.
     pub(super) fn resume(proven: Slot, now: Instant) -> Copying {
         Copying {
             installing: true,
@@ -230,11 +232,17 @@ impl Engine {
         self.copying.as_ref().is_some_and(holds)
     }
 
+    /// What a list or a chunk must be as new as, so that no entry that takes no effect on it here is missing.
+    fn needed(&self) -> Slot {
+        let stalled = self.stalled.as_ref().map(|it| it.entry().id.slot);
+        stalled.unwrap_or(self.state.applied())
+    }
+
     /// Asks for what is needed next.
     fn ask_donor(&mut self, now: Instant) {
         // The answer must be as new as what is applied here, so the less remains to be applied the better.
         self.apply_backlog(now);
-        let applied = self.state.applied();
+        let at_least = self.needed();
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -253,7 +261,7 @@ impl Engine {
                 }
                 let (volume, from) = copying.cursor;
                 SyncMessage::RequestList {
-                    at_least: applied,
+                    at_least,
                     volume,
                     from,
                 }
@@ -272,7 +280,7 @@ impl Engine {
     }
 
     fn ask_chunks(&mut self, now: Instant, donor: ServerId) {
-        let at_least = self.state.applied();
+        let at_least = self.needed();
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -514,8 +522,8 @@ impl Engine {
         copying.installing = true;
         // What was copied before has missed the entries up to the base.
         copying.cursor = (VolumeId(0), ChunkIndex(0));
-        if let Err(failure) = self.exchange_volumes(&state) {
-            self.failure = Some(failure);
+        if let Err(failure) = self.chunks.exchange_volumes(state.volumes()) {
+            self.failure = Some(failure.into());
             return;
         }
         self.state = *state;
@@ -533,21 +541,6 @@ impl Engine {
         self.copy_timeout(now);
     }
 
-    /// Removes the directories of volumes that the new state does not have, makes those it adds.
-    fn exchange_volumes(&mut self, new: &State) -> Result<(), crate::storage::ApplyError> {
-        for old in self.state.volumes() {
-            if new.volume(old.id).is_none() {
-                self.chunks.delete_volume(old)?;
-            }
-        }
-        for volume in new.volumes() {
-            if self.state.volume(volume.id).is_none() {
-                self.chunks.create_volume(volume)?;
-            }
-        }
-        Ok(())
-    }
-
     fn take_list(
         &mut self,
         now: Instant,
@@ -557,7 +550,7 @@ impl Engine {
         until: Option<ChunkIndex>,
         chunks: &[ChunkSummary],
     ) {
-        let applied = self.state.applied();
+        let needed = self.needed();
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -569,7 +562,7 @@ impl Engine {
         };
         // An older list could miss what entries that we skipped have made.
         let ordered = chunks.windows(2).all(|pair| pair[0].chunk < pair[1].chunk);
-        if as_of < applied || !ordered || until.is_some_and(|until| until <= start.1) {
+        if as_of < needed || !ordered || until.is_some_and(|until| until <= start.1) {
             return self.refuse_answer(now);
         }
         copying.donor = Some(from);
@@ -628,7 +621,7 @@ impl Engine {
         name: ChunkName,
         image: &Bytes,
     ) {
-        let applied = self.state.applied();
+        let needed = self.needed();
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -642,7 +635,7 @@ impl Engine {
         let Some(volume) = self.volumes.get(&name.0).cloned() else {
             return;
         };
-        if as_of < applied {
+        if as_of < needed {
             copying.retry_at = now;
             return self.copy_timeout(now);
         }
