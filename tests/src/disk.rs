@@ -189,6 +189,8 @@ struct Inner {
     would_block_per_mille: u64,
     would_block: Rng,
     capacity_pages: u64,
+    /// Files below this get so many more pages.
+    full: Option<(String, u64)>,
     used_pages: u64,
     zero: Page,
     stats: DiskStats,
@@ -229,6 +231,7 @@ impl SimDisk {
             would_block_per_mille: 0,
             would_block: Rng::new(0),
             capacity_pages: u64::MAX,
+            full: None,
             used_pages: 0,
             zero: Arc::new([0; PAGE]),
             stats: DiskStats::default(),
@@ -370,6 +373,11 @@ impl SimDisk {
         lock(&self.inner).capacity_pages = bytes / PAGE as u64;
     }
 
+    /// Files below `prefix`, except those with names that end in `.new`, get only `pages` more pages together, until this is called with `None`.
+    pub fn set_full(&self, left: Option<(&str, u64)>) {
+        lock(&self.inner).full = left.map(|(prefix, pages)| (prefix.to_owned(), pages));
+    }
+
     /// Bytes that the files take.
     pub fn used_bytes(&self) -> u64 {
         lock(&self.inner).used_pages * PAGE as u64
@@ -433,6 +441,23 @@ impl SimDisk {
 }
 
 impl Inner {
+    /// Takes a page, if there is one left.
+    fn take_page(&mut self, path: &str) -> io::Result<()> {
+        let left = self.full.as_mut();
+        let is_meant = |prefix: &str| path.starts_with(prefix) && !path.ends_with(".new");
+        let left = left.filter(|(prefix, _)| is_meant(prefix));
+        match left {
+            Some((_, 0)) => return Err(io::ErrorKind::StorageFull.into()),
+            Some((_, pages)) => *pages -= 1,
+            None if self.used_pages >= self.capacity_pages => {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            None => {}
+        }
+        self.used_pages += 1;
+        Ok(())
+    }
+
     fn file(&self, path: &str) -> Option<InodeRef> {
         match self.names.get(path) {
             Some(Node::File(file)) => Some(Arc::clone(file)),
@@ -562,10 +587,9 @@ impl Inode {
         self.dirty.insert(page);
     }
 
-    /// Writes within one page. Gives back whether a page was allocated.
-    fn write_page(&mut self, at: usize, bytes: &[u8], zero: &Page) -> bool {
+    /// Writes within one page.
+    fn write_page(&mut self, at: usize, bytes: &[u8], zero: &Page) {
         let (page, within) = (at / PAGE, at % PAGE);
-        let is_new = self.slot(page).current.is_none();
         let content = if bytes.len() == PAGE {
             match <&[u8; PAGE]>::try_from(bytes) {
                 Ok(bytes) if **zero == *bytes => Arc::clone(zero),
@@ -582,7 +606,6 @@ impl Inode {
             Arc::new(content)
         };
         self.set_page(page, Some(content));
-        is_new
     }
 
     fn set_len(&mut self, bytes: u64) -> u64 {
@@ -893,8 +916,8 @@ impl SimFile {
                 let part = (PAGE as u64 - at % PAGE as u64).min(end - at);
                 let page = (at / PAGE as u64) as usize;
                 let is_hole = file.slot(page).current.is_none();
-                if allocate && is_hole && inner.used_pages >= inner.capacity_pages {
-                    return Err(io::ErrorKind::StorageFull.into());
+                if allocate && is_hole {
+                    inner.take_page(&self.path)?;
                 }
                 if part == PAGE as u64 && !allocate {
                     if !is_hole {
@@ -902,8 +925,7 @@ impl SimFile {
                         inner.used_pages -= 1;
                     }
                 } else if allocate || !is_hole {
-                    let new = file.write_page(at as usize, &zero[..part as usize], &zero);
-                    inner.used_pages += u64::from(new);
+                    file.write_page(at as usize, &zero[..part as usize], &zero);
                 }
                 at += part;
             }
@@ -955,13 +977,13 @@ impl DiskFile for SimFile {
                 let bytes = (PAGE - offset as usize % PAGE).min(rest.len());
                 let (now, behind) = rest.split_at(bytes);
                 let page = offset as usize / PAGE;
-                let is_full = inner.used_pages >= inner.capacity_pages;
-                if is_full && file.slot(page).current.is_none() {
-                    result = Err(io::ErrorKind::StorageFull.into());
+                if file.slot(page).current.is_none()
+                    && let Err(error) = inner.take_page(&self.path)
+                {
+                    result = Err(error);
                     break 'parts;
                 }
-                let is_new = file.write_page(offset as usize, now, &zero);
-                inner.used_pages += u64::from(is_new);
+                file.write_page(offset as usize, now, &zero);
                 offset += bytes as u64;
                 rest = behind;
             }

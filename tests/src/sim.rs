@@ -112,6 +112,10 @@ pub struct Report {
     pub hangs: u64,
     /// Times that chunks could not be written back.
     pub lost_writes: u64,
+    /// Entries that waited in the middle because a disk was full.
+    pub stalls: u64,
+    /// The same where chunks were copied at the same time.
+    pub stalled_copies: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
     /// Times that a server copied chunks,
@@ -138,6 +142,8 @@ impl Report {
         self.crashes += other.crashes;
         self.hangs += other.hangs;
         self.lost_writes += other.lost_writes;
+        self.stalls += other.stalls;
+        self.stalled_copies += other.stalled_copies;
         self.rots += other.rots;
         self.copies += other.copies;
         self.drops += other.drops;
@@ -205,6 +211,10 @@ enum Event {
     Resume {
         node: usize,
     },
+    /// Its disk has space again.
+    Space {
+        node: usize,
+    },
     Client {
         client: usize,
     },
@@ -260,6 +270,8 @@ struct Running {
     timer_at: u64,
     /// It took no entries when it was last looked at.
     drops: bool,
+    /// Its disk was full then.
+    stalled: bool,
 }
 
 struct Node {
@@ -659,6 +671,7 @@ impl Sim {
             checkpoint_busy: false,
             timer_at: u64::MAX,
             drops: false,
+            stalled: false,
         });
         let id = node.id;
         self.trace(|| {
@@ -697,6 +710,8 @@ impl Sim {
             return;
         };
         self.report.crashes += 1;
+        // A server does not start before there is space.
+        node.disk.set_full(None);
         node.stopped_at = running.storage.log_end();
         let cut = cut_of(&running.log_queue);
         node.cut_pending = node.cut_pending.into_iter().chain(cut).min();
@@ -750,9 +765,14 @@ impl Sim {
         }
         self.check_node(index)?;
         self.check_leases()?;
-        let Some(running) = &self.nodes[index].running else {
+        let Some(running) = &mut self.nodes[index].running else {
             return Ok(());
         };
+        let stalled = running.engine.is_stalled();
+        let before = std::mem::replace(&mut running.stalled, stalled);
+        let copies = running.engine.is_installing();
+        self.report.stalled_copies += u64::from(stalled && !before && copies);
+        self.report.stalls += u64::from(stalled && !before);
         if let Some(failure) = running.engine.failure() {
             let failure = failure.to_string();
             self.trace(|| failure.clone());
@@ -762,9 +782,10 @@ impl Sim {
             self.schedule(at, Event::Start { node: index });
             return Ok(());
         }
+        let timeout = running.engine.poll_timeout();
         let at = match running.engine.has_chosen() {
             true => self.now + MS / 10,
-            false => self.when(index, running.engine.poll_timeout()),
+            false => self.when(index, timeout),
         };
         let life = self.nodes[index].life;
         let Some(running) = &mut self.nodes[index].running else {
@@ -833,6 +854,9 @@ impl Sim {
                 state,
             } => {
                 self.report.copies += 1;
+                if self.faults && self.rng.chance(300) {
+                    self.fill_disk(index, 4);
+                }
                 let work = Work::StoreBase {
                     base,
                     proven,
@@ -986,6 +1010,10 @@ impl Sim {
                 for event in std::mem::take(&mut self.nodes[node].waiting) {
                     self.schedule(self.now, event);
                 }
+                Ok(())
+            }
+            Event::Space { node } => {
+                self.nodes[node].disk.set_full(None);
                 Ok(())
             }
             Event::Client { client } => {
@@ -1317,7 +1345,7 @@ impl Sim {
         let next = self.now + self.rng.between(10 * MS, 700 * MS);
         self.schedule(next, Event::Fault);
         let index = self.rng.below(self.nodes.len() as u64) as usize;
-        match self.rng.below(16) {
+        match self.rng.below(18) {
             0..=2 => self.crash_for_a_while(index),
             3 => {
                 // A power cut of everything.
@@ -1367,7 +1395,18 @@ impl Sim {
                 let id = self.nodes[index].id;
                 self.trace(|| format!("server {id} cannot write back {lost} files"));
             }
-            14 => {
+            14 | 15 => {
+                // One that copies chunks, if there is one.
+                let copies = |node: &Node| {
+                    let running = node.running.as_ref();
+                    running.is_some_and(|it| it.engine.is_installing())
+                };
+                let index = self.nodes.iter().position(copies).unwrap_or(index);
+                if self.nodes[index].running.is_some() {
+                    self.fill_disk(index, 20);
+                }
+            }
+            16 => {
                 let client = self.rng.below(self.clients.len() as u64) as usize;
                 self.clients[client].crash();
             }
@@ -1389,6 +1428,18 @@ impl Sim {
             }
         }
         Ok(())
+    }
+
+    /// For a while the disk has space for a few blocks of volumes only. (Chunks that are copied find some:
+    /// a server that lacks it for them stops.)
+    fn fill_disk(&mut self, index: usize, most: u64) {
+        let pages = self.rng.below(most);
+        let node = &self.nodes[index];
+        node.disk.set_full(Some(("data/", pages)));
+        let id = node.id;
+        self.trace(|| format!("the disk of server {id} is full"));
+        let until = self.now + self.rng.between(20 * MS, 2 * SECOND);
+        self.schedule(until, Event::Space { node: index });
     }
 
     fn crash_for_a_while(&mut self, index: usize) {
@@ -1458,6 +1509,7 @@ impl Sim {
         self.delay_max = MS / 2;
         for index in 0..self.nodes.len() {
             self.nodes[index].paused_until = 0;
+            self.nodes[index].disk.set_full(None);
             self.nodes[index].hangs_until = self.nodes[index].hangs_until.min(self.now + SECOND);
             self.schedule(self.now, Event::Resume { node: index });
             self.schedule(self.now, Event::Start { node: index });
