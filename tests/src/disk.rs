@@ -39,6 +39,8 @@ pub struct DiskStats {
     pub bytes_written: u64,
     /// Reads.
     pub reads: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
 }
 
 /// What a power cut leaves of things that were not synced.
@@ -938,8 +940,10 @@ impl DiskFile for SimFile {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.check_aligned(buf.as_ptr(), buf.len(), offset);
         let mut inner = self.inner()?;
+        let count = lock(&self.file).read(buf, offset);
         inner.stats.reads += 1;
-        Ok(lock(&self.file).read(buf, offset))
+        inner.stats.bytes_read += count as u64;
+        Ok(count)
     }
 
     fn read_at_nowait(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -526,6 +526,30 @@ fn mutate(disk: &SimDisk, rng: &mut Rng) {
     file.sync().unwrap();
 }
 
+/// A server that is killed leaves a segment that is nearly empty; only the last of them is read whole.
+#[test]
+fn segments_that_were_left_early_are_not_read_whole() {
+    let disk = SimDisk::new();
+    let mut world = LogWorld::new(disk.disk()).unwrap();
+    let mut rng = Rng::new(1);
+    let params = LogParams {
+        segment_bytes: 4 << 20,
+        ..log_params()
+    };
+    for starts in 1..20 {
+        let entries = world.new_entries(&mut rng, world.last(), 1);
+        world.log.append(None, &entries, Slot(0)).unwrap();
+        world.model.extend(entries);
+        let before = disk.stats().bytes_read;
+        let (log, recovered) = Log::open(disk.disk(), params.clone(), world.applied).unwrap();
+        world.log = log;
+        assert_eq!((recovered.last, recovered.evidence), (world.last(), None));
+        let bytes = disk.stats().bytes_read - before;
+        let most = params.segment_bytes + (starts + 1) * (256 << 10);
+        assert!(bytes <= most, "{bytes} bytes read after {starts} starts");
+    }
+}
+
 #[test]
 fn log_of_another_cell_is_refused() {
     let disk = SimDisk::new();

@@ -8,6 +8,8 @@
 //!   is kept up to the damage; how far it went is handed on as *evidence*.
 //! * If all that is known is that the write ended (its marker is there) while not all of it can be read, it
 //!   was torn, so that nobody was told of it, or it was whole and has rotted. That is handed on as *doubt*.
+//! * What was found then stands in the next segment's header. Where a segment's records end at the base of the
+//!   next one, the rest of it is not read again: every start begins a segment, and may leave most of it empty.
 //! * Damage at or below the checkpoint does no harm: the log then starts behind it.
 //! * A marker that is damaged takes nothing with it.
 //! * Where the start of a segment is lost with its first record, nobody knows which entries it replaced. What
@@ -80,14 +82,22 @@ impl Scan {
             beyond: false,
             started: false,
         };
-        for segment in segments {
-            scan.segment(segment, params)?;
+        let mut segments = segments.into_iter().peekable();
+        while let Some(segment) = segments.next() {
+            let next = segments.peek();
+            let next_base = next.map(|it| base_of(it, params)).transpose()?.flatten();
+            scan.segment(segment, params, next_base)?;
         }
         scan.finish();
         Ok(scan)
     }
 
-    fn segment(&mut self, segment: Segment, params: &LogParams) -> Result<(), LogError> {
+    fn segment(
+        &mut self,
+        segment: Segment,
+        params: &LogParams,
+        next_base: Option<EntryId>,
+    ) -> Result<(), LogError> {
         let mut window = Window::new(&segment, params.cell);
         let bytes = window.bytes(0, SEGMENT_HEADER_BYTES as usize)?;
         let header = match SegmentHeader::decode(bytes) {
@@ -133,7 +143,7 @@ impl Scan {
             },
         };
         self.index.segments.push_back(segment);
-        self.records(&mut window, base)
+        self.records(&mut window, base, next_base)
     }
 
     /// Brings the log to the state that a segment starts from.
@@ -181,8 +191,14 @@ impl Scan {
         }
     }
 
-    /// Walks the records of a segment that starts behind `base`; `None` if that is lost.
-    fn records(&mut self, window: &mut Window, base: Option<EntryId>) -> Result<(), LogError> {
+    /// Walks the records of a segment that starts behind `base`; `None` if that is lost. The same holds for
+    /// the next segment and `next_base`.
+    fn records(
+        &mut self,
+        window: &mut Window,
+        base: Option<EntryId>,
+        next_base: Option<EntryId>,
+    ) -> Result<(), LogError> {
         let mut is_based = base.is_some();
         let mut cursor = base.unwrap_or(self.index.last);
         let mut offset = SEGMENT_HEADER_BYTES;
@@ -193,6 +209,7 @@ impl Scan {
             };
             let (record, entry) = match expected {
                 Some(loaded) => loaded,
+                None if is_based && next_base == Some(cursor) => return Ok(()),
                 None => match self.skip_damage(window, offset, cursor, is_based)? {
                     Some(loaded) => loaded,
                     None => return Ok(()),
@@ -328,6 +345,16 @@ impl Scan {
         self.chosen = self.chosen.clamp(applied.slot, self.index.last.slot);
         self.forget_chosen();
     }
+}
+
+/// Where a segment begins, if its header can be read and it is in use.
+fn base_of(segment: &Segment, params: &LogParams) -> Result<Option<EntryId>, LogError> {
+    let mut window = Window::new(segment, params.cell);
+    let bytes = window.bytes(0, SEGMENT_HEADER_BYTES as usize)?;
+    let SegmentStart::Header(header) = SegmentHeader::decode(bytes) else {
+        return Ok(None);
+    };
+    Ok((header.sequence == segment.sequence).then_some(header.base))
 }
 
 /// A record whose header area is valid.
