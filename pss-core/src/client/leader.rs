@@ -24,7 +24,8 @@ use crate::wire::frame::{Frame, FrameError, FrameKind, FrameLimits, FrameReader,
 
 /// A server that does not lead is asked again after this, at first.
 const ASK_AGAIN_MIN: Duration = Duration::from_millis(50);
-/// And at last.
+/// And at last, after some seven seconds: each pause is a twentieth longer than the one before, so that what
+/// is waited for too long is a twentieth of the time that the cell was without a leader.
 const ASK_AGAIN_MAX: Duration = Duration::from_millis(400);
 /// How long an answer "I lead" waits for one of a higher ballot, if other servers have not answered:
 /// a leader that was cut off may not know yet that it leads no more.
@@ -170,7 +171,7 @@ impl Dialer {
             }
             is_first = false;
             sleep(pause).await;
-            pause = (pause * 5 / 4).min(ASK_AGAIN_MAX);
+            pause = (pause * 21 / 20).min(ASK_AGAIN_MAX);
         }
     }
 
