@@ -95,6 +95,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<()> {
     program::start_log(&args.log)?;
+    program::raise_file_limit();
     // A wrong configuration is told before any socket is opened.
     let loaded = load(&args)?;
     if args.check {

@@ -76,6 +76,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> anyhow::Result<()> {
     program::start_log(&args.log)?;
+    program::raise_file_limit();
     // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

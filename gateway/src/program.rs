@@ -11,9 +11,10 @@ use anyhow::Context;
 use pss_core::client::{Cell, CellConfig};
 use pss_core::key::CellKey;
 use pss_core::servers::ServersFile;
+use rustix::process::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 
 /// Starts to log to standard error; `level` is a level or directives of tracing's EnvFilter.
@@ -66,6 +67,16 @@ pub fn connect(
         request_timeout,
         ..CellConfig::new(addresses.collect(), &name)
     }))
+}
+
+/// Lets the process have as many descriptors as it may: the usual limit of 1024 is meant for programs that
+/// use `select`, and chunks and clients need more.
+pub fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        warn!("the limit of open files could not be raised: {error}");
+    }
 }
 
 /// Is done when the process is told to stop, by SIGTERM or SIGINT.

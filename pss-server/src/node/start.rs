@@ -16,6 +16,7 @@ use pss_core::paxos::{self, Recovered};
 use pss_core::storage::{Storage, StorageParams};
 use pss_core::wire::auth::MacKey;
 use pss_core::wire::peer::Datagrams;
+use pss_gateway::program;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::clock;
@@ -58,7 +59,7 @@ pub(super) fn start_with_disk(
     let span = tracing::info_span!("pssd", server = config.id.0);
     let entered = span.clone().entered();
     let addresses = addresses(&config)?;
-    raise_file_limit();
+    program::raise_file_limit();
     warn_of_old_kernel();
     let storage = open_storage(&config, &disk)?;
     let system = |action| move |source| StartError::System { action, source };
@@ -150,29 +151,6 @@ pub(super) fn start_with_disk(
         inbox,
         thread: Mutex::new(Some(thread)),
     })
-}
-
-/// Lets the process have as many descriptors as it may: the usual limit of 1024 is meant for programs
-/// that use `select`, and chunks and clients need more.
-#[expect(unsafe_code, reason = "std does not know the limits of a process")]
-fn raise_file_limit() {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the kernel writes, then reads, one `rlimit` that lives through the calls.
-    let raised = unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
-            -1
-        } else {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit)
-        }
-    };
-    if raised != 0 {
-        let error = io::Error::last_os_error();
-        tracing::warn!("the limit of open files could not be raised: {error}");
-    }
 }
 
 /// The first kernel whose `syncfs` reports what could not be written back.
