@@ -270,3 +270,138 @@ fn absurd_transfer_lengths_are_not_asked_for() {
     assert_eq!(asked, u64::from(COMMAND_BYTES_MAX));
     assert_eq!(bench.tags(), [1]);
 }
+
+// Group: what was agreed on about writes (§13.10, §13.11, §13.14).
+
+/// Data of a write, each byte of it telling where it belongs.
+fn pattern(bytes: u32) -> Vec<u8> {
+    (0..bytes).map(|it| (it / 64) as u8).collect()
+}
+
+#[test]
+fn every_way_to_write_asks_for_the_rest_and_keeps_the_data_whole() {
+    for (immediate, initial_r2t) in [("Yes", "Yes"), ("Yes", "No"), ("No", "Yes"), ("No", "No")] {
+        for size in [1, 511, 512, 1024, 1025, 2048, 2049, 5000] {
+            let case = format!("ImmediateData={immediate} InitialR2T={initial_r2t}");
+            let mut bench =
+                Bench::new(&format!("{case} FirstBurstLength=1024 MaxBurstLength=2048"));
+            let data = pattern(size);
+            let first_burst = size.min(1024);
+            let with_command = if immediate == "Yes" { size.min(512) } else { 0 };
+            let unasked = match initial_r2t {
+                "No" => first_burst,
+                _ => with_command,
+            };
+            let mut write = bench.write(1, size);
+            write.last = unasked == with_command;
+            bench.command(write, &data[..with_command as usize]);
+            if unasked > with_command {
+                assert!(bench.sent().is_empty() && bench.outputs().is_empty());
+                let rest = &data[with_command as usize..unasked as usize];
+                bench.data_out(1, RESERVED_TAG, 0, with_command, rest, true);
+            }
+            let mut asked = Vec::new();
+            while let Some(pdu) = bench.sent().pop() {
+                let (offset, length, ttt) = r2t(&pdu);
+                asked.push((offset, length));
+                let burst = &data[offset as usize..(offset + length) as usize];
+                bench.data_out(1, ttt, 0, offset, burst, true);
+            }
+            let offsets = (unasked..size).step_by(2048);
+            let expected: Vec<_> = offsets.map(|it| (it, 2048.min(size - it))).collect();
+            assert_eq!(asked, expected, "{case}, {size} bytes");
+            assert_eq!(bench.submitted()[0].data_out.concat(), data);
+        }
+    }
+}
+
+#[test]
+fn unsolicited_data_may_end_early() {
+    let mut bench = Bench::new("InitialR2T=No FirstBurstLength=4096");
+    let mut write = bench.write(1, 4096);
+    write.last = false;
+    bench.command(write, &[1; 512]);
+    bench.data_out(1, RESERVED_TAG, 0, 512, &[2; 512], true);
+    let (offset, length, ttt) = r2t(&bench.only());
+    assert_eq!((offset, length), (1024, 3072));
+    bench.data_out(1, ttt, 0, 1024, &[3; 3072], true);
+    let command = bench.submitted().remove(0);
+    assert_eq!(command.data_out.concat().len(), 4096);
+}
+
+#[test]
+fn a_burst_goes_on_until_its_f_bit() {
+    let mut bench = Bench::new("MaxBurstLength=1024");
+    let write = bench.write(1, 1024);
+    bench.command(write, b"");
+    let (_, _, ttt) = r2t(&bench.only());
+    bench.data_out(1, ttt, 0, 0, &[1; 1024], false);
+    // All is there, but the burst has not ended; an empty PDU may end it (§11.7.1).
+    assert!(bench.outputs().is_empty() && bench.sent().is_empty());
+    bench.data_out(1, ttt, 1, 1024, b"", true);
+    assert_eq!(bench.tags(), [1]);
+}
+
+#[test]
+fn bursts_of_several_writes_may_come_in_any_order() {
+    let mut bench = Bench::new("MaxBurstLength=512");
+    for itt in [1, 2, 3] {
+        let write = bench.write(itt, 512);
+        bench.command(write, b"");
+    }
+    let sent = bench.sent();
+    let mut asked: Vec<_> = sent
+        .iter()
+        .map(|it| (word(&it.bhs, 16), r2t(it).2))
+        .collect();
+    // No two have the same tag while they are open.
+    assert!(asked[0].1 != asked[1].1 && asked[1].1 != asked[2].1 && asked[0].1 != asked[2].1);
+    // Parts of all three, mixed.
+    for (itt, ttt) in &asked {
+        bench.data_out(*itt, *ttt, 0, 0, &[*itt as u8; 256], false);
+    }
+    asked.reverse();
+    for (itt, ttt) in asked {
+        bench.data_out(itt, ttt, 1, 256, &[itt as u8; 256], true);
+    }
+    let commands = bench.submitted();
+    let came: Vec<_> = commands.iter().map(|it| it.tag).collect();
+    assert_eq!(came, [3, 2, 1]);
+    for command in commands {
+        assert_eq!(command.data_out.concat(), [command.tag as u8; 512]);
+    }
+}
+
+#[test]
+fn a_tag_of_another_task_is_not_taken() {
+    let mut bench = Bench::new("");
+    for itt in [1, 2] {
+        let write = bench.write(itt, 512);
+        bench.command(write, b"");
+    }
+    let sent = bench.sent();
+    let ttt = r2t(&sent[1]).2;
+    bench.data_out(1, ttt, 0, 0, &[1; 512], true);
+    assert_eq!(bench.only().bhs[2], Reason::InvalidField as u8);
+    assert!(bench.outputs().is_empty());
+}
+
+#[test]
+fn data_sn_starts_anew_with_every_burst_and_every_read() {
+    let mut bench = Bench::new("MaxBurstLength=512 MaxRecvDataSegmentLength=512");
+    let write = bench.write(1, 1024);
+    bench.command(write, b"");
+    for offset in [0, 512] {
+        let (_, _, ttt) = r2t(&bench.only());
+        bench.data_out(1, ttt, 0, offset, &[1; 256], false);
+        bench.data_out(1, ttt, 1, offset + 256, &[1; 256], true);
+    }
+    assert_eq!(bench.tags(), [1]);
+    for itt in [2, 3] {
+        let read = bench.read(itt, 1024);
+        bench.command(read, b"");
+        bench.finish(itt, with_data(1024));
+        let numbers: Vec<u32> = bench.sent().iter().map(|it| word(&it.bhs, 36)).collect();
+        assert_eq!(numbers, [0, 1]);
+    }
+}

@@ -112,6 +112,148 @@ fn immediate_commands_are_bounded() {
     );
 }
 
+/// One request of every kind that takes a CmdSN.
+fn numbered(bench: &mut Bench) -> [Request; 5] {
+    [
+        Request::Command(bench.read(1, 512)),
+        Request::NopOut(NopOut {
+            common: bench.common(2),
+            lun: [0; 8],
+            ttt: RESERVED_TAG,
+        }),
+        Request::Text(TextRequest {
+            common: bench.common(3),
+            last: true,
+            continues: false,
+            lun: [0; 8],
+            ttt: RESERVED_TAG,
+        }),
+        Request::Task(TaskRequest {
+            common: bench.common(4),
+            function: 8,
+            lun: LUN,
+            referenced_tag: 1,
+            ref_cmd_sn: 0,
+        }),
+        // The reason is for connection recovery, which there is none of: the session stays.
+        Request::Logout(LogoutRequest {
+            common: bench.common(5),
+            reason: 2,
+            cid: 0,
+        }),
+    ]
+}
+
+#[test]
+fn every_request_takes_one_cmd_sn() {
+    let mut bench = Bench::new("ErrorRecoveryLevel=1");
+    for (at, request) in (1..).zip(numbered(&mut bench)) {
+        bench.send(&request, b"");
+        assert_eq!(bench.session.window().exp_cmd_sn, FIRST.wrapping_add(at));
+    }
+    // Data, SNACK, and what is immediate take none.
+    let before = bench.session.window().exp_cmd_sn;
+    let mut write = bench.write(9, 512);
+    write.common.immediate = true;
+    bench.command(write, b"");
+    let (_, _, ttt) = bench.sent().last().map(r2t).unwrap();
+    bench.data_out(9, ttt, 0, 0, &[1; 512], true);
+    let snack = Snack {
+        kind: 0,
+        itt: 1,
+        ttt: RESERVED_TAG,
+        exp_stat_sn: bench.exp_stat_sn,
+        first: 0,
+        count: 0,
+    };
+    bench.send(&Request::Snack(snack), b"");
+    assert_eq!(bench.session.window().exp_cmd_sn, before);
+    assert_eq!(bench.tags(), [1, 9]);
+}
+
+#[test]
+fn a_hole_holds_back_requests_of_every_kind() {
+    for held in 0..5 {
+        let mut bench = Bench::new("");
+        let lost = bench.read(77, 512);
+        let request = numbered(&mut bench)[held].clone();
+        let request = with_cmd_sn(request, FIRST.wrapping_add(1));
+        bench.send(&request, b"");
+        assert!(
+            bench.outputs().is_empty() && bench.sent().is_empty(),
+            "{request:?}"
+        );
+        assert_eq!(bench.session.window().exp_cmd_sn, FIRST);
+        bench.command(lost, b"");
+        let done = bench.outputs().len() + bench.sent().len();
+        assert_eq!(
+            (done, bench.session.window().exp_cmd_sn),
+            (2, FIRST.wrapping_add(2))
+        );
+    }
+}
+
+fn with_cmd_sn(mut request: Request, cmd_sn: u32) -> Request {
+    match &mut request {
+        Request::Command(it) => it.common.cmd_sn = cmd_sn,
+        Request::NopOut(it) => it.common.cmd_sn = cmd_sn,
+        Request::Text(it) => it.common.cmd_sn = cmd_sn,
+        Request::Task(it) => it.common.cmd_sn = cmd_sn,
+        Request::Logout(it) => it.common.cmd_sn = cmd_sn,
+        other => panic!("{other:?} has no CmdSN"),
+    }
+    request
+}
+
+#[test]
+fn a_retry_of_what_was_received_does_nothing() {
+    let mut bench = Bench::new("");
+    for request in numbered(&mut bench) {
+        bench.send(&request, b"");
+        bench.outputs();
+        bench.sent();
+        bench.send(&request, b"");
+        assert!(
+            bench.outputs().is_empty() && bench.sent().is_empty(),
+            "{request:?}"
+        );
+    }
+    assert_eq!(bench.session.tasks(), 1);
+}
+
+#[test]
+fn max_cmd_sn_never_falls() {
+    let mut bench = Bench::new("");
+    let mut highest = bench.session.window().max_cmd_sn;
+    let mut check = |bench: &mut Bench| {
+        for pdu in bench.sent() {
+            let max = word(&pdu.bhs, 32);
+            assert!(!serial_before(max, highest), "{max:#x} after {highest:#x}");
+            highest = max;
+        }
+    };
+    for itt in 0..TASKS_MAX {
+        let read = bench.read(itt, 512);
+        bench.command(read, b"");
+        // So that the window is said often, while it closes.
+        let ping = NopOut {
+            common: bench.immediate(0x1000),
+            lun: [0; 8],
+            ttt: RESERVED_TAG,
+        };
+        bench.send(&Request::NopOut(ping), b"");
+        check(&mut bench);
+    }
+    for itt in (0..TASKS_MAX).rev() {
+        bench.finish(itt, with_data(512));
+        check(&mut bench);
+    }
+    assert_eq!(
+        bench.session.window().max_cmd_sn,
+        FIRST.wrapping_add(2 * TASKS_MAX - 1)
+    );
+}
+
 // Group: StatSN.
 
 #[test]
@@ -135,4 +277,63 @@ fn stat_sn_counts_statuses_only() {
     };
     bench.send(&Request::NopOut(nop), b"");
     assert_eq!(word(&bench.only().bhs, 24), 101);
+}
+
+#[test]
+fn every_kind_of_answer_takes_one_stat_sn() {
+    let mut bench = Bench::new("");
+    let requests = numbered(&mut bench);
+    let codes = [
+        opcode::DATA_IN,
+        opcode::NOP_IN,
+        opcode::TEXT_RESPONSE,
+        opcode::TASK_RESPONSE,
+        opcode::LOGOUT_RESPONSE,
+    ];
+    let mut stat_sn = 100;
+    for (request, expected) in requests.iter().zip(codes) {
+        bench.send(request, b"");
+        for command in bench.submitted() {
+            bench.finish(command.tag, with_data(512));
+        }
+        let answer = bench.only();
+        assert_eq!((code(&answer), word(&answer.bhs, 24)), (expected, stat_sn));
+        stat_sn += 1;
+    }
+    // A Reject has one of its own, and so has a logout request of ours.
+    let nameless = bench.read(RESERVED_TAG, 512);
+    bench.command(nameless, b"");
+    bench
+        .session
+        .request_logout(bench.now, Duration::from_secs(5));
+    let sent = bench.sent();
+    let said: Vec<_> = sent
+        .iter()
+        .map(|it| (code(it), word(&it.bhs, 24)))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            (opcode::REJECT, stat_sn),
+            (opcode::ASYNC_MESSAGE, stat_sn + 1)
+        ]
+    );
+}
+
+#[test]
+fn an_exp_stat_sn_from_nowhere_does_no_harm() {
+    let mut bench = Bench::new("ErrorRecoveryLevel=1");
+    for (itt, exp_stat_sn) in [
+        (1, 100),
+        (2, 0x7fff_ffff),
+        (3, 99),
+        (4, 0x9000_0000),
+        (5, 102),
+    ] {
+        bench.exp_stat_sn = exp_stat_sn;
+        let read = bench.read(itt, 512);
+        bench.command(read, b"");
+        bench.finish(itt, with_data(512));
+        assert_eq!(word(&bench.only().bhs, 24), 99 + itt, "{exp_stat_sn:#x}");
+    }
 }

@@ -466,3 +466,134 @@ fn a_connection_that_logs_out_takes_its_tasks_along() {
     ));
     assert_eq!(bench.session.tasks(), 0);
 }
+
+#[test]
+fn all_connections_are_asked_to_log_out_and_one_answers_for_the_session() {
+    let mut bench = Bench::new("MaxConnections=2");
+    let params = bench.session.params().clone();
+    bench
+        .session
+        .add_connection(Connection::new(7, &params, 900, bench.now));
+    bench
+        .session
+        .request_logout(bench.now, Duration::from_secs(5));
+    for cid in [0, 7] {
+        let sent = bench.sent_on(cid);
+        assert_eq!(
+            (sent.len(), code(&sent[0]), sent[0].bhs[36]),
+            (1, opcode::ASYNC_MESSAGE, 1)
+        );
+    }
+    // Commands are still taken until then.
+    let read = bench.read(1, 512);
+    bench.command(read, b"");
+    assert_eq!(bench.tags(), [1]);
+    logout(&mut bench, 0, 7);
+    let answer = bench.only();
+    assert_eq!((code(&answer), answer.bhs[2]), (opcode::LOGOUT_RESPONSE, 0));
+    for cid in [0, 7] {
+        assert!(bench.session.connection(cid).unwrap().is_closing());
+    }
+    assert_eq!(bench.session.ending(), Some(Ending::LoggedOut));
+}
+
+#[test]
+fn a_logout_says_how_long_to_wait_and_what_is_kept() {
+    let mut bench = Bench::new("DefaultTime2Wait=3 DefaultTime2Retain=7");
+    let (wait, retain) = (
+        bench.session.params().time2wait,
+        bench.session.params().time2retain,
+    );
+    logout(&mut bench, 0, 0);
+    let bhs = bench.only().bhs;
+    assert_eq!(
+        (&bhs[40..42], &bhs[42..44]),
+        (&wait.to_be_bytes()[..], &retain.to_be_bytes()[..])
+    );
+    assert_eq!((bhs[1], word(&bhs, 16)), (FINAL, 0x66));
+}
+
+#[test]
+fn a_command_that_contradicts_itself() {
+    let mut bench = Bench::new("");
+    // F=0 says that unsolicited data follows, of a command that has none.
+    let mut read = bench.read(1, 512);
+    read.last = false;
+    bench.command(read, b"");
+    assert_eq!(bench.only().bhs[2], Reason::InvalidField as u8);
+    // The tag that means "none".
+    let read = bench.read(RESERVED_TAG, 512);
+    bench.command(read, b"");
+    assert_eq!(bench.only().bhs[2], Reason::InvalidField as u8);
+    // Both ways, without saying how much is read: nothing is.
+    let mut both = bench.write(2, 512);
+    both.reads = true;
+    bench.command(both, &[1; 512]);
+    let command = bench.submitted().remove(0);
+    assert_eq!((command.read_bytes, command.write_bytes), (0, 512));
+    bench.finish(2, written(512));
+    let pdu = bench.only();
+    assert_eq!((code(&pdu), pdu.bhs[1] & 0x1e), (opcode::SCSI_RESPONSE, 0));
+}
+
+#[test]
+fn a_task_management_request_waits_its_turn_unless_it_is_immediate() {
+    let mut bench = Bench::new("");
+    let lost = bench.read(1, 512);
+    let request = TaskRequest {
+        common: bench.common(0x77),
+        function: 5,
+        lun: LUN,
+        referenced_tag: RESERVED_TAG,
+        ref_cmd_sn: 0,
+    };
+    bench.send(&Request::Task(request), b"");
+    assert!(bench.outputs().is_empty());
+    bench.task_request(5, RESERVED_TAG, 0);
+    assert!(matches!(bench.outputs()[..], [Output::Manage { .. }]));
+    bench.command(lost, b"");
+    // The read came before it, and so it is aborted by it.
+    assert!(matches!(
+        bench.outputs()[..],
+        [
+            Output::Submit(Command { tag: 1, .. }),
+            Output::Manage { .. }
+        ]
+    ));
+}
+
+#[test]
+fn abort_task_of_another_unit_or_from_beyond_the_window() {
+    let mut bench = Bench::new("");
+    let mut other = bench.write(1, 512);
+    other.lun = [0; 8];
+    bench.command(other, b"");
+    bench.sent();
+    bench.task_request(1, 1, FIRST);
+    assert_eq!(bench.only().bhs[2], 1);
+    assert_eq!(bench.session.tasks(), 1);
+    // A CmdSN that is not before that of the request, and one beyond MaxCmdSN.
+    for beyond in [0, 1, TASKS_MAX + 9] {
+        let sn = bench.cmd_sn.wrapping_add(beyond);
+        bench.task_request(1, 55, sn);
+        assert_eq!(bench.only().bhs[2], 1, "{beyond}");
+    }
+    let read = bench.read(2, 512);
+    bench.command(read, b"");
+    assert_eq!(bench.tags(), [2]);
+}
+
+#[test]
+fn a_new_text_request_ends_the_exchange_before_it() {
+    let mut bench = Bench::new("");
+    text(&mut bench, RESERVED_TAG, 0x40, "X-first=");
+    let ttt = word(&bench.only().bhs, 20);
+    text(&mut bench, RESERVED_TAG, 0x80, "X-second=2");
+    let pdu = bench.only();
+    assert_eq!(said(&pdu), "X-second=NotUnderstood");
+    assert_eq!((pdu.bhs[1], word(&pdu.bhs, 20)), (FINAL, RESERVED_TAG));
+    // Its tag is worth nothing any more.
+    text(&mut bench, ttt, 0x80, "1");
+    assert_eq!(bench.only().bhs[2], Reason::InvalidField as u8);
+    assert_eq!(bench.session.ending(), None);
+}
