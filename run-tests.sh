@@ -19,6 +19,7 @@ needed=(
     "e2fsprogs mke2fs"
     "strace strace"
     "libiscsi-bin iscsi-test-cu"
+    "tshark tshark"
     "libconfig-general-perl Config/General.pm"
 )
 

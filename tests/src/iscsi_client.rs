@@ -40,13 +40,16 @@ pub struct IscsiClient {
     next_itt: u32,
 }
 
-type Bhs = [u8; 48];
+/// Basic header segment.
+pub type Bhs = [u8; 48];
 
-fn put(bhs: &mut Bhs, at: usize, value: u32) {
+/// Sets a field of four bytes.
+pub fn put(bhs: &mut Bhs, at: usize, value: u32) {
     bhs[at..at + 4].copy_from_slice(&value.to_be_bytes());
 }
 
-fn word(bhs: &Bhs, at: usize) -> u32 {
+/// A field of four bytes.
+pub fn word(bhs: &Bhs, at: usize) -> u32 {
     u32::from_be_bytes([bhs[at], bhs[at + 1], bhs[at + 2], bhs[at + 3]])
 }
 
@@ -65,6 +68,20 @@ impl IscsiClient {
         number: u8,
         patience: Duration,
     ) -> Result<IscsiClient> {
+        IscsiClient::login_with(portal, target, number, "", patience)
+    }
+
+    /// Logs in with keys of its own, each ended by a NUL.
+    ///
+    /// # Errors
+    /// As [`IscsiClient::login`].
+    pub fn login_with(
+        portal: SocketAddr,
+        target: &str,
+        number: u8,
+        keys: &str,
+        patience: Duration,
+    ) -> Result<IscsiClient> {
         let stream = TcpStream::connect_timeout(&portal, patience)?;
         stream.set_read_timeout(Some(patience))?;
         stream.set_nodelay(true)?;
@@ -80,7 +97,7 @@ impl IscsiClient {
         bhs[1] = 0x87;
         bhs[8..14].copy_from_slice(&[0x80, 0, 0, 0, 0, number]);
         put(&mut bhs, 24, client.cmd_sn);
-        let text = format!("InitiatorName=iqn.2026-01.test:client\0TargetName={target}\0");
+        let text = format!("InitiatorName=iqn.2026-01.test:client\0TargetName={target}\0{keys}");
         client.send(bhs, text.as_bytes())?;
         let (answer, _) = client.receive()?;
         match (answer[0] & 0x3f, answer[36], answer[37]) {
@@ -89,7 +106,11 @@ impl IscsiClient {
         }
     }
 
-    fn send(&mut self, mut bhs: Bhs, data: &[u8]) -> Result<()> {
+    /// Sends a header, with the length of its data and ExpStatSN set right, and the data.
+    ///
+    /// # Errors
+    /// If the connection has ended.
+    pub fn send(&mut self, mut bhs: Bhs, data: &[u8]) -> Result<()> {
         put(&mut bhs, 28, self.exp_stat_sn);
         bhs[5..8].copy_from_slice(&(data.len() as u32).to_be_bytes()[1..]);
         let mut bytes = bhs.to_vec();
@@ -98,7 +119,11 @@ impl IscsiClient {
         self.stream.write_all(&bytes)
     }
 
-    fn receive(&mut self) -> Result<(Bhs, Vec<u8>)> {
+    /// The next PDU, whatever it is.
+    ///
+    /// # Errors
+    /// If the connection has ended, or there is none in time.
+    pub fn receive(&mut self) -> Result<(Bhs, Vec<u8>)> {
         let mut bhs = [0; 48];
         self.stream.read_exact(&mut bhs)?;
         let length = (word(&bhs, 4) & 0xff_ffff) as usize;
@@ -118,8 +143,8 @@ impl IscsiClient {
         Ok((bhs, data))
     }
 
-    /// A request with the next CmdSN and a new tag.
-    fn request(&mut self, opcode: u8, flags: u8) -> (Bhs, u32) {
+    /// A request for logical unit 1 with the next CmdSN and a new tag, and that tag.
+    pub fn request(&mut self, opcode: u8, flags: u8) -> (Bhs, u32) {
         let mut bhs = [0; 48];
         (bhs[0], bhs[1], bhs[9]) = (opcode, flags, 1);
         let itt = self.next_itt;

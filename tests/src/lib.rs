@@ -11,6 +11,7 @@ pub mod nbd_client;
 pub mod processes;
 pub mod programs;
 pub mod proxy;
+pub mod recorder;
 pub mod rng;
 pub mod sim;
 mod sim_storage;
