@@ -100,7 +100,8 @@ cargo clippy --workspace --all-targets -- -D warnings
 echo "== cargo build"
 cargo build --workspace
 echo "== cargo test"
-cargo test --workspace --no-fail-fast
+# A run in the background may have been told to ignore SIGINT, which programs inherit; tests send it.
+env --default-signal=INT cargo test --workspace --no-fail-fast
 if $all; then
     echo "== Linux's own initiator"
     cargo test -p pss-tests --test linux_initiator -- --ignored
