@@ -265,7 +265,7 @@ impl Chap {
         answer: ChapAnswer<'_>,
         accounts: &Accounts,
         challenges: &Challenges,
-    ) -> Result<(String, Option<(String, String)>), ChapError> {
+    ) -> Result<(Account, Option<(String, String)>), ChapError> {
         let name = answer.name.ok_or(ChapError::Unexpected("CHAP_N"))?;
         let response = answer.response.ok_or(ChapError::Unexpected("CHAP_R"))?;
         let response = binary(response).ok_or(ChapError::Malformed("CHAP_R"))?;
@@ -285,11 +285,11 @@ impl Chap {
         let expected = self.respond(self.id, secret, &self.challenge);
         let proven = bool::from(expected.ct_eq(&response));
         let shown = || name.chars().take(80).collect();
-        match account {
+        let account = match account {
             None => return Err(ChapError::UnknownUser(shown())),
             Some(_) if !proven => return Err(ChapError::WrongSecret(shown())),
-            Some(_) => {}
-        }
+            Some(account) => account,
+        };
         let ours = match (answer.id, answer.challenge) {
             (None, None) => None,
             (Some(id), Some(challenge)) => {
@@ -298,7 +298,7 @@ impl Chap {
             (Some(_), None) => return Err(ChapError::Unexpected("CHAP_C")),
             (None, Some(_)) => return Err(ChapError::Unexpected("CHAP_I")),
         };
-        Ok((name.to_owned(), ours))
+        Ok((account.clone(), ours))
     }
 
     fn prove(
@@ -437,7 +437,12 @@ mod tests {
                     ..ChapAnswer::default()
                 };
                 let verified = chap.verify(answer, &accounts(), &challenges);
-                assert_eq!(verified, Ok(("iscsi_pss".to_owned(), None)), "{encoded}");
+                let (account, ours) = verified.unwrap();
+                assert_eq!(
+                    (account.name.as_str(), ours),
+                    ("iscsi_pss", None),
+                    "{encoded}"
+                );
             }
         }
     }

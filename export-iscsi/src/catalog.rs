@@ -95,6 +95,35 @@ impl TargetEntry {
         networks.is_empty() || networks.iter().any(|it| it.contains(address))
     }
 
+    /// Whether a session that is there would be let in again, from all its addresses and with what it proved
+    /// itself with.
+    ///
+    /// # Errors
+    /// [`NotAdmitted`]: the rule that would not.
+    pub fn admits_again(
+        &self,
+        initiator: &str,
+        addresses: impl IntoIterator<Item = IpAddr>,
+        account: Option<&Account>,
+    ) -> Result<(), NotAdmitted> {
+        if !addresses.into_iter().all(|it| self.admits_address(it)) {
+            return Err(NotAdmitted::Address);
+        }
+        if !self.admits_initiator(initiator) {
+            return Err(NotAdmitted::Name);
+        }
+        if !self.accounts.required() {
+            return Ok(());
+        }
+        let account = account.ok_or(NotAdmitted::Chap)?;
+        let mut incoming = self.accounts.incoming.iter();
+        match incoming.find(|it| it.name == account.name) {
+            None => Err(NotAdmitted::Account),
+            Some(it) if it.secret != account.secret => Err(NotAdmitted::Password),
+            Some(_) => Ok(()),
+        }
+    }
+
     /// Whether an initiator of this name may use it. iSCSI names do not depend on case (RFC 7143 §4.2.7).
     pub fn admits_initiator(&self, name: &str) -> bool {
         let fits = |pattern: &String| match pattern.strip_suffix('*') {
@@ -104,6 +133,36 @@ impl TargetEntry {
             None => pattern.eq_ignore_ascii_case(name),
         };
         self.initiators.is_empty() || self.initiators.iter().any(fits)
+    }
+}
+
+/// Why a target would not let a session in again.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum NotAdmitted {
+    /// No rule for its address.
+    #[error("initiator-address does not admit it")]
+    Address,
+    /// No rule for its name.
+    #[error("initiator-name does not admit it")]
+    Name,
+    /// Other accounts only.
+    #[error("its account is not one of the target's")]
+    Account,
+    /// The account has another secret.
+    #[error("the password of its account is another one")]
+    Password,
+    /// It came without CHAP.
+    #[error("CHAP is required, and it came without")]
+    Chap,
+}
+
+impl NotAdmitted {
+    /// Whether someone took its right away, instead of changing what it has to know at its next login.
+    pub fn is_revoked(self) -> bool {
+        matches!(
+            self,
+            NotAdmitted::Address | NotAdmitted::Name | NotAdmitted::Account
+        )
     }
 }
 
@@ -176,6 +235,7 @@ pub fn normal_name(name: &str) -> Result<String, BadName> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::auth::Secret;
 
     #[test]
     fn names_of_three_kinds() {
@@ -218,6 +278,34 @@ mod tests {
         assert!(target.admits_initiator("iqn.1994-05.com.redhat:abc"));
         assert!(target.admits_initiator("IQN.X:y"));
         assert!(!target.admits_initiator("iqn.x:z"));
+    }
+
+    #[test]
+    fn who_would_be_let_in_again() {
+        let account = |name: &str, secret: &str| Account {
+            name: name.to_owned(),
+            secret: Secret::new(secret),
+        };
+        let here: IpAddr = "10.1.2.3".parse().unwrap();
+        let mut target = TargetEntry::new("iqn.2001-03.com.example:a");
+        let user = account("u", "one");
+        let again = |target: &TargetEntry, account| target.admits_again("iqn.x", [here], account);
+        assert_eq!(again(&target, None), Ok(()));
+        assert_eq!(again(&target, Some(&user)), Ok(()));
+        target.accounts.incoming = vec![account("v", "one"), account("u", "one")];
+        assert_eq!(again(&target, Some(&user)), Ok(()));
+        assert_eq!(again(&target, None), Err(NotAdmitted::Chap));
+        target.accounts.incoming[1] = account("u", "two");
+        assert_eq!(again(&target, Some(&user)), Err(NotAdmitted::Password));
+        target.accounts.incoming.pop();
+        assert_eq!(again(&target, Some(&user)), Err(NotAdmitted::Account));
+        target.initiators = vec!["iqn.y".into()];
+        assert_eq!(again(&target, Some(&user)), Err(NotAdmitted::Name));
+        target.addresses = vec!["10.1.2.3".parse().unwrap()];
+        assert_eq!(again(&target, Some(&user)), Err(NotAdmitted::Name));
+        let two = [here, "10.1.2.4".parse().unwrap()];
+        let answer = target.admits_again("iqn.y", two, Some(&user));
+        assert_eq!(answer, Err(NotAdmitted::Address));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! is served) and [`client`] (the other end, for `pss iscsi` and `pss-tgtadm`).
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -11,9 +12,11 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, NotAdmitted};
 use crate::config::{ConfigError, Loaded};
+use crate::scsi::NexusId;
 use crate::server::{Missing, Server};
+use crate::sessions::Handle;
 
 pub mod client;
 pub mod edit;
@@ -35,10 +38,18 @@ const DROP_TIME: Duration = Duration::from_secs(3);
 /// Reads the configuration.
 pub type Load = Box<dyn Fn() -> Result<Loaded, ConfigError> + Send + Sync>;
 
+/// A configuration file, with the way to read it.
+pub struct Configuration {
+    /// Where it is.
+    pub file: PathBuf,
+    /// Reads it.
+    pub load: Load,
+}
+
 /// Steers a server.
 pub struct Control {
     server: Arc<Server>,
-    load: Option<Load>,
+    configuration: Option<Configuration>,
     tids: Mutex<Tids>,
     /// Changes of the catalog are made one after the other.
     changing: tokio::sync::Mutex<()>,
@@ -73,11 +84,11 @@ impl Tids {
 }
 
 impl Control {
-    /// Steers a server; `load` reads its configuration, if it has one.
-    pub fn new(server: Arc<Server>, load: Option<Load>) -> Arc<Control> {
+    /// Steers a server.
+    pub fn new(server: Arc<Server>, configuration: Option<Configuration>) -> Arc<Control> {
         Arc::new(Control {
             server,
-            load,
+            configuration,
             tids: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -115,16 +126,18 @@ impl Control {
                 self.set_offline(target.as_deref(), false).await?;
                 Ok(json!({ "target": target }))
             }
-            Request::Reload { target: None } => self.reload().await,
-            Request::Reload {
-                target: Some(Named::Tid(tid)),
-            } => {
-                let name = self.name_of(&catalog, tid)?;
-                self.reload_only(Some(&name)).await
+            Request::Reload { target, file } => {
+                if let Some(file) = &file {
+                    self.check_file(file)?;
+                }
+                let only = match target {
+                    None => None,
+                    Some(Named::Tid(tid)) => Some(self.name_of(&catalog, tid)?),
+                    // It may be new in the configuration.
+                    Some(Named::Name(name)) => Some(name.to_lowercase()),
+                };
+                self.reload_only(only.as_deref()).await
             }
-            Request::Reload {
-                target: Some(Named::Name(name)),
-            } => self.reload_only(Some(&name.to_lowercase())).await,
             Request::Edit { tid, force, change } => self.edit(tid, force, change).await,
         }
     }
@@ -223,18 +236,42 @@ impl Control {
         self.reload_only(None).await
     }
 
+    fn configuration(&self) -> Result<&Configuration, Failure> {
+        self.configuration.as_ref().ok_or_else(|| {
+            let text = "this server has no configuration file to read again";
+            Failure::new(Kind::Unsupported, text)
+        })
+    }
+
+    /// There is one file; who means another is told so.
+    fn check_file(&self, meant: &Path) -> Result<(), Failure> {
+        let ours = &self.configuration()?.file;
+        // Links come to the same file.
+        match (meant.canonicalize(), ours.canonicalize()) {
+            (Ok(meant), Ok(ours)) if meant == ours => Ok(()),
+            _ if meant == ours => Ok(()),
+            _ => Err(Failure::new(
+                Kind::Usage,
+                format!(
+                    "{} is not the file that pss-iscsi was started with, which is {}; \
+                     start it with --config {0} to use that one",
+                    meant.display(),
+                    ours.display(),
+                ),
+            )),
+        }
+    }
+
     /// Reads the configuration of one target, or of all, again.
     async fn reload_only(&self, only: Option<&str>) -> Result<Value, Failure> {
-        let Some(load) = &self.load else {
-            let text = "this server has no configuration file to read again";
-            return Err(Failure::new(Kind::Unsupported, text));
-        };
+        let configuration = self.configuration()?;
         let _changing = self.changing.lock().await;
-        let loaded = load().map_err(|error| {
+        let loaded = (configuration.load)().map_err(|error| {
             let text = format!("configuration stays as it was: {error}");
             Failure::new(Kind::Usage, text)
         })?;
-        let warnings: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();
+        let warnings = loaded.warnings.iter().map(ToString::to_string);
+        let mut warnings: Vec<String> = warnings.collect();
         let before = self.server.catalog();
         let next = match only {
             Some(name) => with_target_of(&before, &loaded.catalog, name)?,
@@ -244,12 +281,54 @@ impl Control {
         let missing = self.server.apply(next).await;
         info!("configuration read again");
         missing.iter().for_each(Missing::log);
+        let (ended, stays) = self.end_revoked();
+        warnings.extend(stays);
         Ok(json!({
             "targets": targets,
             "changed": changed,
+            "ended": ended,
             "warnings": warnings,
             "missing": missing.iter().map(ToString::to_string).collect::<Vec<_>>(),
         }))
+    }
+
+    /// Asks initiators whose right to a target is gone to log out, and drops them if they do not; gives
+    /// these sessions, and those that go on although they could not log in again as they are.
+    fn end_revoked(&self) -> (Vec<String>, Vec<String>) {
+        let (revoked, stays): (Vec<_>, Vec<_>) = self
+            .server
+            .not_admitted()
+            .into_iter()
+            .partition(|(_, rule)| rule.is_revoked());
+        let within = Duration::from_secs(LEAVE_SECONDS.into());
+        let ended = revoked.iter().map(|(handle, rule)| {
+            let text = shown(handle, *rule);
+            warn!("{text}: it has {LEAVE_SECONDS} s to log out");
+            self.server.kick(handle.tsih, within);
+            text
+        });
+        let ended = ended.collect();
+        let stays = stays.iter().map(|(handle, rule)| {
+            let text = format!("{}: that holds from its next login", shown(handle, *rule));
+            warn!("{text}");
+            text
+        });
+        (ended, stays.collect())
+    }
+
+    /// Sessions that could not log in again since a change. They go on: a change is one step of several that
+    /// a script makes, and the next may admit them again.
+    fn left_behind(&self, before: &[NexusId]) -> Vec<String> {
+        let now = self.server.not_admitted().into_iter();
+        let new = now.filter(|(handle, _)| !before.contains(&handle.nexus));
+        new.map(|(handle, rule)| {
+            let text = shown(&handle, rule);
+            format!(
+                "{text}, and goes on until it is kicked: pss iscsi kick {}",
+                handle.tsih
+            )
+        })
+        .collect()
     }
 
     async fn edit(
@@ -261,7 +340,7 @@ impl Control {
         let _changing = self.changing.lock().await;
         let catalog = self.server.catalog();
         let tid = self.resolve(&catalog, tid, &mut change)?;
-        let (next, warnings) = change.apply(&catalog)?;
+        let (next, mut warnings) = change.apply(&catalog)?;
         if !force {
             self.check_use(&change)?;
         }
@@ -269,11 +348,14 @@ impl Control {
             self.check_there(volume).await?;
         }
         info!(?change, "configuration changed");
+        let not_admitted = self.server.not_admitted().into_iter();
+        let before: Vec<NexusId> = not_admitted.map(|(handle, _)| handle.nexus).collect();
+        let missing = self.server.apply(next).await;
+        missing.iter().for_each(Missing::log);
+        warnings.extend(self.left_behind(&before));
         for warning in &warnings {
             warn!("{warning}");
         }
-        let missing = self.server.apply(next).await;
-        missing.iter().for_each(Missing::log);
         if let (Some(tid), Edit::NewTarget { target }) = (tid, &change) {
             let mut tids = self.tids(&self.server.catalog());
             tids.0.insert(target.clone(), tid);
@@ -350,6 +432,15 @@ impl Control {
             )),
         }
     }
+}
+
+/// A session that its target would not let in again.
+fn shown(handle: &Handle, rule: NotAdmitted) -> String {
+    let target = handle.host.as_ref().map_or("", |host| host.name());
+    format!(
+        "session {} of {} with {target}: {rule}",
+        handle.tsih, handle.initiator_name
+    )
 }
 
 /// What is exported, with one target as a configuration has it.

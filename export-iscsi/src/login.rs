@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::auth::{Challenges, Chap, ChapAnswer, ChapError};
-use crate::catalog::{Catalog, Redirect, TargetEntry};
+use crate::auth::{Account, Challenges, Chap, ChapAnswer, ChapError};
+use crate::catalog::{Catalog, NotAdmitted, Redirect, TargetEntry};
 use crate::keys::{
     self, DEFAULT_DATA_BYTES, Negotiation, Pair, Params, TEXT_BYTES_MAX, TextError, put,
 };
@@ -134,6 +134,9 @@ pub enum SessionRefusal {
     /// The server stops.
     #[error("the server stops")]
     Stopping,
+    /// The rules changed while it logged in.
+    #[error("the target was changed: {0}")]
+    NotAdmitted(#[from] NotAdmitted),
 }
 
 impl Refusal {
@@ -165,6 +168,7 @@ impl Refusal {
                 SessionRefusal::NotReady | SessionRefusal::Stopping => {
                     LoginStatus::ServiceUnavailable
                 }
+                SessionRefusal::NotAdmitted(_) => LoginStatus::AuthorizationFailure,
             },
         }
     }
@@ -189,8 +193,8 @@ pub struct Established {
     pub params: Params,
     /// The first command's number.
     pub cmd_sn: u32,
-    /// CHAP user.
-    pub user: Option<String>,
+    /// What it proved itself with, if CHAP was done.
+    pub account: Option<Account>,
 }
 
 /// What is to be done.
@@ -246,7 +250,7 @@ enum Security {
     /// The initiator was asked.
     Asked(Chap),
     /// Done: the CHAP user.
-    Done(Option<String>),
+    Done(Option<Account>),
 }
 
 impl Login {
@@ -610,12 +614,12 @@ impl Login {
         match &self.security {
             Security::Asked(chap) if answer.name.is_some() || answer.response.is_some() => {
                 let challenges = &self.context.challenges;
-                let (user, ours) = chap.verify(answer, accounts, challenges)?;
+                let (account, ours) = chap.verify(answer, accounts, challenges)?;
                 if let Some((name, response)) = ours {
                     put(&mut self.unsent, "CHAP_N", &name);
                     put(&mut self.unsent, "CHAP_R", &response);
                 }
-                self.security = Security::Done(Some(user));
+                self.security = Security::Done(Some(account));
             }
             Security::Start if !accounts.required() => {}
             Security::Start if self.wants_to_leave() => return Err(Refusal::ChapRequired),
@@ -735,8 +739,8 @@ impl Login {
             .negotiation
             .get_or_insert_with(|| Negotiation::new(wishes));
         let params = negotiation.finish().map_err(Refusal::DigestRequired)?;
-        let user = match &self.security {
-            Security::Done(user) => user.clone(),
+        let account = match &self.security {
+            Security::Done(account) => account.clone(),
             _ => None,
         };
         let established = Established {
@@ -748,7 +752,7 @@ impl Login {
             cid: first.cid,
             params,
             cmd_sn: first.common.cmd_sn,
-            user,
+            account,
         };
         let output = Output::Establish(Box::new(established));
         self.outputs.push_back(output);

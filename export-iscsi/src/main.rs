@@ -11,7 +11,7 @@ use clap::Parser;
 use export_iscsi::auth::Algorithm;
 use export_iscsi::config::{self, ConfigError, Loaded};
 use export_iscsi::control::socket::ControlSocket;
-use export_iscsi::control::{Control, Load, SOCKET};
+use export_iscsi::control::{Configuration, Control, SOCKET};
 use export_iscsi::server::{CONNECTIONS_MAX, Limits, Server};
 use export_iscsi::session::Probing;
 use export_iscsi::sessions::SESSIONS_MAX;
@@ -153,8 +153,11 @@ async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
     let server = Server::new(Arc::clone(&cell) as _, args.portal_group, limits);
     let stop = program::stop_signal()?;
     let hangups = signal(SignalKind::hangup())?;
-    let load: Load = Box::new(move || load(&args));
-    let control = Control::new(Arc::clone(&server), Some(load));
+    let configuration = Configuration {
+        file: args.config.clone(),
+        load: Box::new(move || load(&args)),
+    };
+    let control = Control::new(Arc::clone(&server), Some(configuration));
     if let Some(socket) = socket {
         tokio::spawn(socket.serve(Arc::clone(&control)));
     }

@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, error, info, warn};
 
 use crate::auth::Challenges;
-use crate::catalog::{Catalog, TargetEntry};
+use crate::catalog::{Catalog, NotAdmitted, TargetEntry};
 use crate::clock::Clock;
 use crate::host::Host;
 use crate::keys::DEFAULT_DATA_BYTES;
@@ -30,7 +30,7 @@ use crate::pdu::outgoing::push;
 use crate::pdu::{Bhs, Digests};
 use crate::scsi::TargetConfig;
 use crate::session::{Ending, Probing, Wanted};
-use crate::sessions::{Handle, Place, SESSIONS_MAX, Sessions};
+use crate::sessions::{Ends, Handle, Place, SESSIONS_MAX, Sessions};
 
 /// Most connections at a time, unless configured.
 pub const CONNECTIONS_MAX: usize = 4096;
@@ -393,6 +393,10 @@ impl Server {
         let mut framing = Framing::new(DEFAULT_DATA_BYTES);
         let mut input = BytesMut::with_capacity(LOGIN_RECEIVE_BYTES);
         let mut joined: Option<(Place, Box<Established>)> = None;
+        let ends = Ends {
+            peer,
+            portal: local,
+        };
         loop {
             while let Some(output) = login.poll_output() {
                 match output {
@@ -400,12 +404,12 @@ impl Server {
                         let sent = timeout_at(deadline, send(&mut stream, bhs, text)).await;
                         if !matches!(sent, Ok(Ok(()))) {
                             debug!(%peer, "initiator left during its login");
-                            return self.give_up(joined);
+                            return self.give_up(joined.map(|(place, _)| place));
                         }
                     }
                     Output::Establish(established) => {
                         let stat_sn = login.next_stat_sn().wrapping_add(1);
-                        match self.join(&established, peer, stat_sn) {
+                        match self.join(&established, ends, stat_sn) {
                             Ok(place) => {
                                 let window = place.window;
                                 let tsih = place.handle.tsih;
@@ -459,8 +463,8 @@ impl Server {
     }
 
     /// A connection that joined a session and is gone before its login was over.
-    fn give_up<T>(&self, joined: Option<(Place, Box<Established>)>) -> Option<T> {
-        if let Some((place, _)) = joined {
+    fn give_up<T>(&self, joined: Option<Place>) -> Option<T> {
+        if let Some(place) = joined {
             place.handle.session().handle_lost(place.cid);
             self.sessions.hang_up(&place);
             if place.handle.session().ending().is_some() {
@@ -473,7 +477,7 @@ impl Server {
     fn join(
         &self,
         established: &Established,
-        peer: SocketAddr,
+        ends: Ends,
         stat_sn: u32,
     ) -> Result<Place, SessionRefusal> {
         if *self.stopping.borrow() {
@@ -491,8 +495,44 @@ impl Server {
             return Err(SessionRefusal::NotReady);
         }
         let now = self.clock.now();
-        self.sessions
-            .join(established, host, self.portal_group, peer, stat_sn, now)
+        let group = self.portal_group;
+        let place = self
+            .sessions
+            .join(established, host, group, ends, stat_sn, now)?;
+        // What is exported may have changed since the login began. Whoever changes it looks at the sessions
+        // afterwards, and this one is among them now: one of the two sees it.
+        match self.admits_still(&place.handle) {
+            Ok(()) => Ok(place),
+            Err(refusal) => {
+                self.give_up::<()>(Some(place));
+                Err(refusal)
+            }
+        }
+    }
+
+    fn admits_still(&self, handle: &Handle) -> Result<(), SessionRefusal> {
+        let Some(host) = &handle.host else {
+            return Ok(());
+        };
+        let catalog = self.catalog();
+        match catalog.targets.get(host.name()) {
+            None => Err(SessionRefusal::DoesNotExist),
+            Some(entry) if entry.offline => Err(SessionRefusal::NotReady),
+            Some(entry) => Ok(handle.is_admitted(entry)?),
+        }
+    }
+
+    /// Sessions that their targets would not let in again, with the rule.
+    pub fn not_admitted(&self) -> Vec<(Arc<Handle>, NotAdmitted)> {
+        let catalog = self.catalog();
+        let rule = |handle: &Handle| {
+            let entry = catalog.targets.get(handle.host.as_ref()?.name())?;
+            handle.is_admitted(entry).err()
+        };
+        let sessions = self.sessions.all().into_iter();
+        sessions
+            .filter_map(|handle| rule(&handle).map(|rule| (handle, rule)))
+            .collect()
     }
 
     /// Targets that an initiator may use, with their addresses.

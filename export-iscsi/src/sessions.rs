@@ -9,6 +9,8 @@ use std::time::SystemTime;
 use pss_core::time::Instant;
 use pss_gateway::alarm::Alarm;
 
+use crate::auth::Account;
+use crate::catalog::{NotAdmitted, TargetEntry};
 use crate::connection::{CmdNumbers, Connection};
 use crate::host::Host;
 use crate::login::{Established, SessionRefusal};
@@ -30,8 +32,8 @@ pub struct Handle {
     pub initiator_name: String,
     /// For people.
     pub initiator_alias: String,
-    /// CHAP user.
-    pub user: Option<String>,
+    /// What it proved itself with, if CHAP was done.
+    pub account: Option<Account>,
     /// The target, or none in a discovery session.
     pub host: Option<Arc<Host>>,
     /// Since when.
@@ -44,10 +46,19 @@ pub struct Handle {
     pub sent_bytes: AtomicU64,
 }
 
+/// Both ends of a connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Ends {
+    /// The initiator's.
+    pub peer: SocketAddr,
+    /// Ours.
+    pub portal: SocketAddr,
+}
+
 /// How to reach the task of a connection.
 struct Line {
     alarm: Arc<Alarm>,
-    peer: SocketAddr,
+    ends: Ends,
 }
 
 impl Handle {
@@ -75,10 +86,20 @@ impl Handle {
         }
     }
 
-    /// Addresses of its connections.
-    pub fn peers(&self) -> Vec<(u16, SocketAddr)> {
+    /// Addresses of its connections, by their ids.
+    pub fn ends(&self) -> BTreeMap<u16, Ends> {
         let lines = self.lines();
-        lines.iter().map(|(cid, line)| (*cid, line.peer)).collect()
+        lines.iter().map(|(cid, line)| (*cid, line.ends)).collect()
+    }
+
+    /// Whether a target would let it in again.
+    ///
+    /// # Errors
+    /// [`NotAdmitted`]: the rule that would not.
+    pub fn is_admitted(&self, target: &TargetEntry) -> Result<(), NotAdmitted> {
+        let ends = self.ends();
+        let addresses = ends.values().map(|it| it.peer.ip().to_canonical());
+        target.admits_again(&self.initiator_name, addresses, self.account.as_ref())
     }
 
     /// Ends it now.
@@ -145,7 +166,7 @@ impl Sessions {
         established: &Established,
         host: Option<Arc<Host>>,
         portal_group: u16,
-        peer: SocketAddr,
+        ends: Ends,
         stat_sn: u32,
         now: Instant,
     ) -> Result<Place, SessionRefusal> {
@@ -169,7 +190,7 @@ impl Sessions {
         let alarm = Arc::new(Alarm::default());
         let line = Line {
             alarm: Arc::clone(&alarm),
-            peer,
+            ends,
         };
         let replaced = handle.lines().insert(cid, line);
         if let Some(line) = replaced {
@@ -224,7 +245,7 @@ impl Sessions {
             isid: established.isid,
             initiator_name: established.initiator_name.clone(),
             initiator_alias: established.initiator_alias.clone(),
-            user: established.user.clone(),
+            account: established.account.clone(),
             host: host.clone(),
             since: SystemTime::now(),
             session: Mutex::new(session),
@@ -274,7 +295,7 @@ impl Sessions {
             && handle
                 .initiator_name
                 .eq_ignore_ascii_case(&established.initiator_name)
-            && handle.user == established.user;
+            && handle.account == established.account;
         if !same_target || !same_initiator {
             return Err(SessionRefusal::NotYours);
         }

@@ -232,6 +232,25 @@ fn reload_touches_only_what_changed() {
     assert!(!bench.finds(NEW));
     let still = bench.wait_session("iqn.one", TARGET);
     assert_eq!(still["session"], one["session"]);
+
+    // Another password holds from the next login; another account ends the session.
+    let user = "incominguser iscsi_pss iscsi_pss000";
+    fs::write(&conf, CONF.replace(user, &format!("{user}other"))).unwrap();
+    let said = bench.pss("reload").done().stderr();
+    assert!(
+        said.contains("password") && said.contains("next login"),
+        "{said}"
+    );
+    assert!(!bench.logs_in(USER, TARGET));
+    let still = bench.wait_session("iqn.one", TARGET);
+    assert_eq!(still["session"], one["session"]);
+    fs::write(&conf, CONF.replace(user, "incominguser other iscsi_pss000")).unwrap();
+    let said = bench.pss("reload").done().stderr();
+    let ended = format!("ended: session {} of iqn.one", one["session"]);
+    assert!(said.contains(&ended) && said.contains("account"), "{said}");
+    wait_until("the session is gone", PATIENCE, || {
+        bench.session("iqn.one", TARGET).is_none()
+    });
 }
 
 #[test]
@@ -371,6 +390,12 @@ fn tgtadm_says_what_is_wrong() {
             "unbind it first",
         ),
         ("--op show --mode nonsense", "nonsense"),
+        ("--op delete --mode system", "systemctl stop pss-iscsi"),
+        (
+            "--op update --mode sys --name State -v gone",
+            "ready or offline",
+        ),
+        ("--op update --mode sys --name Debug -v on", "only State"),
         ("--op new --mode target", "is missing"),
         ("--lld fc --op show --mode target", "lld"),
     ] {
@@ -404,6 +429,14 @@ fn tgt_admin_takes_all_targets() {
     assert!(tgt_admin("-s").done().stdout().contains("State: offline"));
     tgt_admin("--ready ALL").done();
     assert!(bench.logs_in("", OPEN));
+    bench
+        .tgtadm("--op update --mode sys --name State -v offline")
+        .done();
+    let shown = tgt_admin("-s").done().stdout();
+    assert_eq!(shown.matches("State: offline").count(), 2, "{shown}");
+    bench
+        .tgtadm("--op update --mode sys --name State -v ready")
+        .done();
     tgt_admin(&format!("--delete {OPEN}")).done();
     assert!(!bench.finds(OPEN));
     tgt_admin(&format!("--update {OPEN}")).done();
@@ -427,7 +460,9 @@ fn tgt_admin_takes_all_targets() {
     tgt_admin("-e").done();
     assert!(bench.logs_in("", OPEN) && bench.logs_in(USER, TARGET));
     tgt_admin("--delete tid=99").fails(22, &["no target tid=99"]);
-    tgt_admin("-e -c other.conf").fails(22, &["other.conf", "started with"]);
+    tgt_admin(&format!("-e -c {}", conf.display())).done();
+    tgt_admin("-e -c /dev/null").fails(22, &["/dev/null", "started with", "targets0.conf"]);
+    tgt_admin("-e -c other.conf").fails(22, &["other.conf", "No such file"]);
     tgt_admin("").fails(22, &["--show"]);
 }
 

@@ -7,6 +7,7 @@
 //! ```
 
 use std::fmt;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -54,6 +55,9 @@ pub enum Request {
     Reload {
         /// The only target of which that holds; all if not said.
         target: Option<Named>,
+        /// The file that is meant, as an absolute path. It must be the one that the server was started with.
+        #[serde(default)]
+        file: Option<PathBuf>,
     },
     /// Changes what is exported, until the configuration is read again.
     Edit {

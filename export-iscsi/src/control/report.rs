@@ -172,6 +172,8 @@ pub struct Connection {
     pub cid: u16,
     /// The initiator's address.
     pub address: SocketAddr,
+    /// Our address that it came to.
+    pub portal: SocketAddr,
     /// Whether headers have digests.
     pub header_digest: bool,
     /// Whether data have digests.
@@ -321,14 +323,20 @@ fn milliseconds(from: Instant, now: Instant) -> u64 {
     now.0.saturating_sub(from.0) / 1_000_000
 }
 
+/// IPv4 addresses as such, on sockets that serve both.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 fn session(handle: &Arc<Handle>, now: Instant) -> Session {
-    let peers: BTreeMap<u16, SocketAddr> = handle.peers().into_iter().collect();
+    let ends = handle.ends();
     let session = handle.session();
     let connections = session.connections().filter_map(|it| {
-        let peer = peers.get(&it.cid)?;
+        let ends = ends.get(&it.cid)?;
         Some(Connection {
             cid: it.cid,
-            address: SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+            address: canonical(ends.peer),
+            portal: canonical(ends.portal),
             header_digest: it.header_digest,
             data_digest: it.data_digest,
             silent_ms: milliseconds(it.heard(), now),
@@ -342,7 +350,7 @@ fn session(handle: &Arc<Handle>, now: Instant) -> Session {
         target: handle.host.as_ref().map(|host| host.name().to_owned()),
         initiator_name: handle.initiator_name.clone(),
         initiator_alias: handle.initiator_alias.clone(),
-        user: handle.user.clone(),
+        user: handle.account.as_ref().map(|it| it.name.clone()),
         header_digest: session.params().header_digest,
         data_digest: session.params().data_digest,
         since: since.as_secs(),

@@ -115,7 +115,7 @@ fn straight_to_full_feature() {
     assert_eq!(done.initiator_name, "iqn.1994-05.com.redhat:me");
     assert_eq!(done.target.unwrap().name, TARGET);
     assert!(done.params.header_digest && !done.params.initial_r2t);
-    assert_eq!((done.cmd_sn, done.tsih, done.user), (1000, 0, None));
+    assert_eq!((done.cmd_sn, done.tsih, done.account), (1000, 0, None));
     login.accept(9, 1000, 1127);
     let Some(Output::Send(bhs, text)) = login.poll_output() else {
         panic!("the last response");
@@ -229,7 +229,7 @@ fn chap_one_way() {
     let reply = format!("CHAP_N=iscsi_pss CHAP_R={response}");
     assert_eq!(answer(&send(&mut login, 0x81, &reply)).0, 0x81);
     let done = established(send(&mut login, 0x87, ""));
-    assert_eq!(done.user.as_deref(), Some("iscsi_pss"));
+    assert_eq!(done.account.unwrap().name, "iscsi_pss");
 }
 
 #[test]

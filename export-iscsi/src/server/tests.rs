@@ -339,6 +339,20 @@ impl Client {
         );
     }
 
+    async fn log_out(&mut self) {
+        let request = Request::Logout(LogoutRequest {
+            common: self.common(),
+            reason: 0,
+            cid: 0,
+        });
+        self.send(&request, b"").await;
+        let pdu = self.receive().await.unwrap();
+        assert_eq!(
+            (opcode_of(&pdu.bhs), pdu.bhs[2]),
+            (opcode::LOGOUT_RESPONSE, 0)
+        );
+    }
+
     async fn send_targets(&mut self) -> String {
         let request = Request::Text(TextRequest {
             common: self.common(),
@@ -391,17 +405,7 @@ async fn writes_and_reads_in_all_ways_data_can_travel() {
 async fn logout_is_answered_and_closes() {
     let bench = Bench::new().await;
     let mut client = bench.client("").await;
-    let request = Request::Logout(LogoutRequest {
-        common: client.common(),
-        reason: 0,
-        cid: 0,
-    });
-    client.send(&request, b"").await;
-    let pdu = client.receive().await.unwrap();
-    assert_eq!(
-        (opcode_of(&pdu.bhs), pdu.bhs[2]),
-        (opcode::LOGOUT_RESPONSE, 0)
-    );
+    client.log_out().await;
     assert!(client.is_closed().await);
     assert!(bench.server.sessions().all().is_empty());
 }

@@ -11,7 +11,7 @@ use crate::control::SOCKET;
 use crate::control::client::ClientError;
 use crate::control::edit::{Edit, Password};
 use crate::control::protocol::{Failure, Kind, Request};
-use crate::control::report::Accounts;
+use crate::control::report::{Accounts, Target, Targets};
 
 /// Time that the initiator of a connection to be deleted has to log out.
 const LEAVE_SECONDS: u16 = 1;
@@ -155,7 +155,11 @@ fn run(program: &str, args: &Args) -> Result<(), ClientError> {
     if args.op == Op::Show {
         return show(&server, args);
     }
-    for request in requests(args)? {
+    let requests = match (args.mode, args.op) {
+        (Mode::Sys, Op::Update) => system_state(args, &server.targets()?)?,
+        _ => requests(args)?,
+    };
+    for request in requests {
         server.change(program, &request)?;
     }
     Ok(())
@@ -309,8 +313,31 @@ fn requests(args: &Args) -> Result<Vec<Request>, ClientError> {
             session: wanted(&args.sid, "--sid")?,
             within_s: Some(LEAVE_SECONDS),
         }],
+        (Mode::Sys, Op::Delete) => {
+            let text = "pss-iscsi ends with its service: systemctl stop pss-iscsi, or SIGTERM";
+            return Err(usage(text));
+        }
         _ => return Err(unsupported(args)),
     })
+}
+
+/// What tgt's units do around a start: no new sessions anywhere until all is set up.
+fn system_state(args: &Args, targets: &Targets) -> Result<Vec<Request>, ClientError> {
+    let name = wanted(&args.name, "--name")?;
+    let value = wanted(&args.value, "--value")?;
+    if !name.eq_ignore_ascii_case("state") {
+        return Err(usage(format!("--name {name}: only State can be updated")));
+    }
+    let change = |target: &Target| Request::Edit {
+        tid: None,
+        force: args.force,
+        change: Edit::UpdateTarget {
+            target: target.name.clone(),
+            name: "state".to_owned(),
+            value: value.clone(),
+        },
+    };
+    Ok(targets.targets.iter().map(change).collect())
 }
 
 fn rules(args: &Args) -> Result<Vec<Edit>, ClientError> {

@@ -1,6 +1,6 @@
 //! `tgt-admin`: all targets at a time.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
@@ -37,7 +37,7 @@ struct Args {
     /// Lets a target, or ALL, take sessions again
     #[arg(long, group = "action", value_name = "ALL|tid=N|NAME")]
     ready: Option<String>,
-    /// Not taken: pss-iscsi reads the file that it was started with
+    /// With -e or --update: the file that is meant, which is the one that pss-iscsi was started with
     #[arg(short, long, value_name = "FILE")]
     conf: Option<PathBuf>,
     /// Even if sessions use it
@@ -78,12 +78,6 @@ fn run(program: &str, args: &Args) -> Result<(), ClientError> {
         print(&dump::dump(&server.targets()?, &accounts));
         return Ok(());
     }
-    if let Some(file) = &args.conf {
-        return Err(usage(format!(
-            "--conf {}: pss-iscsi reads the file that it was started with",
-            file.display()
-        )));
-    }
     for request in requests(args, &server.targets()?.targets)? {
         if args.verbose || args.pretend {
             print(&format!("{request:?}\n"));
@@ -109,6 +103,7 @@ fn requests(args: &Args, targets: &[Target]) -> Result<Vec<Request>, ClientError
             target,
         });
     }
+    let file = args.conf.as_deref().map(absolute).transpose()?;
     match (&args.offline, &args.ready, &args.update) {
         (Some(which), _, _) => state(which, "offline"),
         (_, Some(which), _) => state(which, "ready"),
@@ -119,10 +114,15 @@ fn requests(args: &Args, targets: &[Target]) -> Result<Vec<Request>, ClientError
                 None => Named::Name(which.clone()),
             };
             let target = Some(target);
-            Ok(vec![Request::Reload { target }])
+            Ok(vec![Request::Reload { target, file }])
         }
-        _ => Ok(vec![Request::Reload { target: None }]),
+        _ => Ok(vec![Request::Reload { target: None, file }]),
     }
+}
+
+fn absolute(file: &Path) -> Result<PathBuf, ClientError> {
+    file.canonicalize()
+        .map_err(|error| usage(format!("--conf {}: {error}", file.display())))
 }
 
 fn edits(
@@ -174,13 +174,18 @@ mod tests {
             let args = Args::try_parse_from(["tgt-admin"].into_iter().chain(line.split(' ')));
             requests(&args.unwrap(), &[])
         };
-        let all = Request::Reload { target: None };
+        let all = Request::Reload {
+            target: None,
+            file: None,
+        };
         assert_eq!(asked("-e").unwrap(), std::slice::from_ref(&all));
         assert_eq!(asked("--update ALL").unwrap(), [all]);
         let one = Request::Reload {
             target: Some(Named::Name("iqn.x".into())),
+            file: None,
         };
         assert_eq!(asked("--update iqn.x").unwrap(), [one]);
+        assert!(asked("-e --conf /nowhere/targets.conf").is_err());
         assert_eq!(asked("--delete ALL").unwrap(), []);
         assert!(asked("--delete tid=4").is_err());
     }

@@ -249,7 +249,7 @@ mod tests {
             "data_digest": false, "since": 0, "tasks": 0, "idle_ms": null, "received_bytes": 0,
             "sent_bytes": 0, "leaving": false,
             "connections": [{
-                "cid": 0, "address": "127.0.0.1:5000", "header_digest": false, "data_digest": false,
+                "cid": 0, "address": "127.0.0.1:5000", "portal": "127.0.0.1:3260", "header_digest": false, "data_digest": false,
                 "silent_ms": 0, "unsent_bytes": 0,
             }],
         }]});

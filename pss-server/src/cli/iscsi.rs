@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use export_iscsi::control::client::{ClientError, ask};
-use export_iscsi::control::protocol::{Kind, LEAVE_SECONDS_MAX, Named, Request};
+use export_iscsi::control::protocol::{Kind, LEAVE_SECONDS, LEAVE_SECONDS_MAX, Named, Request};
 use export_iscsi::control::report::{Accounts, Connections, Sessions, State, Targets, now_s};
 use pss_core::size::Size;
 use serde::Serialize;
@@ -207,7 +207,10 @@ pub(super) fn run(args: &CellArgs, iscsi: IscsiArgs) -> Result<(), CliError> {
             })
         }
         IscsiVerb::Reload => {
-            let request = Request::Reload { target: None };
+            let request = Request::Reload {
+                target: None,
+                file: None,
+            };
             asking.change(&request, "pss.iscsi.reload/1", reload_text)
         }
     }
@@ -248,6 +251,12 @@ fn reload_text(answer: &Value) -> String {
         names => format!("changed, came or went: {}", names.join(", ")),
     };
     let mut text = format!("{} targets are served; {changed}.", answer["targets"]);
+    for ended in texts(&answer["ended"]) {
+        text.push_str(&format!(
+            "\nended: {}; it has {LEAVE_SECONDS} s to log out",
+            printable(ended)
+        ));
+    }
     for warning in texts(&answer["warnings"]) {
         text.push_str(&format!("\nwarning: {}", printable(warning)));
     }
@@ -362,6 +371,7 @@ fn connections_text(connections: &Connections) -> String {
         right("SESSION"),
         right("CID"),
         left("ADDRESS"),
+        left("PORTAL"),
         left("INITIATOR"),
         left("TARGET"),
         left("DIGESTS"),
@@ -374,6 +384,7 @@ fn connections_text(connections: &Connections) -> String {
             it.session.to_string(),
             connection.cid.to_string(),
             connection.address.to_string(),
+            connection.portal.to_string(),
             it.initiator_name.clone(),
             target_text(it.target.as_ref()),
             digests(connection.header_digest, connection.data_digest),
@@ -439,10 +450,13 @@ mod tests {
 
     #[test]
     fn what_a_reload_came_to() {
-        let answer = json!({ "targets": 2, "changed": ["a"], "warnings": ["w"], "missing": ["m"] });
+        let answer = json!({
+            "targets": 2, "changed": ["a"], "ended": ["e"], "warnings": ["w"], "missing": ["m"],
+        });
         assert_eq!(
             reload_text(&answer),
-            "2 targets are served; changed, came or went: a.\nwarning: w\nmissing: m"
+            "2 targets are served; changed, came or went: a.\n\
+             ended: e; it has 10 s to log out\nwarning: w\nmissing: m"
         );
     }
 }

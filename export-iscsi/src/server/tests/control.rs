@@ -10,9 +10,10 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::*;
+use crate::auth::{Account, Secret};
 use crate::config::{ConfigError, Loaded, Problem};
 use crate::control::socket::{ControlSocket, SocketError};
-use crate::control::{Control, Load};
+use crate::control::{Configuration, Control, Load};
 
 struct Steered {
     bench: Bench,
@@ -25,7 +26,10 @@ impl Steered {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("new/iscsi.sock");
         let bench = Bench::with(Limits::default(), catalog).await;
-        let control = Control::new(Arc::clone(&bench.server), load);
+        let file = directory.path().join("targets.conf");
+        std::fs::write(&file, "").unwrap();
+        let configuration = load.map(|load| Configuration { file, load });
+        let control = Control::new(Arc::clone(&bench.server), configuration);
         let socket = ControlSocket::bind(&path).unwrap();
         tokio::spawn(socket.serve(control));
         Steered {
@@ -291,4 +295,114 @@ async fn reload_reads_again_and_a_wrong_file_changes_nothing() {
     assert_eq!(kind, "usage");
     assert!(message.contains("f:3: nonsense"), "{message}");
     assert_eq!(steered.bench.server.catalog().targets.len(), 2);
+}
+
+/// A configuration that is what was put into the cell.
+fn changeable(catalog: &Catalog) -> (Arc<Mutex<Catalog>>, Load) {
+    let cell = Arc::new(Mutex::new(catalog.clone()));
+    let read = Arc::clone(&cell);
+    let load: Load = Box::new(move || {
+        Ok(Loaded {
+            catalog: read.lock().unwrap().clone(),
+            warnings: Vec::new(),
+        })
+    });
+    (cell, load)
+}
+
+#[tokio::test]
+async fn reload_ends_sessions_whose_right_is_gone_and_no_others() {
+    let other = "iqn.2001-03.jp.tritech:b";
+    let first = catalog([entry(TARGET, "a"), entry(other, "b")]);
+    let (configured, load) = changeable(&first);
+    let steered = Steered::with(first.clone(), Some(load)).await;
+    let mut goes = steered.bench.client("").await;
+    goes.ready().await;
+    let mut stays = steered.bench.client(&format!("TargetName={other}")).await;
+    stays.ready().await;
+    let mut next = first.clone();
+    let closed = Arc::make_mut(next.targets.get_mut(TARGET).unwrap());
+    closed.initiators = vec!["iqn.2001-03.com.example:someone".to_owned()];
+    let guarded = Arc::make_mut(next.targets.get_mut(other).unwrap());
+    guarded.accounts.incoming = vec![Account {
+        name: "u".to_owned(),
+        secret: Secret::new("hunter2hunter2"),
+    }];
+    *configured.lock().unwrap() = next;
+    let answer = steered.done(json!({ "verb": "reload" })).await;
+    let text = answer["ended"][0].as_str().unwrap();
+    let named = format!("session {} of ", goes.tsih);
+    assert!(text.starts_with(&named), "{text}");
+    assert!(text.ends_with("initiator-name does not admit it"), "{text}");
+    assert_eq!(answer["ended"].as_array().unwrap().len(), 1);
+    let text = answer["warnings"][0].as_str().unwrap();
+    assert!(text.contains("CHAP is required"), "{text}");
+    assert!(text.ends_with("holds from its next login"), "{text}");
+    // Asked to log out (RFC 7143 §11.9.1), and gone after it did.
+    let event = goes.receive().await.unwrap();
+    assert_eq!(opcode_of(&event.bhs), opcode::ASYNC_MESSAGE);
+    assert_eq!(event.bhs[36], 1);
+    goes.log_out().await;
+    assert!(goes.is_closed().await);
+    stays.ping().await;
+    let sessions = steered.done(json!({ "verb": "sessions" })).await;
+    assert_eq!(sessions["sessions"].as_array().unwrap().len(), 1);
+    assert_eq!(sessions["sessions"][0]["session"], stays.tsih);
+    let mut late = Client::connect(steered.bench.address).await;
+    assert_ne!(late.try_login("").await, 0);
+}
+
+#[tokio::test]
+async fn a_change_that_shuts_a_session_out_says_so_once_and_lets_it_go_on() {
+    let steered = Steered::new().await;
+    let mut client = steered.bench.client("").await;
+    client.ready().await;
+    let bind =
+        json!({ "edit": "bind-name", "target": TARGET, "initiator": "iqn.2001-03.com.example:z" });
+    let answer = steered.edit(bind).await;
+    let text = answer["warnings"][0].as_str().unwrap();
+    let remedy = format!("pss iscsi kick {}", client.tsih);
+    assert!(text.ends_with(&remedy), "{text}");
+    let bind =
+        json!({ "edit": "bind-name", "target": TARGET, "initiator": "iqn.2001-03.com.example:y" });
+    assert_eq!(steered.edit(bind).await["warnings"], json!([]));
+    client.ping().await;
+}
+
+#[tokio::test]
+async fn another_file_than_the_servers_is_refused() {
+    let first = catalog([entry(TARGET, "a")]);
+    let (_, load) = changeable(&first);
+    let steered = Steered::with(first, Some(load)).await;
+    let directory = steered._directory.path();
+    let reload = |file: PathBuf| json!({ "verb": "reload", "file": file });
+    std::os::unix::fs::symlink("targets.conf", directory.join("link")).unwrap();
+    steered.done(reload(directory.join("targets.conf"))).await;
+    steered.done(reload(directory.join("link"))).await;
+    std::fs::write(directory.join("other"), "").unwrap();
+    for other in ["other", "nothing"] {
+        let (kind, message) = steered.refused(reload(directory.join(other))).await;
+        assert_eq!(kind, "usage");
+        assert!(message.contains("targets.conf"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn who_logs_in_while_the_rules_change_meets_the_new_ones() {
+    let bench = Bench::new().await;
+    let mut client = Client::connect(bench.address).await;
+    let mut text = Vec::new();
+    put(&mut text, "InitiatorName", "iqn.1994-05.com.redhat:me");
+    put(&mut text, "TargetName", TARGET);
+    client.send(&client.login_request(0x04), &text).await;
+    let pdu = client.receive().await.unwrap();
+    assert_eq!((pdu.bhs[36], pdu.bhs[37]), (0, 0));
+    let mut closed = entry(TARGET, "a");
+    closed.initiators = vec!["iqn.2001-03.com.example:someone".to_owned()];
+    bench.server.apply(catalog([closed])).await;
+    client.send(&client.login_request(0x87), b"").await;
+    let pdu = client.receive().await.unwrap();
+    assert_eq!((pdu.bhs[36], pdu.bhs[37]), (2, 2));
+    assert!(client.is_closed().await);
+    assert!(bench.server.sessions().all().is_empty());
 }
