@@ -1,6 +1,7 @@
 //! One target: its logical units, their task sets, and what it knows of each nexus.
 
 mod begin;
+mod leftovers;
 mod management;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -9,10 +10,10 @@ use std::sync::Arc;
 use pss_core::time::Instant;
 use pss_core::volume::device::{DeviceError, DeviceInfo, DeviceRequest, DeviceResult, Fate};
 use pss_core::volume::reservation::{
-    Access, Nexus, NoticeKind, ReservationAction, ReservationReply, ReservationRequest,
-    Reservations,
+    Nexus, NoticeKind, ReservationAction, ReservationReply, ReservationRequest, Reservations,
 };
 
+use self::leftovers::access;
 use self::management::Management;
 use super::actions::{Action, Actions, Command, NexusId, NexusInfo, Outcome, Status};
 use super::cdb::Kind;
@@ -42,6 +43,8 @@ pub struct Target {
     requests: HashMap<u64, Request>,
     /// Those of them for which nobody waits any more.
     leftovers: BTreeSet<u64>,
+    /// Tasks whose requests wait until leftovers that they overlap have ended.
+    held: BTreeMap<u64, Vec<(u16, DeviceRequest)>>,
     management: Vec<Management>,
     /// Nexuses whose RESERVE(6) is to be given up, which the cell has not been told.
     lost: Vec<(u16, Nexus)>,
@@ -122,6 +125,7 @@ impl Target {
             tasks: BTreeMap::new(),
             requests: HashMap::new(),
             leftovers: BTreeSet::new(),
+            held: BTreeMap::new(),
             management: Vec::new(),
             lost: Vec::new(),
             next_task: 0,
@@ -425,21 +429,28 @@ impl Target {
         requests: Vec<(u16, DeviceRequest)>,
         actions: &mut Actions,
     ) -> Vec<u64> {
-        if requests
-            .iter()
-            .any(|(lun, it)| self.meets_leftover(*lun, it))
-        {
-            return self.finish(id, Err(Failure::Status(Status::Busy)), actions);
-        }
         if let Some(task) = self.tasks.get_mut(&id) {
             task.outstanding = requests.len();
             task.results = vec![None; requests.len()];
             task.since = self.now;
         }
+        if self.meet_leftovers(&requests) {
+            self.held.insert(id, requests);
+        } else {
+            self.submit_parts(id, requests, actions);
+        }
+        Vec::new()
+    }
+
+    fn submit_parts(
+        &mut self,
+        id: u64,
+        requests: Vec<(u16, DeviceRequest)>,
+        actions: &mut Actions,
+    ) {
         for (part, (lun, request)) in requests.into_iter().enumerate() {
             self.submit_request(Owner::Task(id), lun, part, request, actions);
         }
-        Vec::new()
     }
 
     fn submit_request(
@@ -473,21 +484,6 @@ impl Target {
         let disk = self.units.get(&lun).and_then(|unit| unit.disk.as_ref());
         disk.map(|disk| Arc::clone(&disk.reservations))
             .unwrap_or_default()
-    }
-
-    /// Whether a request overlaps one that nobody waits for any more, which may still take effect: it must
-    /// not overtake what is written now.
-    fn meets_leftover(&self, lun: u16, request: &DeviceRequest) -> bool {
-        self.leftovers.iter().any(|cookie| {
-            let Some(other) = self.requests.get(cookie) else {
-                return false;
-            };
-            other.lun == lun
-                && other
-                    .request
-                    .as_ref()
-                    .is_some_and(|it| overlap(it, request))
-        })
     }
 
     /// A task has ended. Returns tasks that may run now.
@@ -543,6 +539,7 @@ impl Target {
     }
 
     fn release(&mut self, id: u64, task: &Task) -> Vec<u64> {
+        self.held.remove(&id);
         if let Some(state) = self.nexuses.get_mut(&task.nexus) {
             state.tasks = state.tasks.saturating_sub(1);
         }
@@ -577,34 +574,11 @@ impl Target {
         left
     }
 
-    /// Requests of a task become nobody's. Returns those that may change something.
-    fn leave_requests(&mut self, id: u64) -> Vec<u64> {
-        let mut left = Vec::new();
-        for (cookie, request) in &mut self.requests {
-            let own = match &request.owner {
-                Owner::Task(owner)
-                | Owner::Look(owner)
-                | Owner::Looked(owner)
-                | Owner::Recheck(owner, ..) => *owner == id,
-                _ => false,
-            };
-            if own {
-                request.owner = Owner::Nobody;
-                self.leftovers.insert(*cookie);
-                if request.request.as_ref().is_none_or(changes) {
-                    left.push(*cookie);
-                }
-            }
-        }
-        left
-    }
-
     /// Result of an [`Action::Submit`].
     pub fn completed(&mut self, cookie: u64, result: DeviceResult, actions: &mut Actions) {
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
-        self.leftovers.remove(&cookie);
         self.note_device(request.lun, &result);
         match request.owner {
             Owner::Task(id) => match (result, request.request) {
@@ -632,6 +606,7 @@ impl Target {
             | Owner::Lost(_)
             | Owner::Reset => {}
         }
+        self.leftover_ended(cookie, actions);
         self.drained(cookie, actions);
     }
 
@@ -684,7 +659,6 @@ impl Target {
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
-        self.leftovers.remove(&cookie);
         if let Some(reply) = &reply {
             let now = self.now;
             if let Some(disk) = self.disk_mut(request.lun) {
@@ -695,14 +669,13 @@ impl Target {
         }
         match request.owner {
             Owner::Task(id) => {
-                let Some(task) = self.tasks.get_mut(&id) else {
-                    return self.drained(cookie, actions);
-                };
-                task.outstanding = 0;
-                if let Some(job) = &mut task.job {
-                    let next = job.reserved(reply);
-                    for ready in self.proceed(id, next, actions) {
-                        self.start(ready, actions);
+                if let Some(task) = self.tasks.get_mut(&id) {
+                    task.outstanding = 0;
+                    if let Some(job) = &mut task.job {
+                        let next = job.reserved(reply);
+                        for ready in self.proceed(id, next, actions) {
+                            self.start(ready, actions);
+                        }
                     }
                 }
             }
@@ -721,6 +694,7 @@ impl Target {
             Owner::Reset if reply.is_none_or(|it| it.result.is_err()) => self.reset_failed(cookie),
             Owner::Lost(_) | Owner::Nobody | Owner::Sanitize | Owner::Look(_) | Owner::Reset => {}
         }
+        self.leftover_ended(cookie, actions);
         self.drained(cookie, actions);
     }
 
@@ -758,13 +732,9 @@ impl Target {
         let Some(task) = self.tasks.get(&id) else {
             return;
         };
-        let access = match changes(&request) {
-            true => Access::Write,
-            false => Access::Read,
-        };
         let nexus = task.nexus;
         let name = self.nexuses.get(&nexus).map(|state| &state.name);
-        let allowed = self.reservations(lun).allows(name, access);
+        let allowed = self.reservations(lun).allows(name, access(&request));
         // The change that was just heard of may have been answered before the task came: then what it tells this
         // nexus comes first, as it does for a task that begins (SAM-5 §5.14).
         let unit = self.units.get_mut(&lun).filter(|_| reached);
@@ -1006,65 +976,6 @@ impl Target {
             }
         }
     }
-}
-
-/// Whether a request may change the disk.
-fn changes(request: &DeviceRequest) -> bool {
-    match request {
-        DeviceRequest::Write { .. }
-        | DeviceRequest::WriteZeroes { .. }
-        | DeviceRequest::Trim { .. }
-        | DeviceRequest::CompareAndWrite { .. } => true,
-        DeviceRequest::Read { .. }
-        | DeviceRequest::Flush
-        | DeviceRequest::Look
-        | DeviceRequest::Extents { .. }
-        | DeviceRequest::Prefetch { .. } => false,
-    }
-}
-
-/// Range of a request, in the cell's blocks' bytes.
-fn range(request: &DeviceRequest) -> (u64, u64) {
-    let (offset, length) = match request {
-        DeviceRequest::Read {
-            offset_bytes,
-            length_bytes,
-        } => (*offset_bytes, u64::from(*length_bytes)),
-        DeviceRequest::Write {
-            offset_bytes, data, ..
-        } => (*offset_bytes, data.len() as u64),
-        DeviceRequest::CompareAndWrite {
-            offset_bytes,
-            write,
-            ..
-        } => (*offset_bytes, write.len() as u64),
-        DeviceRequest::WriteZeroes {
-            offset_bytes,
-            length_bytes,
-            ..
-        }
-        | DeviceRequest::Trim {
-            offset_bytes,
-            length_bytes,
-            ..
-        }
-        | DeviceRequest::Extents {
-            offset_bytes,
-            length_bytes,
-        }
-        | DeviceRequest::Prefetch {
-            offset_bytes,
-            length_bytes,
-        } => (*offset_bytes, *length_bytes),
-        DeviceRequest::Flush | DeviceRequest::Look => (0, 0),
-    };
-    (offset, offset.saturating_add(length))
-}
-
-/// Whether two requests touch the same bytes and at least the first may change them.
-fn overlap(left: &DeviceRequest, new: &DeviceRequest) -> bool {
-    let ((from, to), (new_from, new_to)) = (range(left), range(new));
-    changes(left) && from < new_to && new_from < to
 }
 
 /// How a command ended, for the transport.

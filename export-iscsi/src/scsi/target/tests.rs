@@ -14,6 +14,7 @@ use pss_core::volume::device::{DeviceReply, Extent, ReadPart};
 
 use super::super::actions::TaskAttribute;
 use super::super::config::LunSettings;
+use super::leftovers::range;
 use super::*;
 
 const MIB: u64 = 1 << 20;
