@@ -18,6 +18,8 @@ needed=(
     "qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so"
     "e2fsprogs mke2fs"
     "strace strace"
+    "qemu-system-x86 qemu-system-x86_64"
+    "ipxe-qemu /usr/lib/ipxe/qemu/pxe-e1000.rom"
     "libiscsi-bin iscsi-test-cu"
     "tshark tshark"
     "libconfig-general-perl Config/General.pm"
@@ -25,10 +27,7 @@ needed=(
 
 case "${1:-}" in
     "") all=false ;;
-    --all)
-        all=true
-        needed+=("qemu-system-x86 qemu-system-x86_64")
-        ;;
+    --all) all=true ;;
     *)
         echo "usage: $0 [--all]" >&2
         exit 2
@@ -62,10 +61,7 @@ to_install() {
         esac
     done
     if [[ " $* " == *" qemu-"* ]]; then
-        printf "%s${version:+=$version}\n" qemu-utils qemu-block-extra
-        if $all; then
-            printf "%s${version:+=$version}\n" qemu-system-x86
-        fi
+        printf "%s${version:+=$version}\n" qemu-utils qemu-block-extra qemu-system-x86
     fi
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -87,6 +87,19 @@ pub fn qemu(program: &str, args: &[&str]) -> (bool, String) {
         "install iSCSI for qemu with 'apt-get install qemu-block-extra': {text}"
     );
     (code == Some(0), text)
+}
+
+/// Runs a machine in QEMU until it ends; its exit code and what its serial port said.
+///
+/// # Panics
+/// If QEMU cannot be run.
+pub fn machine(args: &[&str]) -> (Option<i32>, String) {
+    let card = Path::new("/usr/lib/ipxe/qemu/pxe-e1000.rom");
+    assert!(
+        card.exists(),
+        "install iPXE with 'apt-get install ipxe-qemu'"
+    );
+    run("qemu-system-x86_64", "qemu-system-x86", args)
 }
 
 fn run(program: &str, package: &str, args: &[&str]) -> (Option<i32>, String) {
