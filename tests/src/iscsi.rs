@@ -28,6 +28,15 @@ impl Gateway {
     /// # Panics
     /// If it does not.
     pub fn start(cell: &Cell, number: u16, conf: &str) -> Gateway {
+        // A test of the suite sleeps for a minute and answers nothing meanwhile.
+        Gateway::start_with(cell, number, conf, &["--probe", "60"])
+    }
+
+    /// [`Gateway::start`] with arguments of its own.
+    ///
+    /// # Panics
+    /// As that.
+    pub fn start_with(cell: &Cell, number: u16, conf: &str, args: &[&str]) -> Gateway {
         let file = cell.bench.path(&format!("targets{number}.conf"));
         fs::write(&file, conf).expect("the test directory can be used");
         // The addresses of NBD gateways of the same cell are free on other ports.
@@ -38,8 +47,7 @@ impl Gateway {
         command.arg("--config").arg(&file);
         let control = cell.bench.path(&format!("iscsi{number}.sock"));
         command.arg("--control").arg(&control);
-        // A test of the suite sleeps for a minute and answers nothing meanwhile.
-        command.args(["--probe", "60"]);
+        command.args(args);
         let output = cell.bench.path(&format!("pss-iscsi{number}.log"));
         let mut process = Process::start(&format!("pss-iscsi {number}"), &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {

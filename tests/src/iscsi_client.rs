@@ -65,7 +65,7 @@ impl IscsiClient {
     pub fn login(
         portal: SocketAddr,
         target: &str,
-        number: u8,
+        number: u16,
         patience: Duration,
     ) -> Result<IscsiClient> {
         IscsiClient::login_with(portal, target, number, "", patience)
@@ -78,7 +78,7 @@ impl IscsiClient {
     pub fn login_with(
         portal: SocketAddr,
         target: &str,
-        number: u8,
+        number: u16,
         keys: &str,
         patience: Duration,
     ) -> Result<IscsiClient> {
@@ -95,7 +95,8 @@ impl IscsiClient {
         // Immediate; transit from operational negotiation to the full feature phase (§11.12).
         bhs[0] = 0x43;
         bhs[1] = 0x87;
-        bhs[8..14].copy_from_slice(&[0x80, 0, 0, 0, 0, number]);
+        bhs[8..12].copy_from_slice(&[0x80, 0, 0, 0]);
+        bhs[12..14].copy_from_slice(&number.to_be_bytes());
         put(&mut bhs, 24, client.cmd_sn);
         let text = format!("InitiatorName=iqn.2026-01.test:client\0TargetName={target}\0{keys}");
         client.send(bhs, text.as_bytes())?;
@@ -217,6 +218,15 @@ impl IscsiClient {
                 other => return Err(odd(format!("opcode {other:#x}"))),
             }
         }
+    }
+
+    /// Answers probes until the session ends.
+    ///
+    /// # Errors
+    /// Why it ended.
+    pub fn idle(&mut self) -> Result<()> {
+        // No task has this tag.
+        self.next_of(0).map(|_| ())
     }
 
     /// TEST UNIT READY.

@@ -287,7 +287,7 @@ impl Worker {
                 None => NbdClient::connect(address, "v", CLIENT_PATIENCE)
                     .and_then(|client| self.use_client(client, at_home)),
                 Some(target) => {
-                    IscsiClient::login(address, &target, self.number as u8, CLIENT_PATIENCE)
+                    IscsiClient::login(address, &target, self.number as u16, CLIENT_PATIENCE)
                         .and_then(|client| self.use_initiator(client, at_home))
                 }
             };

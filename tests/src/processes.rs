@@ -53,6 +53,32 @@ impl Process {
         self.child.id()
     }
 
+    /// Memory that it has now, bytes.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = status.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        kib.map_or(0, |kib: u64| kib << 10)
+    }
+
+    /// Processor time that it has used.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid()));
+        let stat = stat.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        // Fields 14 and 15 of proc_pid_stat(5); the name, field 2, may have spaces and brackets in it.
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let ticks = fields.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.filter_map(|it| it.parse::<u64>().ok()).sum();
+        Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
     /// Sends a signal, such as `STOP`.
     pub fn signal(&self, signal: &str) {
         let (signal, pid) = (format!("-{signal}"), self.pid().to_string());

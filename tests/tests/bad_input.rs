@@ -36,14 +36,6 @@ fn need_root(what: &str) {
     );
 }
 
-/// Memory of a process, bytes.
-fn resident_bytes(process: &Process) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-    let kib = line.unwrap().split_whitespace().nth(1).unwrap();
-    kib.parse::<u64>().unwrap() * 1024
-}
-
 // ---- the servers' ports ----
 
 #[test]
@@ -179,7 +171,7 @@ fn nonsense_on_the_ports() {
         );
     }
     for server in cell.servers.values() {
-        assert!(resident_bytes(server) < 300 << 20);
+        assert!(server.resident_bytes() < 300 << 20);
         let said = server.text();
         assert!(said.lines().count() < 200, "{} lines", said.lines().count());
         assert!(
@@ -310,14 +302,14 @@ fn nbd_clients_that_lie_vanish_and_stop_reading() {
         greedy.push(client);
     }
     load.wait_served("clients that do not read", load.now(), RETURN);
-    let memory = resident_bytes(&cell.gateways[&0]);
+    let memory = cell.gateways[&0].resident_bytes();
     println!("the gateway takes {} MiB", memory >> 20);
     // 64 MiB for each of those connections, and the payload that was announced.
     assert!(memory < 1200 << 20);
     drop(greedy);
     drop(silent);
     for server in cell.servers.values() {
-        let memory = resident_bytes(server);
+        let memory = server.resident_bytes();
         println!("a server takes {} MiB", memory >> 20);
         assert!(memory < 300 << 20);
     }

@@ -45,7 +45,7 @@ fn cell(volumes: &[&str]) -> (Cell, [Gateway; 2]) {
 
 fn login(gateway: &Gateway, volume: &str) -> IscsiClient {
     let target = format!("{TARGET}-{volume}");
-    let number = gateway.portal.port() as u8;
+    let number = gateway.portal.port();
     let mut client = IscsiClient::login(gateway.portal, &target, number, PATIENCE).unwrap();
     client.ready().unwrap();
     client
@@ -318,7 +318,7 @@ fn a_counter_is_exact_over_two_gateways() {
     let mut clients = Vec::new();
     for _ in 0..2 {
         for gateway in &gateways {
-            let number = clients.len() as u8;
+            let number = clients.len() as u16;
             let target = format!("{TARGET}-v");
             let client = IscsiClient::login(gateway.portal, &target, number, PATIENCE);
             let mut client = client.unwrap();
