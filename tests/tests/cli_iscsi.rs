@@ -434,6 +434,8 @@ fn tgt_admin_takes_all_targets() {
         .done();
     let shown = tgt_admin("-s").done().stdout();
     assert_eq!(shown.matches("State: offline").count(), 2, "{shown}");
+    let system = bench.tgtadm("--op show --mode sys").done().stdout();
+    assert!(system.contains("State: offline"), "{system}");
     bench
         .tgtadm("--op update --mode sys --name State -v ready")
         .done();

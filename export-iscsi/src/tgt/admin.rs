@@ -180,11 +180,7 @@ fn show(server: &Server<'_>, args: &Args) -> Result<(), ClientError> {
         }
         (Mode::Conn, None) => return Err(usage("--tid is missing")),
         (Mode::Account, _) => layout::accounts(&server.ask::<Accounts>(&Request::Accounts)?),
-        (Mode::Sys, _) => {
-            // Whether it is there.
-            server.targets()?;
-            layout::system()
-        }
+        (Mode::Sys, _) => layout::system(&server.targets()?),
         (Mode::Logicalunit | Mode::Session | Mode::Portal | Mode::Lld, _) => {
             return Err(unsupported(args));
         }

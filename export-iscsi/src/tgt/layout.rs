@@ -215,12 +215,16 @@ pub fn accounts(accounts: &Accounts) -> String {
     text
 }
 
-/// `--op show --mode sys`.
-pub fn system() -> String {
-    "System:\n    State: ready\n    debug: off\nLLDs:\n    iscsi: ready\nBacking stores:\n    pss\n\
-     Device types:\n    disk\n    controller\niSNS:\n    iSNS=Off\n    iSNSServerIP=\n    \
-     iSNSServerPort=3205\n    iSNSAccessControl=Off\n"
-        .to_owned()
+/// `--op show --mode sys`. It is offline if all targets are.
+pub fn system(targets: &Targets) -> String {
+    let mut states = targets.targets.iter().map(|it| it.state);
+    let is_offline = states.len() > 0 && states.all(|it| matches!(it, State::Offline));
+    let state = if is_offline { "offline" } else { "ready" };
+    format!(
+        "System:\n    State: {state}\n    debug: off\nLLDs:\n    iscsi: ready\nBacking stores:\n    pss\n\
+         Device types:\n    disk\n    controller\niSNS:\n    iSNS=Off\n    iSNSServerIP=\n    \
+         iSNSServerPort=3205\n    iSNSAccessControl=Off\n"
+    )
 }
 
 #[cfg(test)]
