@@ -1,6 +1,7 @@
 //! "Am I safe?": what the servers' answers say about the cell.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 
 use pss_core::client::ServerError;
 use pss_core::servers::Ids;
@@ -108,9 +109,18 @@ impl Answers {
         }
     }
 
+    /// Whether nothing listens where a server should be: the leader may not have missed it yet.
+    fn is_stopped(&self, id: ServerId) -> bool {
+        let Some(ServerError::Io(error)) = self.failures.get(&id) else {
+            return false;
+        };
+        error.kind() == ErrorKind::ConnectionRefused
+    }
+
     /// Whether a server runs, as far as can be told: it answers, or the leader hears it.
     fn heard(&self, id: ServerId, leader: Option<&ServerStatus>) -> bool {
         match leader {
+            _ if self.is_stopped(id) => false,
             Some(leader) if leader.server != id => peer(leader, id).is_some_and(|peer| peer.alive),
             _ => self.statuses.contains_key(&id),
         }
@@ -129,6 +139,7 @@ impl Answers {
         let alive = id == leader.server || seen.is_some_and(|peer| peer.alive);
         match own {
             None if !alive => return CopyState::Silent(silent_s),
+            None if self.is_stopped(id) => return CopyState::Silent(None),
             Some(_) if !alive => return CopyState::Apart(silent_s),
             _ => {}
         }
@@ -404,6 +415,26 @@ pub(super) mod tests {
             three.judge(Some(3796)).verdict,
             Verdict::Works { may_fail: 1 }
         );
+    }
+
+    #[test]
+    fn a_server_that_has_just_stopped() {
+        let mut three = answers(3, &[(1, true, 4997), (2, true, 5000)]);
+        three.statuses.remove(&ServerId(1));
+        // Another network may be all that keeps us from it.
+        let slow = ServerError::TimedOut(std::time::Duration::from_secs(1));
+        three.failures.insert(ServerId(1), slow);
+        assert!(sentence(&three).starts_with("Server 1 is 3 slots behind"));
+        let refused = std::io::Error::from(ErrorKind::ConnectionRefused);
+        three.failures.insert(ServerId(1), refused.into());
+        assert_eq!(
+            sentence(&three),
+            "Server 1 does not answer: start it. Until then no further server may fail."
+        );
+        let refused = std::io::Error::from(ErrorKind::ConnectionRefused);
+        three.failures.insert(ServerId(2), refused.into());
+        three.statuses.remove(&ServerId(2));
+        assert_eq!(three.judge(None).verdict, Verdict::NoMajority);
     }
 
     #[test]
