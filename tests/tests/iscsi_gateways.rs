@@ -19,6 +19,8 @@ const CAPACITY_CHANGED: (u8, u16) = (6, 0x2a09);
 const REGISTRATIONS_PREEMPTED: (u8, u16) = (6, 0x2a05);
 const NOT_SUPPORTED: (u8, u16) = (5, 0x2500);
 const CONFLICT: u8 = 0x18;
+/// Activate Persist Through Power Loss.
+const APTPL: u8 = 1;
 
 /// Targets that show one volume each, as LUN 1.
 fn conf(volumes: &[&str]) -> String {
@@ -68,9 +70,20 @@ fn blocks(client: &mut IscsiClient) -> u64 {
 
 /// PERSISTENT RESERVE OUT.
 fn reserve_out(client: &mut IscsiClient, action: u8, kind: u8, key: u64, service_key: u64) -> u8 {
+    reserve_out_as(client, action, kind, key, service_key, 0)
+}
+
+fn reserve_out_as(
+    client: &mut IscsiClient,
+    action: u8,
+    kind: u8,
+    key: u64,
+    service_key: u64,
+    flags: u8,
+) -> u8 {
     let mut list = key.to_be_bytes().to_vec();
     list.extend(service_key.to_be_bytes());
-    list.extend([0; 8]);
+    list.extend([0, 0, 0, 0, flags, 0, 0, 0]);
     let cdb = [0x5f, action, kind, 0, 0, 0, 0, 0, 24, 0];
     client.command(&cdb, 0, &list).unwrap().status
 }
@@ -177,9 +190,46 @@ fn reservations_are_seen_by_the_next_command_on_the_other_gateway() {
     }
 }
 
+/// A persistent reservation is the cell's: it outlives the leader, all servers, and the gateway that it came through.
+#[test]
+fn reservations_hold_while_servers_and_gateways_die() {
+    let (mut cell, mut gateways) = cell(&["v"]);
+    let [mut one, mut other] = gateways.each_ref().map(|gateway| login(gateway, "v"));
+    // REGISTER AND IGNORE EXISTING KEY with APTPL, then WRITE EXCLUSIVE.
+    assert_eq!(reserve_out_as(&mut one, 6, 0, 0, 1, APTPL), 0);
+    assert_eq!(reserve_out(&mut one, 1, 1, 1, 0), 0);
+    let leader = cell.leader();
+    cell.kill(leader);
+    assert_eq!(write(&mut other, 0).status, CONFLICT);
+    assert_eq!(write(&mut one, 0).status, 0);
+    cell.start(leader);
+    cell.wait_current();
+    for id in 0..3 {
+        cell.kill(id);
+    }
+    for id in 0..3 {
+        cell.start(id);
+    }
+    assert_eq!(write(&mut other, 0).status, CONFLICT);
+    assert_eq!(write(&mut one, 0).status, 0);
+    // Its session is gone with the gateway, its registration is not.
+    gateways[0].process.kill();
+    assert_eq!(write(&mut other, 0).status, CONFLICT);
+    let killed = Instant::now();
+    gateways[0] = Gateway::start(&cell, 0, &conf(&["v"]));
+    one = login(&gateways[0], "v");
+    println!("a killed gateway serves again after {:?}", killed.elapsed());
+    assert_eq!(write(&mut one, 0).status, 0);
+    assert_eq!(write(&mut other, 0).status, CONFLICT);
+    // CLEAR.
+    assert_eq!(reserve_out(&mut one, 3, 0, 1, 0), 0);
+    cell.kill(cell.leader());
+    assert_eq!(write(&mut other, 0).status, 0);
+}
+
 #[test]
 fn a_new_size_is_seen_by_everyone_and_shrinking_is_for_volumes_that_nobody_has() {
-    let (cell, gateways) = cell(&["v"]);
+    let (mut cell, gateways) = cell(&["v"]);
     let pss = |args: &str| cell.bench.run("pss", args);
     // Nobody is logged in: the targets alone do not count.
     pss("volume resize v 32M --allow-shrink").done();
@@ -193,6 +243,18 @@ fn a_new_size_is_seen_by_everyone_and_shrinking_is_for_volumes_that_nobody_has()
         );
         assert_eq!(blocks(client), 131_072);
     }
+    // With the leader killed in between.
+    let leader = cell.leader();
+    pss("volume resize v 96M").done();
+    cell.kill(leader);
+    for client in &mut clients {
+        let told = client.test_unit_ready().unwrap();
+        assert_eq!(told.sense, Some(CAPACITY_CHANGED));
+        assert_eq!(blocks(client), 196_608);
+    }
+    cell.start(leader);
+    cell.wait_current();
+    let pss = |args: &str| cell.bench.run("pss", args);
     pss("volume resize v 32M --allow-shrink").fails(4, &["attached by", "pss-iscsi", "--force"]);
     assert_eq!(clients[0].test_unit_ready().unwrap().status, 0);
     pss("volume resize v 32M --allow-shrink --force").done();
