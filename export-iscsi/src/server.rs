@@ -11,6 +11,7 @@ use pss_core::volume::device::{DeviceError, ReadPart, Volumes};
 use pss_core::volume::reservation::ReservationRequest;
 use pss_gateway::listen::{Listener, Stream};
 use pss_gateway::sending::SendQueue;
+use pss_gateway::throttle::SharedThrottle;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
@@ -46,6 +47,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(20);
 /// Receive buffer of the login.
 const LOGIN_RECEIVE_BYTES: usize = 4 << 10;
+/// Refused logins that are logged in 10 s; others are counted.
+const REFUSALS_LOGGED: u32 = 50;
 /// How often volumes that could not be opened are tried again.
 const OPEN_AGAIN: Duration = Duration::from_secs(1);
 
@@ -90,6 +93,8 @@ pub struct Server {
     sessions: Sessions,
     challenges: Arc<Challenges>,
     places: Arc<Semaphore>,
+    refused: SharedThrottle,
+    crowded: SharedThrottle,
     logins: Mutex<HashMap<IpAddr, usize>>,
     stopping: watch::Sender<bool>,
 }
@@ -107,6 +112,8 @@ impl Server {
             sessions: Sessions::new(limits.sessions_max, limits.probing),
             challenges: Arc::default(),
             places: Arc::new(Semaphore::new(limits.connections_max)),
+            refused: SharedThrottle::new(REFUSALS_LOGGED),
+            crowded: SharedThrottle::new(1),
             logins: Mutex::default(),
             stopping: watch::Sender::new(false),
         })
@@ -341,10 +348,10 @@ impl Server {
             debug!(%peer, %error, "TCP_USER_TIMEOUT cannot be set");
         }
         let Ok(_place) = Arc::clone(&self.places).try_acquire_owned() else {
-            return warn!(%peer, "too many connections");
+            return self.log_crowded(peer, "too many connections");
         };
         let Some(entrance) = Entrance::take(&self, peer.ip()) else {
-            return warn!(%peer, "too many connections that have not logged in");
+            return self.log_crowded(peer, "too many connections that have not logged in");
         };
         let mut stopping = self.stopping.subscribe();
         let linked = tokio::select! {
@@ -420,8 +427,7 @@ impl Server {
                         }
                     }
                     Output::Close(why) => {
-                        let initiator = login.initiator();
-                        warn!(%peer, initiator, "login refused: {why}");
+                        self.log_refused(peer, login.initiator(), &why);
                         return None;
                     }
                 }
@@ -443,7 +449,7 @@ impl Server {
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    warn!(%peer, "login refused: {error}");
+                    self.log_refused(peer, login.initiator(), &error);
                     return None;
                 }
             }
@@ -455,10 +461,22 @@ impl Server {
                     return None;
                 }
                 Err(_) => {
-                    warn!(%peer, "login refused: it took too long");
+                    self.log_refused(peer, login.initiator(), &"it took too long");
                     return None;
                 }
             }
+        }
+    }
+
+    fn log_crowded(&self, peer: SocketAddr, why: &str) {
+        if let Some(more) = self.crowded.admit() {
+            warn!(%peer, more, "{why}");
+        }
+    }
+
+    fn log_refused(&self, peer: SocketAddr, initiator: &str, why: &dyn std::fmt::Display) {
+        if let Some(more) = self.refused.admit() {
+            warn!(%peer, initiator, more, "login refused: {why}");
         }
     }
 

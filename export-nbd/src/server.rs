@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use pss_gateway::throttle::SharedThrottle;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
@@ -53,6 +54,7 @@ pub struct Server {
     exports: Arc<Exports>,
     limits: Limits,
     places: Arc<Semaphore>,
+    crowded: SharedThrottle,
     stopping: watch::Sender<bool>,
 }
 
@@ -63,6 +65,7 @@ impl Server {
             exports,
             limits,
             places: Arc::new(Semaphore::new(limits.connections_max)),
+            crowded: SharedThrottle::new(1),
             stopping: watch::Sender::new(false),
         })
     }
@@ -132,7 +135,9 @@ impl Server {
     /// Serves one client.
     pub async fn serve_stream(self: Arc<Self>, mut stream: Stream, peer: Peer) {
         let Ok(_place) = Arc::clone(&self.places).try_acquire_owned() else {
-            warn!(%peer, "too many connections");
+            if let Some(more) = self.crowded.admit() {
+                warn!(%peer, more, "too many connections");
+            }
             return;
         };
         let mut input = BytesMut::with_capacity(HANDSHAKE_RECEIVE_BYTES);

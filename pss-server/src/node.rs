@@ -14,7 +14,6 @@ pub(crate) mod inbox;
 mod receive;
 mod send;
 mod start;
-mod throttle;
 mod turn;
 
 use std::io;

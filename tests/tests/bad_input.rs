@@ -5,7 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream, UdpSocket};
@@ -16,6 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use pss_tests::binaries::tool;
+use pss_tests::iscsi::Gateway;
+use pss_tests::iscsi_client::{IscsiClient, cdb10};
 use pss_tests::load::{LOAD_BYTES, Load};
 use pss_tests::nbd_client::{Command, ENOSPC, NbdClient};
 use pss_tests::processes::{Cell, Layout, PATIENCE, Process, wait_until};
@@ -319,6 +321,53 @@ fn nbd_clients_that_lie_vanish_and_stop_reading() {
     assert!(history.errors.is_empty(), "errors: {:?}", history.errors);
     history.read_all(&mut honest);
     history.check();
+}
+
+// ---- iSCSI initiators ----
+
+/// Whoever opens connections without end gets few of them, fills no log, and harms nobody; nor does one that
+/// sends its login a byte a second.
+#[test]
+fn ten_thousand_iscsi_connections_harm_nobody() {
+    const TARGET: &str = "iqn.2001-03.jp.tritech:v";
+    let cell = Cell::started(Layout::small(3), "64M --chunk-size 1M");
+    let conf = format!("<target {TARGET}>\nbacking-store v\n</target>\n");
+    let mut gateway = Gateway::start(&cell, 0, &conf);
+    let mut slow = TcpStream::connect(gateway.portal).unwrap();
+    let mut bystander = IscsiClient::login(gateway.portal, TARGET, 1, PATIENCE).unwrap();
+    bystander.ready().unwrap();
+    let mut step = |round: u32| {
+        let block = [round as u8; 512];
+        let written = bystander.command(&cdb10(0x2a, 8, 1), 0, &block).unwrap();
+        let read = bystander.command(&cdb10(0x28, 8, 1), 512, &[]).unwrap();
+        assert_eq!((written.status, read.data), (0, block.to_vec()), "{round}");
+    };
+    let mut open = VecDeque::new();
+    for round in 0..10_000 {
+        // An end that was closed is held on to all the same.
+        open.push_back(TcpStream::connect(gateway.portal).unwrap());
+        if open.len() > 256 {
+            open.pop_front();
+        }
+        if round % 500 == 0 {
+            step(round);
+            let _ = slow.write_all(&[0x43]);
+        }
+    }
+    drop(open);
+    wait_until("the login of single bytes has ended", PATIENCE, || {
+        let ended = slow.write_all(&[0]).is_err();
+        std::thread::sleep(Duration::from_secs(1));
+        ended
+    });
+    step(10_000);
+    let text = gateway.process.text();
+    let crowded = text.matches("too many connections").count();
+    assert!((1..=10).contains(&crowded), "{crowded} lines:\n{text}");
+    assert!(text.contains("it took too long"), "{text}");
+    assert!(gateway.process.runs() && gateway.process.resident_bytes() < 64 << 20);
+    // Its places are free again.
+    IscsiClient::login(gateway.portal, TARGET, 2, PATIENCE).unwrap();
 }
 
 // ---- data directories ----

@@ -18,6 +18,7 @@ use pss_core::types::{Incarnation, ServerId, Slot};
 use pss_core::wire::auth::MacKey;
 use pss_core::wire::client::ServerStatus;
 use pss_core::wire::peer::Datagrams;
+use pss_gateway::throttle::Throttle;
 
 use crate::clock;
 use crate::config::ServerConfig;
@@ -25,7 +26,6 @@ use crate::node::ServerError;
 use crate::node::connections::{Connections, Kind};
 use crate::node::datagrams::Batch;
 use crate::node::inbox::{Event, Inbox};
-use crate::node::throttle::Throttle;
 use crate::peers::Peers;
 use crate::storage::{LogJob, StorageThreads};
 
