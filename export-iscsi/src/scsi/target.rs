@@ -576,6 +576,7 @@ impl Target {
 
     /// Result of an [`Action::Submit`].
     pub fn completed(&mut self, cookie: u64, result: DeviceResult, actions: &mut Actions) {
+        let left = self.leftover(cookie);
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
@@ -606,7 +607,7 @@ impl Target {
             | Owner::Lost(_)
             | Owner::Reset => {}
         }
-        self.leftover_ended(cookie, actions);
+        self.leftover_ended(cookie, left, actions);
         self.drained(cookie, actions);
     }
 
@@ -656,6 +657,7 @@ impl Target {
         reply: Option<ReservationReply>,
         actions: &mut Actions,
     ) {
+        let left = self.leftover(cookie);
         let Some(request) = self.requests.remove(&cookie) else {
             return;
         };
@@ -694,7 +696,7 @@ impl Target {
             Owner::Reset if reply.is_none_or(|it| it.result.is_err()) => self.reset_failed(cookie),
             Owner::Lost(_) | Owner::Nobody | Owner::Sanitize | Owner::Look(_) | Owner::Reset => {}
         }
-        self.leftover_ended(cookie, actions);
+        self.leftover_ended(cookie, left, actions);
         self.drained(cookie, actions);
     }
 

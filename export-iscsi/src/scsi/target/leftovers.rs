@@ -7,13 +7,31 @@ use pss_core::volume::reservation::Access;
 use super::{Actions, Failure, Owner, Status, Target};
 
 impl Target {
+    /// The request of a leftover, as long as it is one.
+    pub(super) fn leftover(&self, cookie: u64) -> Option<(u16, DeviceRequest)> {
+        let request = self.requests.get(&cookie);
+        let request = request.filter(|_| self.leftovers.contains(&cookie))?;
+        Some((request.lun, request.request.clone()?))
+    }
+
     /// A leftover has ended: what waited only for it goes on if it is still allowed.
-    pub(super) fn leftover_ended(&mut self, cookie: u64, actions: &mut Actions) {
-        if !self.leftovers.remove(&cookie) {
+    pub(super) fn leftover_ended(
+        &mut self,
+        cookie: u64,
+        ended: Option<(u16, DeviceRequest)>,
+        actions: &mut Actions,
+    ) {
+        self.leftovers.remove(&cookie);
+        let Some((lun, ended)) = ended else {
             return;
-        }
+        };
+        // Others do not become free by this one.
+        let waited = |requests: &[(u16, DeviceRequest)]| {
+            let mut requests = requests.iter();
+            requests.any(|(other, it)| *other == lun && overlap(&ended, it))
+        };
         let free = self.held.iter();
-        let free = free.filter(|(_, requests)| !self.meet_leftovers(requests));
+        let free = free.filter(|(_, it)| waited(it) && !self.meet_leftovers(it));
         let free: Vec<u64> = free.map(|(id, _)| *id).collect();
         for id in free {
             // The task may have ended with one before it.
