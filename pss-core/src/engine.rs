@@ -6,12 +6,14 @@
 //! device; everything else that takes time is an action for another thread. `pssd` and the simulator run
 //! the same engine.
 
+mod browse;
 mod conflicts;
 mod copy;
 mod requests;
 mod reservations;
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,11 +32,15 @@ use crate::time::Instant;
 use crate::types::{
     Ballot, ChunkIndex, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
 };
-use crate::volume::device::ReadPart;
-use crate::wire::client::{Reply, ReplyBody, ReplyError, Request};
+use crate::volume::device::{Extent, ReadPart};
+use crate::wire::client::{
+    CHUNKS_MAX, ChunkStatus, EXTENTS_MAX, Reply, ReplyBody, ReplyError, Request,
+};
 
 /// A session that the leader has not heard from for this long is fenced.
 pub const SESSION_LEASE: Duration = Duration::from_secs(60);
+/// The log tells the time when it has moved by so much, in milliseconds, and something else is proposed.
+const CLOCK_STEP_MS: u64 = 100;
 /// How often sessions and the need for a checkpoint are looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 
@@ -100,8 +106,8 @@ pub enum Action {
         /// What.
         reply: Reply,
     },
-    /// Read blocks, waiting for the device; report with [`Engine::handle_read`].
-    Read(BlockRead),
+    /// Read from a volume, waiting for the device; report with [`Engine::handle_read`].
+    Read(VolumeRead),
     /// Read a chunk for another server, waiting for the device, and send the message that
     /// [`ChunkExport::run`] gives.
     Export(ChunkExport),
@@ -125,24 +131,68 @@ pub enum Action {
 
 /// A read that has to wait for the device.
 #[derive(Clone, Debug)]
-pub struct BlockRead {
+pub struct VolumeRead {
     /// Name.
     pub ticket: u64,
     /// Of which volume.
     pub volume: Arc<crate::state::Volume>,
-    /// First block.
-    pub first_block: u64,
-    /// How many.
-    pub blocks: u64,
+    what: ReadWhat,
 }
 
-impl BlockRead {
+/// What is read.
+#[derive(Clone, Debug)]
+enum ReadWhat {
+    /// Content of blocks.
+    Blocks(BlockRange),
+    /// Which blocks take space.
+    Extents(BlockRange),
+    /// Which chunks exist.
+    Chunks(Range<ChunkIndex>),
+}
+
+/// What a [`VolumeRead`] has brought.
+#[derive(Debug)]
+pub enum Fetched {
+    /// Content.
+    Blocks(Vec<ReadPart>),
+    /// From the start of the range, at most [`EXTENTS_MAX`].
+    Extents(Vec<Extent>),
+    /// At most [`CHUNKS_MAX`], and from where to go on.
+    Chunks(Vec<ChunkStatus>, Option<ChunkIndex>),
+}
+
+impl VolumeRead {
     /// Reads, waiting for the device.
     ///
     /// # Errors
     /// As [`ChunkStore::read`].
-    pub fn run(&self, chunks: &ChunkStore) -> Result<Vec<ReadPart>, ReadError> {
-        chunks.read(&self.volume, self.first_block, self.blocks, false)
+    pub fn run(&self, chunks: &ChunkStore) -> Result<Fetched, ReadError> {
+        self.what.fetch(chunks, &self.volume, false)
+    }
+}
+
+impl ReadWhat {
+    fn fetch(
+        &self,
+        chunks: &ChunkStore,
+        volume: &crate::state::Volume,
+        nowait: bool,
+    ) -> Result<Fetched, ReadError> {
+        match self {
+            ReadWhat::Blocks(range) => {
+                let parts = chunks.read(volume, range.first, range.blocks, nowait)?;
+                Ok(Fetched::Blocks(parts))
+            }
+            ReadWhat::Extents(range) => {
+                let (first, blocks) = (range.first, range.blocks);
+                let extents = chunks.extents(volume, first, blocks, EXTENTS_MAX, nowait)?;
+                Ok(Fetched::Extents(extents))
+            }
+            ReadWhat::Chunks(range) => {
+                let (found, next) = chunks.statuses(volume, range.clone(), CHUNKS_MAX, nowait)?;
+                Ok(Fetched::Chunks(found, next))
+            }
+        }
     }
 }
 
@@ -231,6 +281,10 @@ pub struct Engine {
     heard: HashMap<SessionId, Instant>,
     /// Volumes as the applied state has them, shared with reads on other threads.
     volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
+    /// See [`Engine::set_wall_clock`].
+    wall_clock_ms: u64,
+    /// What this leader has told the log last.
+    told_ms: u64,
 
     // Housekeeping.
     housekeeping_at: Instant,
@@ -298,6 +352,8 @@ impl Engine {
             reads_done_bytes: 0,
             heard: HashMap::new(),
             volumes: HashMap::new(),
+            wall_clock_ms: 0,
+            told_ms: 0,
             housekeeping_at: now + HOUSEKEEPING,
             checkpoint_running: false,
             checkpoint_slot: applied,
@@ -414,6 +470,23 @@ impl Engine {
     /// The next thing to do, if there is one.
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
+    }
+
+    /// The time of day, in milliseconds since the beginning of 1970: what is proposed from now on is noted to have
+    /// happened then. Nothing else depends on it, so it may be wrong, and may step.
+    pub fn set_wall_clock(&mut self, unix_ms: u64) {
+        self.wall_clock_ms = unix_ms;
+    }
+
+    /// Tells the log the time before something else is proposed, if it has moved.
+    fn tell_time(&mut self) {
+        let unix_ms = self.wall_clock_ms;
+        if unix_ms.abs_diff(self.told_ms) >= CLOCK_STEP_MS {
+            let clock = Command::internal(Op::Clock { unix_ms });
+            if self.replica.propose(vec![clock]).is_ok() {
+                self.told_ms = unix_ms;
+            }
+        }
     }
 
     /// Free space of the disk, where the log begins, and its size.
@@ -677,6 +750,7 @@ impl Engine {
     fn role_changed(&mut self, now: Instant, change: RoleChange) {
         match change {
             RoleChange::Leader(_) => {
+                self.told_ms = 0;
                 self.heard = self
                     .state
                     .sessions()

@@ -139,6 +139,12 @@ pub enum Op {
         /// Which.
         volume: VolumeId,
     },
+    /// Says what time it is, by the leader's clock: what follows in the log happened then. It orders nothing; it is
+    /// for people who ask when something was changed.
+    Clock {
+        /// Milliseconds since the beginning of 1970, UTC.
+        unix_ms: u64,
+    },
 }
 
 impl Command {
@@ -365,6 +371,7 @@ impl Op {
             Op::Reserve { .. } => 10,
             Op::ShrinkVolume { .. } => 11,
             Op::DeleteAttachedVolume { .. } => 12,
+            Op::Clock { .. } => 13,
         }
     }
 
@@ -440,6 +447,7 @@ impl Op {
                 out.put_u32_le(volume.0);
                 request.encode(out);
             }
+            Op::Clock { unix_ms } => out.put_u64_le(*unix_ms),
         }
     }
 
@@ -512,6 +520,9 @@ impl Op {
             },
             12 => Op::DeleteAttachedVolume {
                 volume: VolumeId(get_u32(input)?),
+            },
+            13 => Op::Clock {
+                unix_ms: get_u64(input)?,
             },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })

@@ -232,6 +232,22 @@ pub struct State {
     sessions: BTreeMap<SessionId, Session>,
     /// Of volumes whose reservations were ever changed.
     reservations: BTreeMap<VolumeId, VolumeReservations>,
+    /// What the last [`Op::Clock`] said; 0 if there was none.
+    clock_ms: u64,
+    /// Of volumes that were made or changed since the log tells the time.
+    times: BTreeMap<VolumeId, VolumeTimes>,
+}
+
+/// When a volume was made and changed, by the clocks of those who led: milliseconds since the beginning of 1970,
+/// UTC; 0: before the log told the time.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct VolumeTimes {
+    /// When it was created.
+    pub created_ms: u64,
+    /// Last slot that changed its content or its size.
+    pub changed: Slot,
+    /// When that was.
+    pub changed_ms: u64,
 }
 
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -283,6 +299,49 @@ impl State {
     /// The reservations of a volume; `None` if there never were any.
     pub fn reservations(&self, volume: VolumeId) -> Option<&Reservations> {
         self.reservations.get(&volume).map(|it| &it.now)
+    }
+
+    /// The time of the last entries, by the clock of whoever led: milliseconds since the beginning of 1970, UTC; 0
+    /// if the log never told. Steps back if a leader's clock does.
+    pub fn clock_ms(&self) -> u64 {
+        self.clock_ms
+    }
+
+    /// When a volume was made and changed.
+    pub fn times(&self, volume: VolumeId) -> VolumeTimes {
+        self.times.get(&volume).copied().unwrap_or_default()
+    }
+
+    fn note_change(&mut self, slot: Slot, op: &Op, answer: Answer) {
+        if self.clock_ms == 0 {
+            return;
+        }
+        let changed_ms = self.clock_ms;
+        match (op, answer) {
+            (_, Answer::Refused(_)) => {}
+            (
+                Op::Write { volume, .. }
+                | Op::Zero { volume, .. }
+                | Op::ResizeVolume { volume, .. }
+                | Op::ShrinkVolume { volume, .. },
+                _,
+            ) => {
+                let times = self.times.entry(*volume).or_default();
+                (times.changed, times.changed_ms) = (slot, changed_ms);
+            }
+            (Op::CreateVolume { .. }, Answer::Created(id)) => {
+                let times = VolumeTimes {
+                    created_ms: changed_ms,
+                    changed: slot,
+                    changed_ms,
+                };
+                self.times.insert(VolumeId(id as u32), times);
+            }
+            (Op::DeleteVolume { volume } | Op::DeleteAttachedVolume { volume }, _) => {
+                self.times.remove(volume);
+            }
+            _ => {}
+        }
     }
 
     /// Whether a session exists.
@@ -423,8 +482,14 @@ impl State {
                     Ok(Answer::Done)
                 }
             },
+            Op::Clock { unix_ms } => {
+                self.clock_ms = *unix_ms;
+                Ok(Answer::Done)
+            }
         };
-        result.unwrap_or_else(Answer::Refused)
+        let answer = result.unwrap_or_else(Answer::Refused);
+        self.note_change(slot, &command.op, answer);
+        answer
     }
 
     fn effect(&mut self, command: &Command, answer: Answer) -> Effect<'_> {
@@ -676,6 +741,8 @@ pub fn check_volume_size(size_bytes: u64, chunk_bytes: u32) -> Result<(), Refusa
 const STATE_VERSION: u16 = 1;
 /// With them. Written only if there are any, so that programs that do not know them can read the rest.
 const STATE_VERSION_RESERVATIONS: u16 = 2;
+/// With reservations, even if there are none, the clock, and the volumes' times.
+const STATE_VERSION_CLOCK: u16 = 3;
 
 /// The bytes are no state, or one of a newer version.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -688,10 +755,12 @@ impl State {
     /// The state as bytes; equal states give equal bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        out.put_u16_le(match self.reservations.is_empty() {
-            true => STATE_VERSION,
-            false => STATE_VERSION_RESERVATIONS,
-        });
+        let version = match (self.clock_ms, self.reservations.is_empty()) {
+            (0, true) => STATE_VERSION,
+            (0, false) => STATE_VERSION_RESERVATIONS,
+            _ => STATE_VERSION_CLOCK,
+        };
+        out.put_u16_le(version);
         out.put_u64_le(self.applied.0);
         out.put_u32_le(self.volumes_made);
         out.put_u32_le(self.volumes.len() as u32);
@@ -708,12 +777,22 @@ impl State {
             out.put_u64_le(id.0);
             session.encode(&mut out);
         }
-        if !self.reservations.is_empty() {
+        if version >= STATE_VERSION_RESERVATIONS {
             out.put_u32_le(self.reservations.len() as u32);
             for (volume, reservations) in &self.reservations {
                 out.put_u32_le(volume.0);
                 out.put_u64_le(reservations.unit_session.0);
                 reservations.now.encode(&mut out);
+            }
+        }
+        if version >= STATE_VERSION_CLOCK {
+            out.put_u64_le(self.clock_ms);
+            out.put_u32_le(self.times.len() as u32);
+            for (volume, times) in &self.times {
+                out.put_u32_le(volume.0);
+                out.put_u64_le(times.created_ms);
+                out.put_u64_le(times.changed.0);
+                out.put_u64_le(times.changed_ms);
             }
         }
         out
@@ -726,7 +805,7 @@ impl State {
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
         let version = input.try_get_u16_le().map_err(|_| BadState)?;
-        if version != STATE_VERSION && version != STATE_VERSION_RESERVATIONS {
+        if !(STATE_VERSION..=STATE_VERSION_CLOCK).contains(&version) {
             return Err(BadState);
         }
         let mut state = State {
@@ -751,7 +830,7 @@ impl State {
             let id = SessionId(u64_of(input)?);
             state.sessions.insert(id, Session::decode(input)?);
         }
-        if version == STATE_VERSION_RESERVATIONS {
+        if version >= STATE_VERSION_RESERVATIONS {
             for _ in 0..u32_of(input)? {
                 let volume = VolumeId(u32_of(input)?);
                 let reservations = VolumeReservations {
@@ -759,6 +838,18 @@ impl State {
                     now: Reservations::decode(input).map_err(|_| BadState)?,
                 };
                 state.reservations.insert(volume, reservations);
+            }
+        }
+        if version >= STATE_VERSION_CLOCK {
+            state.clock_ms = u64_of(input)?;
+            for _ in 0..u32_of(input)? {
+                let volume = VolumeId(u32_of(input)?);
+                let times = VolumeTimes {
+                    created_ms: u64_of(input)?,
+                    changed: Slot(u64_of(input)?),
+                    changed_ms: u64_of(input)?,
+                };
+                state.times.insert(volume, times);
             }
         }
         if input.is_empty() {

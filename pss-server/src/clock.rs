@@ -1,5 +1,7 @@
 //! The clock that the engine lives by.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use pss_core::time::Instant;
 
 /// Now, on a monotonic clock that goes on while the machine is suspended.
@@ -16,6 +18,12 @@ pub(crate) fn now() -> Instant {
     let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
     assert_eq!(result, 0, "every Linux that PSS runs on has CLOCK_BOOTTIME");
     Instant(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64)
+}
+
+/// The time of day, in milliseconds since the beginning of 1970; for people, so nothing may rest on it.
+pub(crate) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]

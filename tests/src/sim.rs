@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pss_core::engine::{
-    Action, BlockRead, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig,
+    Action, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig, VolumeRead,
 };
 use pss_core::paxos::message::{Message, SyncMessage};
 use pss_core::paxos::output::{Persist, WriteId};
@@ -21,8 +21,8 @@ use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
 use pss_core::state::CHUNK_BYTES_MIN;
 use pss_core::time::Instant;
-use pss_core::types::{Ballot, EntryId, ServerId, Slot, VolumeId};
-use pss_core::wire::client::{Reply, Request, RequestBody};
+use pss_core::types::{Ballot, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+use pss_core::wire::client::{ChunkStatus, Reply, Request, RequestBody};
 
 use crate::checker;
 use crate::disk::SimDisk;
@@ -230,7 +230,7 @@ enum Work {
         bytes_max: usize,
         tail_for: Option<Ballot>,
     },
-    Read(BlockRead),
+    Read(VolumeRead),
     Export(ChunkExport),
     StoreBase {
         base: EntryId,
@@ -1048,6 +1048,8 @@ impl Sim {
         let Some(running) = &mut node.running else {
             return Ok(());
         };
+        // Each server has its own idea of the time of day.
+        running.engine.set_wall_clock(now.0 / 1_000_000);
         match event {
             Event::Message { from, message, .. } => {
                 running.engine.handle_message(now, from, message);
@@ -1698,7 +1700,7 @@ impl Sim {
 
     /// All servers hold the same state and the same bytes.
     fn check_equal_data(&self) -> Checked<()> {
-        let mut first: Option<(ServerId, Vec<u8>, Vec<Vec<u8>>)> = None;
+        let mut first: Option<(ServerId, Vec<u8>, Vec<Contents>)> = None;
         for node in &self.nodes {
             let Some(running) = &node.running else {
                 continue;
@@ -1706,8 +1708,15 @@ impl Sim {
             let state = running.engine.state();
             let mut volumes = Vec::new();
             for volume in state.volumes() {
-                match sim_storage::contents(&running.storage.chunks, volume) {
-                    Ok(bytes) => volumes.push(bytes),
+                let chunks = &running.storage.chunks;
+                let all = ChunkIndex(0)..ChunkIndex(u32::MAX);
+                let found = sim_storage::contents(chunks, volume).and_then(|bytes| {
+                    let statuses = chunks.statuses(volume, all, usize::MAX, false);
+                    let statuses = statuses.map_err(|error| error.to_string())?;
+                    Ok((bytes, statuses.0))
+                });
+                match found {
+                    Ok(contents) => volumes.push(contents),
                     Err(error) => return self.fail(format!("server {}: {error}", node.id)),
                 }
             }
@@ -1721,6 +1730,8 @@ impl Sim {
                     }
                     if *bytes != volumes {
                         for (volume, (a, b)) in bytes.iter().zip(&volumes).enumerate() {
+                            let ((a, one), (b, two)) = (a, b);
+                            self.trace(|| format!("chunks of {volume}: {one:?} and {two:?}"));
                             let pairs = a.chunks(4096).zip(b.chunks(4096)).enumerate();
                             for (block, (a, b)) in pairs.filter(|(_, (a, b))| a != b) {
                                 let value = |it: &[u8]| {
@@ -1734,7 +1745,9 @@ impl Sim {
                                 });
                             }
                         }
-                        return self.fail(format!("servers {other} and {id} hold other bytes"));
+                        return self.fail(format!(
+                            "servers {other} and {id} hold other bytes, or call them of another time"
+                        ));
                     }
                 }
             }
@@ -1742,6 +1755,9 @@ impl Sim {
         Ok(())
     }
 }
+
+/// A volume's bytes, and when its chunks were changed.
+type Contents = (Vec<u8>, Vec<ChunkStatus>);
 
 impl Node {
     /// Takes what the log holds after a start. Gives the entry that the server denies, and what it

@@ -963,7 +963,7 @@ impl World {
             }
         }
         assert_eq!(expected.next(), None);
-        let extents = chunks.extents(volume, 0, model.len() as u64, 1000);
+        let extents = chunks.extents(volume, 0, model.len() as u64, 1000, false);
         let extents = extents.map_err(|_| Stopped)?;
         let mut at = 0;
         for extent in extents {

@@ -29,7 +29,7 @@ use pss_core::key::{CellId, CellKey};
 use pss_core::log::{Log, LogParams, LogRead};
 use pss_core::paxos::message::{ChunkSummary, Message, Progress, SyncMessage};
 use pss_core::servers::ServersFile;
-use pss_core::state::Volume;
+use pss_core::state::{Volume, VolumeTimes};
 use pss_core::time::Instant;
 use pss_core::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, RequestNumber, ServerId,
@@ -38,7 +38,8 @@ use pss_core::types::{
 use pss_core::volume::device::{BlockDevice, CompletionQueue, Extent, ReadPart};
 use pss_core::wire::auth::{Handshake, HandshakeConfig, MacKey, Role};
 use pss_core::wire::client::{
-    PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody, ServerStatus, VolumeStatus,
+    Browse, ChunkStatus, PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody,
+    ServerStatus, VolumeStatus,
 };
 use pss_core::wire::frame::{Frame, FrameKind, FrameLimits, FrameReader, SendQueue};
 use pss_core::wire::peer::{Datagrams, decode_frame, encode_frame};
@@ -321,6 +322,7 @@ fn ops() -> Vec<Op> {
         Op::DeleteAttachedVolume {
             volume: VolumeId(2),
         },
+        Op::Clock { unix_ms: 1 << 40 },
     ]
 }
 
@@ -541,6 +543,22 @@ fn requests() -> Vec<RequestBody> {
             size_bytes: 1 << 20,
         },
         RequestBody::DeleteAttachedVolume { volume },
+        RequestBody::Browse {
+            stale: true,
+            what: Browse::Chunks {
+                volume,
+                from: ChunkIndex(0),
+                until: ChunkIndex(256),
+            },
+        },
+        RequestBody::Browse {
+            stale: false,
+            what: Browse::Read {
+                volume,
+                offset_bytes: 4096,
+                length_bytes: 4096,
+            },
+        },
         RequestBody::Status,
         RequestBody::Shutdown,
     ]
@@ -559,6 +577,8 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         allocated_bytes: 4096,
         attached_by: vec!["pss-nbd@a".into()],
         reservations: 1,
+        chunks: 1,
+        times: VolumeTimes::default(),
     });
     let status = ServerStatus {
         cell: "c".into(),
@@ -602,6 +622,15 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         Ok(ReplyBody::Extents(extents.collect())),
         Ok(ReplyBody::Volumes(volumes.collect())),
         Ok(ReplyBody::VolumeCreated(VolumeId(4))),
+        Ok(ReplyBody::Chunks {
+            chunks: vec![ChunkStatus {
+                chunk: ChunkIndex(1),
+                changed: Slot(2),
+                changed_ms: 3,
+                allocated_blocks: 4,
+            }],
+            next: Some(ChunkIndex(9)),
+        }),
         Ok(ReplyBody::Status(Box::new(status))),
         Err(ReplyError::NotLeader {
             leader: Some(ServerId(2)),

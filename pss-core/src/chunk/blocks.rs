@@ -258,6 +258,7 @@ pub(super) struct Snapshot {
     pub(super) table: Arc<Vec<u32>>,
     pub(super) file: Option<Arc<dyn DiskFile>>,
     pub(super) last_slot: Slot,
+    pub(super) changed_ms: u64,
     pub(super) allocated: u32,
 }
 
@@ -270,6 +271,7 @@ impl Snapshot {
             table: Arc::clone(&state.table),
             file: state.file.clone(),
             last_slot: state.last_slot,
+            changed_ms: state.changed_ms,
             allocated: state.allocated,
         }
     }

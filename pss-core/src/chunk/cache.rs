@@ -178,6 +178,21 @@ impl Presence {
         None
     }
 
+    /// Groups of 256 neighbours of which some exist.
+    pub(super) fn groups(&self) -> Vec<u32> {
+        let some = self
+            .groups
+            .iter()
+            .filter(|(_, group)| group.iter().any(|value| *value != ABSENT));
+        some.map(|(key, _)| *key).collect()
+    }
+
+    /// How many exist.
+    pub(super) fn count(&self) -> u64 {
+        let values = self.groups.values().flat_map(|group| group.iter());
+        values.filter(|value| **value != ABSENT).count() as u64
+    }
+
     /// Bytes of all allocated blocks; chunks whose tables were not read yet count in full.
     pub(super) fn allocated_bytes(&self, chunk_bytes: u32) -> u64 {
         let bytes = |value: &u16| match *value {
@@ -231,6 +246,8 @@ pub(super) struct ChunkState {
     pub(super) allocated: u32,
     /// Last slot applied.
     pub(super) last_slot: Slot,
+    /// When that was, in milliseconds since the beginning of 1970; 0: nobody knows.
+    pub(super) changed_ms: u64,
     /// Generation of the newest table in the file.
     pub(super) generation: u64,
     /// See [`super::table::Stored::suspect`].
@@ -328,6 +345,7 @@ impl Cache {
                 table: Arc::clone(&volume.empty_table),
                 allocated: 0,
                 last_slot: Slot(0),
+                changed_ms: 0,
                 generation: 0,
                 suspect: false,
                 dirty: false,

@@ -30,6 +30,7 @@ struct Item {
     life: u32,
     table: Arc<Vec<u32>>,
     last_slot: Slot,
+    changed_ms: u64,
     suspect: bool,
 }
 
@@ -49,6 +50,7 @@ impl ChunkStore {
                 life: state.life,
                 table: Arc::clone(&state.table),
                 last_slot: state.last_slot,
+                changed_ms: state.changed_ms,
                 suspect: state.suspect,
                 chunk: Arc::clone(&chunk),
             };
@@ -174,7 +176,7 @@ impl Checkpoint {
         let bytes = table::encode(
             &owner,
             generation,
-            item.last_slot,
+            (item.last_slot, item.changed_ms),
             item.suspect,
             &item.table,
         );

@@ -1,6 +1,7 @@
 //! The file of one chunk and its table: loaded, made, removed.
 
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::cache::{Chunk, ChunkState, VolumeChunks, lock};
@@ -70,6 +71,7 @@ impl ChunkStore {
         state.allocated = 0;
         state.generation = 0;
         state.last_slot = Slot(0);
+        state.changed_ms = 0;
         state.suspect = false;
         chunk.volume.set_allocated(chunk.index, 0);
     }
@@ -162,6 +164,7 @@ impl ChunkStore {
                 state.table = Arc::new(stored.checksums);
                 state.generation = stored.generation;
                 state.last_slot = stored.last_slot;
+                state.changed_ms = stored.changed_ms;
                 state.suspect = stored.suspect;
                 let presence = presence(state);
                 chunk.volume.refine_allocated(chunk.index, presence);
@@ -310,7 +313,11 @@ impl ChunkStore {
     }
 
     pub(super) fn touch(&self, chunk: &Arc<Chunk>, state: &mut ChunkState, slot: Slot) {
-        state.last_slot = state.last_slot.max(slot);
+        // An entry that is applied again after others must not make the chunk older.
+        if slot >= state.last_slot {
+            state.last_slot = slot;
+            state.changed_ms = self.clock_ms.load(Ordering::Relaxed);
+        }
         self.mark_dirty(chunk, state);
     }
 

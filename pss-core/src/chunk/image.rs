@@ -23,10 +23,15 @@ const HEADER_BYTES: usize = 64;
 /// | 20 | 4          | chunk                                   |
 /// | 24 | 8          | last slot applied to the chunk          |
 /// | 32 | 4          | blocks of a chunk                       |
-/// | 36 | 12         | zero                                    |
+/// | 36 | 8          | time of that, ms since 1970; 0: unknown |
+/// | 44 | 4          | zero                                    |
 /// | 48 | 16         | uuid of the volume                      |
 /// | 64 | 4 × blocks | checksum of each block, or 0: unwritten |
-pub(super) fn encode_start(owner: &Owner, last_slot: Slot, checksums: &[u32]) -> Vec<u8> {
+pub(super) fn encode_start(
+    owner: &Owner,
+    (last_slot, changed_ms): (Slot, u64),
+    checksums: &[u32],
+) -> Vec<u8> {
     let allocated = checksums.iter().filter(|checksum| **checksum != 0).count();
     let start = HEADER_BYTES + 4 * checksums.len();
     let mut out = Vec::with_capacity(start + allocated * BLOCK_BYTES);
@@ -38,7 +43,8 @@ pub(super) fn encode_start(owner: &Owner, last_slot: Slot, checksums: &[u32]) ->
     out.put_u32_le(owner.chunk.0);
     out.put_u64_le(last_slot.0);
     out.put_u32_le(owner.blocks);
-    out.put_bytes(0, 12);
+    out.put_u64_le(changed_ms);
+    out.put_bytes(0, 4);
     out.put_slice(&owner.uuid);
     for checksum in checksums {
         out.put_u32_le(*checksum);
@@ -52,6 +58,7 @@ pub(super) fn encode_start(owner: &Owner, last_slot: Slot, checksums: &[u32]) ->
 #[derive(Debug)]
 pub(super) struct Image {
     pub(super) last_slot: Slot,
+    pub(super) changed_ms: u64,
     pub(super) checksums: Vec<u32>,
     /// The allocated blocks, in order.
     pub(super) data: Bytes,
@@ -77,7 +84,8 @@ pub(super) fn decode(owner: &Owner, image: &Bytes) -> Result<Image, ChunkError> 
     let place = (input.get_u16_le(), input.get_u32_le(), input.get_u32_le());
     let last_slot = Slot(input.get_u64_le());
     let blocks = input.get_u32_le();
-    input.advance(12);
+    let changed_ms = input.get_u64_le();
+    input.advance(4);
     let mut uuid = [0; 16];
     input.copy_to_slice(&mut uuid);
     let expected = (owner.group.0, owner.volume.0, owner.chunk.0);
@@ -108,6 +116,7 @@ pub(super) fn decode(owner: &Owner, image: &Bytes) -> Result<Image, ChunkError> 
     }
     Ok(Image {
         last_slot,
+        changed_ms,
         checksums,
         data,
     })
@@ -132,7 +141,7 @@ mod tests {
         let mut checksums = vec![0; 16];
         let data = [3; BLOCK_BYTES];
         checksums[7] = block_checksum(VolumeId(3), 5 * 16 + 7, &data);
-        let mut image = encode_start(&owner(), Slot(77), &checksums);
+        let mut image = encode_start(&owner(), (Slot(77), 1234), &checksums);
         image.extend_from_slice(&data);
         image
     }
@@ -147,14 +156,14 @@ mod tests {
     }
 
     const GOLDEN: &str = "\
-        50535343484e4b3185d1729a0100000003000000050000004d000000000000001000000000000000\
+        50535343484e4b3129646fc90100000003000000050000004d0000000000000010000000d2040000\
         00000000000000000909090909090909090909090909090900000000000000000000000000000000\
         0000000000000000000000008d864094";
 
     #[test]
     fn round_trip() {
         let image = decode(&owner(), &image().into()).unwrap();
-        assert_eq!(image.last_slot, Slot(77));
+        assert_eq!((image.last_slot, image.changed_ms), (Slot(77), 1234));
         assert_eq!(image.checksums.iter().filter(|sum| **sum != 0).count(), 1);
         assert_eq!(image.data, vec![3; BLOCK_BYTES]);
     }

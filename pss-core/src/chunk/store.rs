@@ -38,6 +38,8 @@ pub struct ChunkStore {
     failure: OnceLock<String>,
     pub(super) bad_blocks: AtomicU64,
     pub(super) trash: Trash,
+    /// See [`ChunkStore::set_clock`].
+    pub(super) clock_ms: AtomicU64,
 }
 
 /// What the next checkpoint makes durable.
@@ -80,6 +82,7 @@ impl ChunkStore {
             checkpoint: AtomicBool::new(false),
             failure: OnceLock::new(),
             bad_blocks: AtomicU64::new(0),
+            clock_ms: AtomicU64::new(0),
             trash,
         };
         for volume in volumes {
@@ -291,13 +294,14 @@ impl ChunkStore {
     /// start; neighbours differ.
     ///
     /// # Errors
-    /// [`ReadError`].
+    /// [`ReadError`]; [`ReadError::WouldBlock`] only if `nowait`.
     pub fn extents(
         &self,
         volume: &Volume,
         first_block: u64,
         blocks: u64,
         extents_max: usize,
+        nowait: bool,
     ) -> Result<Vec<Extent>, ReadError> {
         let volume = self
             .volume(volume.id)
@@ -318,7 +322,7 @@ impl ChunkStore {
             let chunk = self
                 .cache
                 .chunk(&volume, ChunkIndex((next / per_chunk) as u32));
-            let snapshot = self.snapshot(&chunk, false)?;
+            let snapshot = self.snapshot(&chunk, nowait)?;
             let until = (start + per_chunk).min(end);
             for checksum in &snapshot.table[(next - start) as usize..(until - start) as usize] {
                 extents.add(1, *checksum != 0);
@@ -338,6 +342,34 @@ impl ChunkStore {
                 .unwrap_or_else(PoisonError::into_inner);
             presence.allocated_bytes(volume.chunk_bytes)
         })
+    }
+
+    /// In which directories of 256 chunks some exist: the numbers of their first chunks, divided by 256.
+    pub fn directories(&self, volume: VolumeId) -> Vec<u32> {
+        self.volume(volume).map_or_else(Vec::new, |volume| {
+            let presence = volume
+                .presence
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
+            presence.groups()
+        })
+    }
+
+    /// How many chunks of the volume exist.
+    pub fn chunk_count(&self, volume: VolumeId) -> u64 {
+        self.volume(volume).map_or(0, |volume| {
+            let presence = volume
+                .presence
+                .read()
+                .unwrap_or_else(PoisonError::into_inner);
+            presence.count()
+        })
+    }
+
+    /// Says when what is written from now on was written: milliseconds since the beginning of 1970. Called by
+    /// whoever applies entries, with what the log says, so that chunks have the same times on every server.
+    pub fn set_clock(&self, unix_ms: u64) {
+        self.clock_ms.store(unix_ms, Ordering::Relaxed);
     }
 
     /// How many damaged blocks were met since the start.

@@ -5,10 +5,14 @@ use bytes::{Buf, BufMut};
 use crate::disk::ALIGN_BYTES;
 use crate::types::{ChunkIndex, GroupId, Slot, VolumeId};
 
+/// Version of the chunk file's layout without times, which is still read.
+const CHUNK_VERSION_UNTIMED: u16 = 1;
 /// Version of the chunk file's layout.
-const CHUNK_VERSION: u16 = 1;
+const CHUNK_VERSION: u16 = 2;
 const MAGIC: &[u8; 8] = b"PSSTABL1";
-const HEADER_BYTES: usize = 64;
+/// Of the first version; the second has 8 bytes more.
+const HEADER_BYTES_UNTIMED: usize = 64;
+const HEADER_BYTES: usize = 72;
 /// The table is a guess: see [`Stored::suspect`].
 const FLAG_SUSPECT: u32 = 1;
 /// Stands for a block that must not be given out. It is a checksum that the block does not have.
@@ -37,7 +41,7 @@ impl Owner {
 /// | at | bytes      | field                                                                    |
 /// |----|------------|--------------------------------------------------------------------------|
 /// | 0  | 8          | magic `PSSTABL1`                                                         |
-/// | 8  | 4          | CRC32C of bytes 12..64 + 4 × blocks                                      |
+/// | 8  | 4          | CRC32C of bytes 12..72 + 4 × blocks                                      |
 /// | 12 | 2          | format version                                                           |
 /// | 14 | 2          | group                                                                    |
 /// | 16 | 4          | volume                                                                   |
@@ -47,11 +51,14 @@ impl Owner {
 /// | 40 | 4          | flags: 1 = suspect                                                       |
 /// | 44 | 4          | blocks                                                                   |
 /// | 48 | 16         | uuid of the volume                                                       |
-/// | 64 | 4 × blocks | checksum of each block, or 0: unwritten                                  |
+/// | 64 | 8          | time of the last slot applied, ms since 1970; 0: unknown                 |
+/// | 72 | 4 × blocks | checksum of each block, or 0: unwritten                                  |
+///
+/// Version 1 has no time: its checksums begin at 64.
 pub(super) fn encode(
     owner: &Owner,
     generation: u64,
-    last_slot: Slot,
+    (last_slot, changed_ms): (Slot, u64),
     suspect: bool,
     checksums: &[u32],
 ) -> Vec<u8> {
@@ -68,6 +75,7 @@ pub(super) fn encode(
     out.put_u32_le(if suspect { FLAG_SUSPECT } else { 0 });
     out.put_u32_le(owner.blocks);
     out.put_slice(&owner.uuid);
+    out.put_u64_le(changed_ms);
     for checksum in checksums {
         out.put_u32_le(*checksum);
     }
@@ -93,6 +101,8 @@ pub(super) struct Stored {
     /// 0: none was written yet.
     pub(super) generation: u64,
     pub(super) last_slot: Slot,
+    /// When that was; 0: unknown.
+    pub(super) changed_ms: u64,
     /// A newer table may have been lost, by a crash while it was written (then the log has what is
     /// missing) or by damage: blocks that are unwritten here but hold something must not be taken for
     /// zeros.
@@ -114,6 +124,7 @@ pub(super) fn choose(owner: &Owner, bytes: &[u8]) -> Found {
         checksums: vec![checksum; owner.blocks as usize],
         generation: 0,
         last_slot: Slot(0),
+        changed_ms: 0,
         suspect,
     };
     use SlotContent::*;
@@ -136,11 +147,16 @@ pub(super) fn choose(owner: &Owner, bytes: &[u8]) -> Found {
 }
 
 fn decode(owner: &Owner, parity: u64, bytes: &[u8]) -> SlotContent {
-    let used_bytes = HEADER_BYTES + 4 * owner.blocks as usize;
     let blank = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
-    if blank(&bytes[..bytes.len().min(HEADER_BYTES)]) {
+    if blank(&bytes[..bytes.len().min(HEADER_BYTES_UNTIMED)]) {
         return SlotContent::Blank;
     }
+    let untimed = CHUNK_VERSION_UNTIMED.to_le_bytes();
+    let header_bytes = match bytes.get(12..14) {
+        Some(version) if version == untimed => HEADER_BYTES_UNTIMED,
+        _ => HEADER_BYTES,
+    };
+    let used_bytes = header_bytes + 4 * owner.blocks as usize;
     let Some(used) = bytes.get(..used_bytes) else {
         return SlotContent::Bad;
     };
@@ -159,6 +175,10 @@ fn decode(owner: &Owner, parity: u64, bytes: &[u8]) -> SlotContent {
     let blocks = input.get_u32_le();
     let mut uuid = [0; 16];
     input.copy_to_slice(&mut uuid);
+    let changed_ms = match version {
+        CHUNK_VERSION_UNTIMED => 0,
+        _ => input.get_u64_le(),
+    };
     if (group, volume, uuid) != (owner.group, owner.volume, owner.uuid) {
         return SlotContent::Foreign;
     }
@@ -166,7 +186,7 @@ fn decode(owner: &Owner, parity: u64, bytes: &[u8]) -> SlotContent {
         && blocks == owner.blocks
         && generation % 2 == parity
         && generation > 0
-        && version == CHUNK_VERSION;
+        && (CHUNK_VERSION_UNTIMED..=CHUNK_VERSION).contains(&version);
     if !in_place {
         return SlotContent::Bad;
     }
@@ -177,6 +197,7 @@ fn decode(owner: &Owner, parity: u64, bytes: &[u8]) -> SlotContent {
             .collect(),
         generation,
         last_slot,
+        changed_ms,
         suspect: flags & FLAG_SUSPECT != 0,
     })
 }
@@ -201,7 +222,8 @@ mod tests {
     }
 
     fn table(generation: u64) -> Vec<u8> {
-        encode(&owner(), generation, Slot(generation * 10), false, &[7; 16])
+        let last_change = (Slot(generation * 10), generation * 100);
+        encode(&owner(), generation, last_change, false, &[7; 16])
     }
 
     fn chosen(bytes: &[u8]) -> Stored {
@@ -213,7 +235,7 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let hex: String = table(2)[..72]
+        let hex: String = table(2)[..80]
             .iter()
             .map(|byte| format!("{byte:02x}"))
             .collect();
@@ -221,6 +243,27 @@ mod tests {
     }
 
     const GOLDEN: &str = "\
+        5053535441424c31460a6de102000000030000000500000002000000000000001400000000000000\
+        000000001000000009090909090909090909090909090909c8000000000000000700000007000000";
+
+    #[test]
+    fn tables_without_times_are_read() {
+        let hex = GOLDEN_UNTIMED.as_bytes().chunks(2);
+        let bytes = hex.map(|two| u8::from_str_radix(str::from_utf8(two).unwrap(), 16).unwrap());
+        let mut bytes: Vec<u8> = bytes.collect();
+        // The golden bytes show two of the sixteen checksums.
+        for _ in 2..16 {
+            bytes.extend_from_slice(&[7, 0, 0, 0]);
+        }
+        bytes.resize(owner().slot_bytes(), 0);
+        let found = chosen(&slots(Some(&bytes), Some(&table(1))));
+        assert_eq!((found.generation, found.suspect), (2, false));
+        assert_eq!((found.last_slot, found.changed_ms), (Slot(20), 0));
+        assert_eq!(found.checksums, [7; 16]);
+    }
+
+    /// As version 1 was.
+    const GOLDEN_UNTIMED: &str = "\
         5053535441424c31940b029a01000000030000000500000002000000000000001400000000000000\
         0000000010000000090909090909090909090909090909090700000007000000";
 
@@ -230,7 +273,7 @@ mod tests {
         assert_eq!((found.generation, found.suspect), (3, false));
         let found = chosen(&slots(Some(&table(4)), Some(&table(3))));
         assert_eq!((found.generation, found.suspect), (4, false));
-        assert_eq!(found.last_slot, Slot(40));
+        assert_eq!((found.last_slot, found.changed_ms), (Slot(40), 400));
     }
 
     #[test]

@@ -257,7 +257,7 @@ fn allocated_zeros_take_space() {
         allocated,
     };
     assert_eq!(
-        store.extents(&volume, 0, 1 << 30, 10).unwrap(),
+        store.extents(&volume, 0, 1 << 30, 10, false).unwrap(),
         [
             extent(10, false),
             extent(20, true),
@@ -265,11 +265,14 @@ fn allocated_zeros_take_space() {
         ]
     );
     assert_eq!(
-        store.extents(&volume, 0, 1 << 30, 2).unwrap(),
+        store.extents(&volume, 0, 1 << 30, 2, false).unwrap(),
         [extent(10, false), extent(20, true)]
     );
-    assert_eq!(store.extents(&volume, 12, 3, 2).unwrap(), [extent(3, true)]);
-    assert_eq!(store.extents(&volume, 12, 3, 0).unwrap(), []);
+    assert_eq!(
+        store.extents(&volume, 12, 3, 2, false).unwrap(),
+        [extent(3, true)]
+    );
+    assert_eq!(store.extents(&volume, 12, 3, 0, false).unwrap(), []);
 }
 
 #[test]
@@ -684,7 +687,7 @@ fn readers_never_see_half_a_block() {
             while !done.load(Ordering::Relaxed) {
                 flush(store);
                 store.export(&volume, ChunkIndex(1)).unwrap();
-                store.extents(&volume, 0, 1000, 1000).unwrap();
+                store.extents(&volume, 0, 1000, 1000, false).unwrap();
             }
         });
         let _done = Done(&done);
@@ -782,7 +785,7 @@ proptest! {
             prop_assert!(read(&store, &volume, 0, 160) == expected);
             let allocated = model.iter().flatten().count() as u64 * 4096;
             prop_assert_eq!(store.allocated_bytes(volume.id), allocated);
-            let extents = store.extents(&volume, 0, 160, 1000).unwrap();
+            let extents = store.extents(&volume, 0, 160, 1000, false).unwrap();
             let found: Vec<bool> = extents
                 .iter()
                 .flat_map(|e| vec![e.allocated; (e.length_bytes / 4096) as usize])

@@ -1,6 +1,7 @@
 //! Lists, exports and imports chunks, for a server that is too far behind for the log.
 
 use std::io::IoSlice;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use super::{ChunkError, ReadError, image, path, table};
 use crate::paxos::message::ChunkSummary;
 use crate::state::Volume;
 use crate::types::{BLOCK_BYTES, ChunkIndex};
+use crate::wire::client::ChunkStatus;
 
 impl ChunkStore {
     /// What chunks of the volume exist, from `from` on and at most `chunks_max`; and from where to
@@ -40,6 +42,42 @@ impl ChunkStore {
                     chunk: index,
                     last_slot: snapshot.last_slot,
                     digest: digest(&snapshot.table),
+                });
+            }
+        }
+        Ok((chunks, None))
+    }
+
+    /// The chunks of `from..until` that exist, at most `chunks_max`; and from where to go on, if that is not all.
+    ///
+    /// # Errors
+    /// [`ReadError`]; [`ReadError::WouldBlock`] only if `nowait`.
+    pub fn statuses(
+        &self,
+        volume: &Volume,
+        range: Range<ChunkIndex>,
+        chunks_max: usize,
+        nowait: bool,
+    ) -> Result<(Vec<ChunkStatus>, Option<ChunkIndex>), ReadError> {
+        let id = volume.id;
+        let volume = self.volume(id).ok_or(ReadError::NoSuchVolume(id))?;
+        let mut chunks = Vec::new();
+        let mut next = u64::from(range.start.0);
+        while let Some(index) = volume.next_present(next) {
+            if index >= range.end {
+                break;
+            }
+            if chunks.len() >= chunks_max {
+                return Ok((chunks, Some(index)));
+            }
+            next = u64::from(index.0) + 1;
+            let snapshot = self.snapshot(&self.cache.chunk(&volume, index), nowait)?;
+            if snapshot.allocated > 0 {
+                chunks.push(ChunkStatus {
+                    chunk: index,
+                    changed: snapshot.last_slot,
+                    changed_ms: snapshot.changed_ms,
+                    allocated_blocks: snapshot.allocated,
                 });
             }
         }
@@ -75,7 +113,8 @@ impl ChunkStore {
             return Ok(Some(Bytes::new()));
         }
         let owner = chunk.volume.owner(chunk.index);
-        let mut image = image::encode_start(&owner, snapshot.last_slot, &snapshot.table);
+        let last_change = (snapshot.last_slot, snapshot.changed_ms);
+        let mut image = image::encode_start(&owner, last_change, &snapshot.table);
         for (first, blocks) in runs(&snapshot.table) {
             let start = image.len();
             image.resize(start + blocks * BLOCK_BYTES, 0);
@@ -145,6 +184,7 @@ impl ChunkStore {
         volume.set_allocated(index, state.allocated);
         state.table = Arc::new(image.checksums);
         state.last_slot = image.last_slot;
+        state.changed_ms = image.changed_ms;
         state.generation = 1;
         state.suspect = false;
         state.life = state.life.wrapping_add(1);
@@ -168,7 +208,8 @@ impl ChunkStore {
             file.write_at(&[IoSlice::new(data)], (first * BLOCK_BYTES) as u64)?;
         }
         let owner = chunk.volume.owner(chunk.index);
-        let table = table::encode(&owner, 1, image.last_slot, false, &image.checksums);
+        let last_change = (image.last_slot, image.changed_ms);
+        let table = table::encode(&owner, 1, last_change, false, &image.checksums);
         let offset = chunk.volume.chunk_bytes as usize + owner.slot_bytes();
         file.write_at(&[IoSlice::new(&table)], offset as u64)?;
         file.sync()

@@ -21,7 +21,7 @@ use crate::volume::device::{
     Completion, CompletionQueue, DeviceReply, DeviceRequest, DeviceResult, Fate, ReadPart,
 };
 use crate::wire::auth::{Handshake, HandshakeConfig, MacKey, Role};
-use crate::wire::client::{Reply, Request};
+use crate::wire::client::{Browse, Reply, Request};
 use crate::wire::frame::{FrameKind, FrameLimits, FrameReader, SendQueue};
 
 /// Nobody leads.
@@ -324,12 +324,18 @@ impl Store {
                     allocated: true,
                 }]));
             }
-            RequestBody::ListVolumes => {
+            RequestBody::ListVolumes
+            | RequestBody::Browse {
+                what: Browse::Volumes,
+                ..
+            } => {
                 let status = |volume: &Volume| VolumeStatus {
                     reservations: 0,
                     volume: volume.clone(),
                     allocated_bytes: 0,
                     attached_by: vec![],
+                    chunks: 0,
+                    times: Default::default(),
                 };
                 return Ok(ReplyBody::Volumes(
                     self.state.volumes().map(status).collect(),
@@ -372,6 +378,7 @@ impl Store {
                 .apply(command(Op::ShrinkVolume { volume, size_bytes }), |all| {
                     all.truncate(size_bytes as usize)
                 }),
+            RequestBody::Browse { .. } => return Err(ReplyError::Invalid),
             RequestBody::DeleteAttachedVolume { volume } => {
                 self.apply(command(Op::DeleteAttachedVolume { volume }), |_| {})
             }

@@ -374,7 +374,7 @@ impl Engine {
     }
 
     /// Whether our chunks can be read as well.
-    fn is_complete(&self) -> bool {
+    pub(super) fn is_complete(&self) -> bool {
         let settled = self.state.applied() >= self.recovered_last.min(self.replica.last().slot);
         self.is_whole() && settled
     }

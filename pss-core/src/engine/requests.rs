@@ -6,17 +6,17 @@ use bytes::{Bytes, BytesMut};
 
 use crate::chunk::ReadError;
 use crate::engine::conflicts::BlockRange;
-use crate::engine::{Action, BlockRead, ClientId, CommandKey, Engine, Waiting};
+use crate::engine::{Action, ClientId, CommandKey, Engine, Fetched, ReadWhat, VolumeRead, Waiting};
 use crate::entry::{Command, Op, block_checksums};
 use crate::paxos::RoleKind;
 use crate::state::{Refusal, Volume};
 use crate::time::Instant;
 use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
-use crate::volume::device::ReadPart;
+use crate::volume::device::{Extent, ReadPart};
 use crate::volume::reservation::Reservations;
 use crate::wire::client::{
-    EXTENTS_MAX, PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request, RequestBody,
-    ServerStatus, VolumeStatus,
+    PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request, RequestBody, ServerStatus,
+    VolumeStatus,
 };
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -39,19 +39,28 @@ pub(super) struct Merge {
     pub(super) range: BlockRange,
 }
 
-/// A read that another thread does.
-pub(super) struct PendingRead {
-    client: ClientId,
-    tag: u64,
-    offset_bytes: u64,
-    length_bytes: u32,
+/// Who reads, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Reader {
+    pub(super) client: ClientId,
+    pub(super) tag: u64,
+    /// Whether the answer may be given without the lease.
+    pub(super) stale: bool,
 }
 
-/// What a write-like request does, in bytes.
-struct Span {
-    volume: VolumeId,
-    offset_bytes: u64,
-    length_bytes: u64,
+/// A read that another thread does.
+pub(super) struct PendingRead {
+    pub(super) reader: Reader,
+    /// Of blocks; else nothing is cut off.
+    span: Option<Span>,
+}
+
+/// Bytes of a volume.
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    pub(super) volume: VolumeId,
+    pub(super) offset_bytes: u64,
+    pub(super) length_bytes: u64,
 }
 
 impl Span {
@@ -82,6 +91,10 @@ impl Engine {
                 self.reply(client, request.tag, Ok(ReplyBody::Done));
                 return self.actions.push_back(Action::Shutdown);
             }
+            RequestBody::Browse { stale: true, what } => {
+                let (tag, stale) = (request.tag, true);
+                return self.browse(Reader { client, tag, stale }, what);
+            }
             _ => {}
         }
         if !self.serves() {
@@ -111,6 +124,7 @@ impl Engine {
                 | RequestBody::ListVolumes
                 | RequestBody::Reservations { .. }
                 | RequestBody::Look { .. }
+                | RequestBody::Browse { .. }
         );
         if reads && !self.replica.may_read(now) {
             // Checked when there is a lease.
@@ -179,28 +193,47 @@ impl Engine {
     }
 
     /// Another thread has read blocks.
-    pub fn handle_read(
-        &mut self,
-        now: Instant,
-        ticket: u64,
-        result: Result<Vec<ReadPart>, ReadError>,
-    ) {
+    pub fn handle_read(&mut self, now: Instant, ticket: u64, result: Result<Fetched, ReadError>) {
         if let Some(read) = self.slow_reads.remove(&ticket) {
-            let body = match result {
-                Ok(parts) => {
-                    let skip = (read.offset_bytes % BLOCK) as usize;
-                    Ok(ReplyBody::Data(cut_parts(
-                        parts,
-                        skip,
-                        read.length_bytes as usize,
-                    )))
-                }
-                Err(_) => Err(ReplyError::Io),
-            };
-            self.read_done(read.client, read.tag, body);
+            self.fetched(read.reader, read.span, result);
         } else if let Some(merge) = self.merging.remove(&ticket) {
-            self.finish_merge(merge, result);
+            let parts = result.map(|fetched| match fetched {
+                Fetched::Blocks(parts) => parts,
+                _ => unreachable!("a merge reads blocks"),
+            });
+            self.finish_merge(merge, parts);
             self.finish_batch(now);
+        }
+    }
+
+    /// Answers a read.
+    fn fetched(&mut self, reader: Reader, span: Option<Span>, result: Result<Fetched, ReadError>) {
+        let body = match result {
+            Ok(Fetched::Blocks(parts)) => {
+                let parts = match span {
+                    Some(span) if !span.is_aligned() => {
+                        let skip = (span.offset_bytes % BLOCK) as usize;
+                        cut_parts(parts, skip, span.length_bytes as usize)
+                    }
+                    _ => parts,
+                };
+                Ok(ReplyBody::Data(parts))
+            }
+            Ok(Fetched::Extents(extents)) => {
+                let extents = span.map_or_else(Vec::new, |span| cut_extents(extents, &span));
+                Ok(ReplyBody::Extents(extents))
+            }
+            Ok(Fetched::Chunks(chunks, next)) => Ok(ReplyBody::Chunks { chunks, next }),
+            Err(ReadError::NoSuchVolume(_)) => Err(ReplyError::Refused(Refusal::NoSuchVolume)),
+            Err(_) => Err(ReplyError::Io),
+        };
+        self.answer_reader(reader, body);
+    }
+
+    pub(super) fn answer_reader(&mut self, reader: Reader, body: Result<ReplyBody, ReplyError>) {
+        match reader.stale {
+            true => self.reply(reader.client, reader.tag, body),
+            false => self.read_done(reader.client, reader.tag, body),
         }
     }
 
@@ -214,22 +247,37 @@ impl Engine {
         if !self.replica.may_read(now) {
             return self.read_later(client, request);
         }
+        let reader = Reader {
+            client,
+            tag: request.tag,
+            stale: false,
+        };
         match request.body {
             RequestBody::Read {
                 volume,
                 offset_bytes,
                 length_bytes,
             } => {
-                self.read(client, request.tag, volume, offset_bytes, length_bytes);
+                let span = Span {
+                    volume,
+                    offset_bytes,
+                    length_bytes: u64::from(length_bytes),
+                };
+                self.read(reader, span);
             }
             RequestBody::Extents {
                 volume,
                 offset_bytes,
                 length_bytes,
             } => {
-                let body = self.extents(volume, offset_bytes, length_bytes);
-                self.read_done(client, request.tag, body);
+                let span = Span {
+                    volume,
+                    offset_bytes,
+                    length_bytes,
+                };
+                self.extents(reader, span);
             }
+            RequestBody::Browse { what, .. } => self.browse(reader, &what),
             RequestBody::ListVolumes => {
                 let body = Ok(ReplyBody::Volumes(self.volume_list()));
                 self.read_done(client, request.tag, body);
@@ -254,48 +302,29 @@ impl Engine {
         }
     }
 
-    fn read(
+    pub(super) fn read(&mut self, reader: Reader, span: Span) {
+        match self.check_span(&span) {
+            Ok(volume) => self.fetch(reader, volume, ReadWhat::Blocks(span.blocks()), Some(span)),
+            Err(error) => self.answer_reader(reader, Err(error)),
+        }
+    }
+
+    /// Reads what is in memory at once, and has another thread read what is not.
+    pub(super) fn fetch(
         &mut self,
-        client: ClientId,
-        tag: u64,
-        volume: VolumeId,
-        offset_bytes: u64,
-        length_bytes: u32,
+        reader: Reader,
+        volume: Arc<Volume>,
+        what: ReadWhat,
+        span: Option<Span>,
     ) {
-        let span = Span {
-            volume,
-            offset_bytes,
-            length_bytes: u64::from(length_bytes),
-        };
-        let volume = match self.check_span(&span) {
-            Ok(volume) => volume,
-            Err(error) => return self.read_done(client, tag, Err(error)),
-        };
-        let range = span.blocks();
-        let body = match self.chunks.read(&volume, range.first, range.blocks, true) {
-            Ok(parts) if span.is_aligned() => Ok(ReplyBody::Data(parts)),
-            Ok(parts) => {
-                let skip = (offset_bytes % BLOCK) as usize;
-                Ok(ReplyBody::Data(cut_parts(
-                    parts,
-                    skip,
-                    length_bytes as usize,
-                )))
-            }
+        match what.fetch(&self.chunks, &volume, true) {
             Err(ReadError::WouldBlock) => {
                 let ticket = self.next_ticket();
-                let read = PendingRead {
-                    client,
-                    tag,
-                    offset_bytes,
-                    length_bytes,
-                };
-                self.slow_reads.insert(ticket, read);
-                return self.start_read(ticket, volume, range);
+                self.slow_reads.insert(ticket, PendingRead { reader, span });
+                self.start_read(ticket, volume, what);
             }
-            Err(_) => Err(ReplyError::Io),
-        };
-        self.read_done(client, tag, body);
+            result => self.fetched(reader, span, result),
+        }
     }
 
     fn next_ticket(&mut self) -> u64 {
@@ -303,12 +332,11 @@ impl Engine {
         self.next_ticket
     }
 
-    fn start_read(&mut self, ticket: u64, volume: Arc<Volume>, range: BlockRange) {
-        let read = BlockRead {
+    fn start_read(&mut self, ticket: u64, volume: Arc<Volume>, what: ReadWhat) {
+        let read = VolumeRead {
             ticket,
             volume,
-            first_block: range.first,
-            blocks: range.blocks,
+            what,
         };
         self.actions.push_back(Action::Read(read));
     }
@@ -329,45 +357,23 @@ impl Engine {
         Ok(Arc::clone(volume))
     }
 
-    fn extents(
-        &self,
-        volume: VolumeId,
-        offset_bytes: u64,
-        length_bytes: u64,
-    ) -> Result<ReplyBody, ReplyError> {
-        let span = Span {
-            volume,
-            offset_bytes,
-            length_bytes: length_bytes.min(1),
-        };
-        let volume = self.check_span(&span)?;
-        if offset_bytes
-            .checked_add(length_bytes)
-            .is_none_or(|end| end > volume.size_bytes)
-        {
-            return Err(ReplyError::Refused(Refusal::OutOfRange));
-        }
-        let range = Span {
-            length_bytes,
+    pub(super) fn extents(&mut self, reader: Reader, span: Span) {
+        let start = Span {
+            length_bytes: span.length_bytes.min(1),
             ..span
+        };
+        let end = span.offset_bytes.checked_add(span.length_bytes);
+        let volume = self.check_span(&start).and_then(|volume| match end {
+            Some(end) if end <= volume.size_bytes => Ok(volume),
+            _ => Err(ReplyError::Refused(Refusal::OutOfRange)),
+        });
+        match volume {
+            Ok(volume) => self.fetch(reader, volume, ReadWhat::Extents(span.blocks()), Some(span)),
+            Err(error) => self.answer_reader(reader, Err(error)),
         }
-        .blocks();
-        let extents = self
-            .chunks
-            .extents(&volume, range.first, range.blocks, EXTENTS_MAX);
-        let mut extents = extents.map_err(|_| ReplyError::Io)?;
-        // From whole blocks to the bytes that were asked about.
-        if let Some(first) = extents.first_mut() {
-            first.length_bytes -= offset_bytes % BLOCK;
-        }
-        let total: u64 = extents.iter().map(|extent| extent.length_bytes).sum();
-        if let Some(last) = extents.last_mut() {
-            last.length_bytes -= total.saturating_sub(length_bytes);
-        }
-        Ok(ReplyBody::Extents(extents))
     }
 
-    fn volume_list(&self) -> Vec<VolumeStatus> {
+    pub(super) fn volume_list(&self) -> Vec<VolumeStatus> {
         let sessions: Vec<_> = self.state.sessions().collect();
         let status = |volume: &Volume| VolumeStatus {
             volume: volume.clone(),
@@ -381,6 +387,8 @@ impl Engine {
                 .state
                 .reservations(volume.id)
                 .map_or(0, Reservations::version),
+            chunks: self.chunks.chunk_count(volume.id),
+            times: self.state.times(volume.id),
         };
         self.state.volumes().map(status).collect()
     }
@@ -691,6 +699,7 @@ impl Engine {
         command: Command,
         range: Option<BlockRange>,
     ) {
+        self.tell_time();
         match self.replica.propose(vec![command]) {
             Ok(()) => {
                 if let Some(range) = range {
@@ -756,7 +765,7 @@ impl Engine {
             Err(ReadError::WouldBlock) => {
                 let ticket = self.next_ticket();
                 self.merging.insert(ticket, merge);
-                self.start_read(ticket, volume, range);
+                self.start_read(ticket, volume, ReadWhat::Blocks(range));
                 false
             }
             result => {
@@ -824,7 +833,11 @@ impl Engine {
                 .drain()
                 .map(|(_, it)| (it.client, it.request.tag)),
         );
-        away.extend(self.slow_reads.drain().map(|(_, it)| (it.client, it.tag)));
+        away.extend(
+            self.slow_reads
+                .drain()
+                .map(|(_, it)| (it.reader.client, it.reader.tag)),
+        );
         away.extend(self.queued.drain(..).map(|(client, it)| (client, it.tag)));
         away.extend(
             self.reads_waiting
@@ -869,6 +882,7 @@ impl Engine {
             // Not again before this has had its time.
             self.heard.insert(*session, now);
         }
+        self.tell_time();
         let end = Command::internal(Op::EndSessions { sessions });
         if self.replica.propose(vec![end]).is_ok() {
             self.replica.flush(now);
@@ -922,6 +936,18 @@ fn overlap(a: BlockRange, b: BlockRange) -> bool {
 }
 
 /// Takes `length` bytes from `skip` of consecutive parts.
+/// From whole blocks to the bytes that were asked about.
+fn cut_extents(mut extents: Vec<Extent>, span: &Span) -> Vec<Extent> {
+    if let Some(first) = extents.first_mut() {
+        first.length_bytes -= span.offset_bytes % BLOCK;
+    }
+    let total: u64 = extents.iter().map(|extent| extent.length_bytes).sum();
+    if let Some(last) = extents.last_mut() {
+        last.length_bytes -= total.saturating_sub(span.length_bytes);
+    }
+    extents
+}
+
 fn cut_parts(parts: Vec<ReadPart>, mut skip: usize, mut length: usize) -> Vec<ReadPart> {
     let mut out = Vec::with_capacity(parts.len());
     for part in parts {
@@ -975,6 +1001,7 @@ mod tests {
     use crate::paxos::quorum::Membership;
     use crate::paxos::{Config, Recovered, Tuning};
     use crate::state::State;
+    use crate::wire::client::Browse;
     use crate::wire::client::Reply;
 
     /// A cell of one server, which leads.
@@ -1145,6 +1172,106 @@ mod tests {
         assert!(engine.has_chosen());
         engine.apply_chosen(now);
         assert_eq!(engine.state.applied().0 - before, 9);
+    }
+
+    /// Who keeps the cell sees chunks with the times of their changes, whoever has reserved the volume.
+    #[test]
+    fn browsing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        let now = Instant(0) + Duration::from_secs(1);
+        let mut ask = |body, unix_ms| {
+            engine.set_wall_clock(unix_ms);
+            let request = Request {
+                tag: 1,
+                session: SessionId(0),
+                number: RequestNumber(0),
+                settled_below: RequestNumber(0),
+                body,
+            };
+            let request = match request.body {
+                RequestBody::OpenSession { .. } | RequestBody::Browse { .. } => request,
+                _ => Request {
+                    session: engine.state.sessions().next().unwrap().id,
+                    number: RequestNumber(unix_ms),
+                    ..request
+                },
+            };
+            engine.handle_request(now, ClientId(1), request);
+            let mut replies = perform(&mut engine);
+            engine.finish_reads(now);
+            replies.append(&mut perform(&mut engine));
+            replies.remove(&1).unwrap()
+        };
+        let (nonce, name) = (1, "a".to_owned());
+        ask(RequestBody::OpenSession { nonce, name }, 10).unwrap();
+        let create = RequestBody::CreateVolume {
+            name: "a".to_owned(),
+            size_bytes: 4 << 20,
+            chunk_bytes: crate::state::CHUNK_BYTES_MIN,
+            uuid: [1; 16],
+        };
+        ask(create, 1000).unwrap();
+        let volume = VolumeId(1);
+        let write = |offset_bytes: u64, length: usize| RequestBody::Write {
+            volume,
+            offset_bytes,
+            checksums: block_checksums(volume, offset_bytes / BLOCK, &vec![1; length]),
+            data: vec![1; length].into(),
+        };
+        ask(write(0, 8192), 2000).unwrap();
+        // Less than a step later: the log does not tell the time again.
+        ask(write(5 << 16, 4096), 2050).unwrap();
+        ask(write(9 << 16, 4096), 3000).unwrap();
+        let browse = |stale, what| RequestBody::Browse { stale, what };
+        let chunks = |from, until| Browse::Chunks {
+            volume,
+            from: crate::types::ChunkIndex(from),
+            until: crate::types::ChunkIndex(until),
+        };
+        for stale in [false, true] {
+            let Ok(ReplyBody::Chunks { chunks, next }) = ask(browse(stale, chunks(0, 9)), 9999)
+            else {
+                panic!("chunks");
+            };
+            let seen = |it: &crate::wire::client::ChunkStatus| {
+                (it.chunk.0, it.changed_ms, it.allocated_blocks)
+            };
+            assert_eq!(
+                chunks.iter().map(seen).collect::<Vec<_>>(),
+                [(0, 2000, 2), (5, 2000, 1)]
+            );
+            assert!(chunks[0].changed < chunks[1].changed);
+            assert_eq!(next, None);
+            let Ok(ReplyBody::Volumes(volumes)) = ask(browse(stale, Browse::Volumes), 9999) else {
+                panic!("volumes");
+            };
+            let times = volumes[0].times;
+            assert_eq!((times.created_ms, times.changed_ms), (1000, 3000));
+            assert_eq!(volumes[0].chunks, 3);
+            let directories = browse(stale, Browse::Directories { volume });
+            assert_eq!(ask(directories, 9999), Ok(ReplyBody::Directories(vec![0])));
+            let read = Browse::Read {
+                volume,
+                offset_bytes: 8191,
+                length_bytes: 2,
+            };
+            let Ok(ReplyBody::Data(parts)) = ask(browse(stale, read), 9999) else {
+                panic!("data");
+            };
+            let one = ReadPart::Data(Bytes::from_static(&[1]));
+            assert_eq!(parts, [one, ReadPart::Hole(1)]);
+            let gone = browse(
+                stale,
+                Browse::Chunks {
+                    volume: VolumeId(9),
+                    from: crate::types::ChunkIndex(0),
+                    until: crate::types::ChunkIndex(1),
+                },
+            );
+            let refused = ReplyError::Refused(Refusal::NoSuchVolume);
+            assert_eq!(ask(gone, 9999), Err(refused));
+        }
     }
 
     /// A turn ends early if reads have brought much; those that nobody waits for do not count.

@@ -354,3 +354,42 @@ fn every_refusal_has_its_code() {
     }
     assert_eq!(Refusal::from_code(19), None);
 }
+
+#[test]
+fn a_state_with_a_clock_comes_back_whole() {
+    let mut state = State::default();
+    let apply = |state: &mut State, op| {
+        let slot = state.applied().next();
+        let answer = state.apply(slot, 0, &Command::internal(op)).0;
+        state.finish_slot(slot);
+        answer
+    };
+    let create = |name: &str| Op::CreateVolume {
+        name: name.to_owned(),
+        size_bytes: 1 << 30,
+        chunk_bytes: CHUNK_BYTES_DEFAULT,
+        uuid: [1; 16],
+    };
+    apply(&mut state, create("old"));
+    let untold = state.encode();
+    assert_eq!(untold[..2], 1_u16.to_le_bytes());
+    apply(&mut state, Op::Clock { unix_ms: 5000 });
+    apply(&mut state, create("new"));
+    apply(&mut state, Op::Clock { unix_ms: 6000 });
+    let resize = Op::ResizeVolume {
+        volume: VolumeId(1),
+        size_bytes: 2 << 30,
+        allow_shrink: false,
+    };
+    apply(&mut state, resize);
+    assert_eq!(state.encode()[..2], 3_u16.to_le_bytes());
+    assert_eq!(State::decode(&state.encode()), Ok(state.clone()));
+    let times = |volume| {
+        let times = state.times(VolumeId(volume));
+        (times.created_ms, times.changed.0, times.changed_ms)
+    };
+    assert_eq!((times(1), times(2)), ((0, 5, 6000), (5000, 3, 5000)));
+    let volume = VolumeId(2);
+    apply(&mut state, Op::DeleteVolume { volume });
+    assert_eq!(state.times(volume), VolumeTimes::default());
+}

@@ -118,6 +118,7 @@ fn go_on(
     let slot = entry.id.slot;
     for position in answers.len()..entry.commands.len() {
         let command = &entry.commands[position];
+        chunks.set_clock(state.clock_ms());
         let (answer, effect) = state.apply(slot, position as u32, command);
         answers.push(answer);
         match perform(chunks, &effect, command, slot, filter) {

@@ -3,9 +3,10 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::state::{Refusal, Volume};
+use crate::state::{Refusal, Volume, VolumeTimes};
 use crate::types::{
-    BLOCK_BYTES, Ballot, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId, VolumeId,
+    BLOCK_BYTES, Ballot, ChunkIndex, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId,
+    Slot, VolumeId,
 };
 use crate::volume::device::{Extent, ReadPart};
 use crate::volume::reservation::{ReservationRequest, Reservations};
@@ -15,6 +16,8 @@ use crate::wire::frame::{Frame, FrameKind, SendQueue};
 
 /// Most bytes that one request may read or write. Clients split longer ones.
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
+/// Most chunks in one answer.
+pub const CHUNKS_MAX: usize = 4096;
 /// Most extents in one answer.
 pub const EXTENTS_MAX: usize = 4096;
 
@@ -180,6 +183,66 @@ pub enum RequestBody {
         /// `Read`, `Write`, `Zero`, `CompareAndWrite` or `Extents`. Numbered if that is.
         body: Box<RequestBody>,
     },
+    /// Looks at volumes as their keeper, to whom reservations do not apply. Changes nothing.
+    Browse {
+        /// Asks this server for what it has, whether it leads or not and whatever it has missed. Without it, the
+        /// answer holds everything that was answered before.
+        stale: bool,
+        /// What to look at.
+        what: Browse,
+    },
+}
+
+/// What [`RequestBody::Browse`] looks at.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Browse {
+    /// All volumes.
+    Volumes,
+    /// Directories in which chunks exist; answered by [`ReplyBody::Directories`].
+    Directories {
+        /// Of which volume.
+        volume: VolumeId,
+    },
+    /// Chunks that exist; answered by [`ReplyBody::Chunks`].
+    Chunks {
+        /// Of which volume.
+        volume: VolumeId,
+        /// From this one on ...
+        from: ChunkIndex,
+        /// ... up to before this one.
+        until: ChunkIndex,
+    },
+    /// As [`RequestBody::Extents`].
+    Extents {
+        /// Where.
+        volume: VolumeId,
+        /// From.
+        offset_bytes: u64,
+        /// How much.
+        length_bytes: u64,
+    },
+    /// As [`RequestBody::Read`].
+    Read {
+        /// Where.
+        volume: VolumeId,
+        /// From.
+        offset_bytes: u64,
+        /// How much.
+        length_bytes: u32,
+    },
+}
+
+/// A chunk that exists.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct ChunkStatus {
+    /// Which.
+    pub chunk: ChunkIndex,
+    /// Last slot that changed it.
+    pub changed: Slot,
+    /// When that was, by the clock of whoever led: milliseconds since the beginning of 1970, UTC; 0: unknown.
+    pub changed_ms: u64,
+    /// How many of its blocks take space.
+    pub allocated_blocks: u32,
 }
 
 /// A server's answer.
@@ -202,6 +265,15 @@ pub enum ReplyBody {
     Data(Vec<ReadPart>),
     /// Extents from the start of the range; at most [`EXTENTS_MAX`], so maybe not to its end.
     Extents(Vec<Extent>),
+    /// Directories of 256 chunks in which some exist: each is the number of its first chunk divided by 256.
+    Directories(Vec<u32>),
+    /// Chunks of the range that exist, in order; at most [`CHUNKS_MAX`].
+    Chunks {
+        /// They.
+        chunks: Vec<ChunkStatus>,
+        /// From where to ask for the rest, if this is not all.
+        next: Option<ChunkIndex>,
+    },
     /// Volumes.
     Volumes(Vec<VolumeStatus>),
     /// The volume was created.
@@ -258,6 +330,12 @@ pub struct VolumeStatus {
     /// Version of its reservations; 0 if there never were any.
     #[serde(default)]
     pub reservations: u64,
+    /// How many of its chunks exist.
+    #[serde(default)]
+    pub chunks: u64,
+    /// When it was made and changed.
+    #[serde(default)]
+    pub times: VolumeTimes,
 }
 
 /// Where one server stands.
@@ -332,7 +410,10 @@ pub struct ClientDecodeError {
 
 /// Most bytes of a client's or volume's name in a request.
 const NAME_BYTES_MAX: usize = 256;
+/// A volume has at most 2^24 chunks.
+const DIRECTORIES_MAX: usize = 1 << 16;
 const EXTENT_BYTES: usize = 9;
+const CHUNK_BYTES: usize = 24;
 const PART_BYTES: usize = 9;
 
 /// Header, little-endian: code u8, tag u64, session u64, number u64, settled_below u64, then the
@@ -494,6 +575,7 @@ impl RequestBody {
             RequestBody::Look { .. } => 20,
             RequestBody::ShrinkVolume { .. } => 21,
             RequestBody::DeleteAttachedVolume { .. } => 22,
+            RequestBody::Browse { .. } => 23,
         }
     }
 
@@ -603,6 +685,10 @@ impl RequestBody {
                 put.u8(body.code());
                 body.encode(put);
             }
+            RequestBody::Browse { stale, what } => {
+                put.flag(*stale);
+                what.encode(put);
+            }
         }
     }
 
@@ -682,6 +768,10 @@ impl RequestBody {
             22 => RequestBody::DeleteAttachedVolume {
                 volume: VolumeId(input.u32()?),
             },
+            23 => RequestBody::Browse {
+                stale: input.flag()?,
+                what: Browse::decode(input)?,
+            },
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "request",
@@ -757,6 +847,78 @@ impl RequestBody {
             offset_bytes,
             checksum,
             data,
+        })
+    }
+}
+
+impl Browse {
+    fn encode(&self, put: &mut Output<'_>) {
+        match self {
+            Browse::Volumes => put.u8(0),
+            Browse::Directories { volume } => {
+                put.u8(4);
+                put.u32(volume.0);
+            }
+            Browse::Chunks {
+                volume,
+                from,
+                until,
+            } => {
+                put.u8(1);
+                put.u32(volume.0);
+                put.u32(from.0);
+                put.u32(until.0);
+            }
+            Browse::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                put.u8(2);
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u64(*length_bytes);
+            }
+            Browse::Read {
+                volume,
+                offset_bytes,
+                length_bytes,
+            } => {
+                put.u8(3);
+                put.u32(volume.0);
+                put.u64(*offset_bytes);
+                put.u32(*length_bytes);
+            }
+        }
+    }
+
+    fn decode(input: &mut Input<'_>) -> Result<Browse, DecodeError> {
+        Ok(match input.u8()? {
+            0 => Browse::Volumes,
+            1 => Browse::Chunks {
+                volume: VolumeId(input.u32()?),
+                from: ChunkIndex(input.u32()?),
+                until: ChunkIndex(input.u32()?),
+            },
+            2 => Browse::Extents {
+                volume: VolumeId(input.u32()?),
+                offset_bytes: input.u64()?,
+                length_bytes: input.u64()?,
+            },
+            3 => Browse::Read {
+                volume: VolumeId(input.u32()?),
+                offset_bytes: input.u64()?,
+                length_bytes: at_most("read", input.u32()?, REQUEST_BYTES_MAX)?,
+            },
+            4 => Browse::Directories {
+                volume: VolumeId(input.u32()?),
+            },
+            code => {
+                return Err(DecodeError::UnknownCode {
+                    what: "way to browse",
+                    code,
+                });
+            }
         })
     }
 }
@@ -866,6 +1028,8 @@ impl ReplyBody {
             ReplyBody::Status(_) => 7,
             ReplyBody::Reservations(_) => 8,
             ReplyBody::Volume { .. } => 9,
+            ReplyBody::Chunks { .. } => 10,
+            ReplyBody::Directories(_) => 11,
         }
     }
 
@@ -903,6 +1067,22 @@ impl ReplyBody {
                 put.u64(*size_bytes);
                 put.u64(*reservations);
             }
+            ReplyBody::Directories(directories) => {
+                put.u32(directories.len() as u32);
+                for directory in directories {
+                    put.u32(*directory);
+                }
+            }
+            ReplyBody::Chunks { chunks, next } => {
+                put.u32(next.map_or(u32::MAX, |next| next.0));
+                put.u32(chunks.len() as u32);
+                for chunk in chunks {
+                    put.u32(chunk.chunk.0);
+                    put.u64(chunk.changed.0);
+                    put.u64(chunk.changed_ms);
+                    put.u32(chunk.allocated_blocks);
+                }
+            }
         }
     }
 
@@ -937,6 +1117,33 @@ impl ReplyBody {
                 size_bytes: input.u64()?,
                 reservations: input.u64()?,
             },
+            10 => {
+                let next = Some(input.u32()?).filter(|next| *next != u32::MAX);
+                let count = input.count(CHUNK_BYTES)?;
+                at_most("list of chunks", count as u32, CHUNKS_MAX)?;
+                let mut chunks = Vec::with_capacity(count);
+                for _ in 0..count {
+                    chunks.push(ChunkStatus {
+                        chunk: ChunkIndex(input.u32()?),
+                        changed: Slot(input.u64()?),
+                        changed_ms: input.u64()?,
+                        allocated_blocks: input.u32()?,
+                    });
+                }
+                ReplyBody::Chunks {
+                    chunks,
+                    next: next.map(ChunkIndex),
+                }
+            }
+            11 => {
+                let count = input.count(4)?;
+                at_most("list of directories", count as u32, DIRECTORIES_MAX)?;
+                let mut directories = Vec::with_capacity(count);
+                for _ in 0..count {
+                    directories.push(input.u32()?);
+                }
+                ReplyBody::Directories(directories)
+            }
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "reply",

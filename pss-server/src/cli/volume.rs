@@ -327,6 +327,8 @@ mod tests {
 
     fn status() -> VolumeStatus {
         VolumeStatus {
+            chunks: 0,
+            times: Default::default(),
             reservations: 0,
             volume: Volume {
                 id: VolumeId(1),

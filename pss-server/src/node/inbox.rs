@@ -5,11 +5,11 @@ use std::sync::{Mutex, PoisonError};
 
 use mio::Waker;
 use pss_core::chunk::ReadError;
+use pss_core::engine::Fetched;
 use pss_core::paxos::LogRead;
 use pss_core::paxos::message::Message;
 use pss_core::paxos::output::WriteId;
 use pss_core::types::{Ballot, ServerId, Slot};
-use pss_core::volume::device::ReadPart;
 use pss_core::wire::client::ServerStatus;
 
 use crate::node::ServerError;
@@ -27,7 +27,7 @@ pub(crate) enum Event {
     /// Blocks were read.
     Read {
         ticket: u64,
-        result: Result<Vec<ReadPart>, ReadError>,
+        result: Result<Fetched, ReadError>,
     },
     /// A message for another server is ready: a chunk that it asked for.
     Exported { to: ServerId, message: Message },

@@ -216,6 +216,7 @@ impl Node {
 
     fn turn(&mut self, reports: &Events) -> Result<Flow, ServerError> {
         let now = clock::now();
+        self.engine.set_wall_clock(clock::unix_ms());
         for report in reports {
             self.note(now, report);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pss_core::chunk::ChunkStore;
-use pss_core::engine::{BlockRead, ChunkExport};
+use pss_core::engine::{ChunkExport, VolumeRead};
 use pss_core::log::{self, LogReadError, LogReader};
 use pss_core::paxos;
 use pss_core::types::{Ballot, ServerId, Slot};
@@ -15,7 +15,7 @@ use crate::storage::queue::Queue;
 /// What the read threads do.
 pub(crate) enum ReadJob {
     /// Read blocks for a client.
-    Blocks(BlockRead),
+    Blocks(VolumeRead),
     /// Read a chunk for another server.
     Chunk(ChunkExport),
     /// Read entries for another server.

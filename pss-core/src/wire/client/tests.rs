@@ -129,9 +129,40 @@ fn body() -> impl Strategy<Value = RequestBody> {
         (volume(), any::<u64>())
             .prop_map(|(volume, size_bytes)| RequestBody::ShrinkVolume { volume, size_bytes }),
         volume().prop_map(|volume| RequestBody::DeleteAttachedVolume { volume }),
+        (any::<bool>(), browse()).prop_map(|(stale, what)| RequestBody::Browse { stale, what }),
         (any::<u64>(), offset(), data(9000)).prop_map(|(reservations, offset, data)| {
             let body = Box::new(write(offset, data));
             RequestBody::Checked { reservations, body }
+        }),
+    ]
+}
+
+fn browse() -> impl Strategy<Value = Browse> {
+    let place = (any::<u32>().prop_map(VolumeId), any::<u64>());
+    let chunk = || any::<u32>().prop_map(ChunkIndex);
+    prop_oneof![
+        Just(Browse::Volumes),
+        any::<u32>().prop_map(|volume| Browse::Directories {
+            volume: VolumeId(volume),
+        }),
+        (place.clone(), chunk(), chunk()).prop_map(|((volume, _), from, until)| Browse::Chunks {
+            volume,
+            from,
+            until,
+        }),
+        (place.clone(), any::<u64>()).prop_map(|((volume, offset_bytes), length_bytes)| {
+            Browse::Extents {
+                volume,
+                offset_bytes,
+                length_bytes,
+            }
+        }),
+        (place, 0..=REQUEST_BYTES_MAX as u32).prop_map(|((volume, offset_bytes), length_bytes)| {
+            Browse::Read {
+                volume,
+                offset_bytes,
+                length_bytes,
+            }
         }),
     ]
 }
@@ -192,6 +223,12 @@ fn volume_status(name: &str) -> VolumeStatus {
         },
         allocated_bytes: 4096,
         attached_by: vec!["pss-nbd@a".into()],
+        chunks: 1,
+        times: VolumeTimes {
+            created_ms: 1,
+            changed: Slot(4),
+            changed_ms: 2,
+        },
     }
 }
 
@@ -434,6 +471,30 @@ fn literal_requests() {
             22,
             "07000000",
         ),
+        (
+            RequestBody::Browse {
+                stale: true,
+                what: Browse::Chunks {
+                    volume: VolumeId(7),
+                    from: ChunkIndex(1),
+                    until: ChunkIndex(258),
+                },
+            },
+            23,
+            "0101070000000100000002010000",
+        ),
+        (
+            RequestBody::Browse {
+                stale: false,
+                what: Browse::Read {
+                    volume: VolumeId(7),
+                    offset_bytes: 512,
+                    length_bytes: 1024,
+                },
+            },
+            23,
+            "000307000000000200000000000000040000",
+        ),
     ];
     for (body, code, fields) in requests {
         let header = request_frame(&request(body.clone())).header;
@@ -466,6 +527,24 @@ fn literal_replies() {
             }),
             9,
             "00040000000000000500000000000000",
+        ),
+        (
+            Ok(ReplyBody::Chunks {
+                chunks: vec![ChunkStatus {
+                    chunk: ChunkIndex(3),
+                    changed: Slot(4),
+                    changed_ms: 5,
+                    allocated_blocks: 6,
+                }],
+                next: None,
+            }),
+            10,
+            "ffffffff01000000030000000400000000000000050000000000000006000000",
+        ),
+        (
+            Ok(ReplyBody::Directories(vec![1, 258])),
+            11,
+            "020000000100000002010000",
         ),
         (Err(ReplyError::NoSpace), 66, ""),
         (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
