@@ -483,7 +483,8 @@ impl State {
                 }
             },
             Op::Clock { unix_ms } => {
-                self.clock_ms = *unix_ms;
+                // 0 says that nobody told the time, and then the volumes' times would not be stored.
+                self.clock_ms = (*unix_ms).max(1);
                 Ok(Answer::Done)
             }
         };

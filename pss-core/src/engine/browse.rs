@@ -45,24 +45,13 @@ impl Engine {
                 volume,
                 offset_bytes,
                 length_bytes,
-            } => {
-                let span = Span {
-                    volume,
-                    offset_bytes,
-                    length_bytes,
-                };
-                self.extents(reader, span);
-            }
+            } => self.extents(reader, Span::new(volume, offset_bytes, length_bytes)),
             Browse::Read {
                 volume,
                 offset_bytes,
                 length_bytes,
             } => {
-                let span = Span {
-                    volume,
-                    offset_bytes,
-                    length_bytes: u64::from(length_bytes),
-                };
+                let span = Span::new(volume, offset_bytes, u64::from(length_bytes));
                 self.read(reader, span);
             }
         }

@@ -64,6 +64,14 @@ pub(super) struct Span {
 }
 
 impl Span {
+    pub(super) fn new(volume: VolumeId, offset_bytes: u64, length_bytes: u64) -> Span {
+        Span {
+            volume,
+            offset_bytes,
+            length_bytes,
+        }
+    }
+
     fn blocks(&self) -> BlockRange {
         let first = self.offset_bytes / BLOCK;
         let end = (self.offset_bytes + self.length_bytes).div_ceil(BLOCK);
@@ -258,25 +266,14 @@ impl Engine {
                 offset_bytes,
                 length_bytes,
             } => {
-                let span = Span {
-                    volume,
-                    offset_bytes,
-                    length_bytes: u64::from(length_bytes),
-                };
+                let span = Span::new(volume, offset_bytes, u64::from(length_bytes));
                 self.read(reader, span);
             }
             RequestBody::Extents {
                 volume,
                 offset_bytes,
                 length_bytes,
-            } => {
-                let span = Span {
-                    volume,
-                    offset_bytes,
-                    length_bytes,
-                };
-                self.extents(reader, span);
-            }
+            } => self.extents(reader, Span::new(volume, offset_bytes, length_bytes)),
             RequestBody::Browse { what, .. } => self.browse(reader, &what),
             RequestBody::ListVolumes => {
                 let body = Ok(ReplyBody::Volumes(self.volume_list()));

@@ -389,6 +389,9 @@ fn a_state_with_a_clock_comes_back_whole() {
         (times.created_ms, times.changed.0, times.changed_ms)
     };
     assert_eq!((times(1), times(2)), ((0, 5, 6000), (5000, 3, 5000)));
+    // A leader whose clock stands at the beginning of 1970 makes nobody forget the times.
+    apply(&mut state, Op::Clock { unix_ms: 0 });
+    assert_eq!(State::decode(&state.encode()), Ok(state.clone()));
     let volume = VolumeId(2);
     apply(&mut state, Op::DeleteVolume { volume });
     assert_eq!(state.times(volume), VolumeTimes::default());
