@@ -23,21 +23,23 @@ use crate::state::{Refusal, Volume};
 use crate::types::{ServerId, VolumeId};
 use crate::volume::device::{BlockDevice, BoxFuture, DeviceError, DeviceInfo, Volumes};
 use crate::wire::DecodeError;
-use crate::wire::auth::HandshakeError;
+use crate::wire::auth::{Denial, HandshakeError};
 use crate::wire::client::{
-    ClientDecodeError, ReplyBody, ReplyError, RequestBody, ServerStatus, VolumeStatus,
+    Browse, ClientDecodeError, ReplyBody, ReplyError, RequestBody, ServerStatus, VolumeStatus,
 };
 use crate::wire::frame::FrameError;
 
 mod device;
 mod driver;
 mod leader;
+mod nearest;
 mod session;
 
 pub use device::DEVICE_REQUEST_BYTES_MAX;
 use device::{Device, info_of};
 use driver::{CallError, Driver, Handle, Inbox, Item, Target};
 use leader::Dialer;
+pub use nearest::{Freshness, Nearest};
 
 /// How to reach a cell.
 #[derive(Clone, Debug)]
@@ -98,6 +100,29 @@ pub enum ServerError {
     /// It answered something else than what was asked.
     #[error("the answer does not fit the question")]
     Unexpected,
+}
+
+impl ServerError {
+    /// Whether the server, or this client, takes the other for a stranger: their keys differ.
+    pub fn is_denial(&self) -> bool {
+        let ServerError::Handshake(error) = self else {
+            return false;
+        };
+        match error {
+            HandshakeError::KeyMissing { .. }
+            | HandshakeError::KeyUnexpected { .. }
+            | HandshakeError::Proof { .. } => true,
+            HandshakeError::Denied { reason, .. } => matches!(
+                reason,
+                Denial::KeyMissing | Denial::KeyUnexpected | Denial::Proof
+            ),
+            HandshakeError::Version { .. }
+            | HandshakeError::OtherCell { .. }
+            | HandshakeError::OtherServer { .. }
+            | HandshakeError::Unexpected(_)
+            | HandshakeError::Malformed(_) => false,
+        }
+    }
 }
 
 impl From<std::io::Error> for ServerError {
@@ -264,6 +289,20 @@ impl Cell {
         }
     }
 
+    /// Looks at volumes as their keeper: reservations do not apply, and nothing is attached. Everything that was
+    /// answered before is in the answer.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn browse(&self, what: Browse) -> Result<ReplyBody, ClientError> {
+        self.call(RequestBody::Browse { stale: false, what }).await
+    }
+
+    /// The cell's nearest server, for answers that may be stale.
+    pub fn nearest(&self) -> Nearest {
+        Nearest::new(Arc::clone(&self.dialer))
+    }
+
     /// Creates a volume with a random identity.
     ///
     /// # Errors
@@ -345,7 +384,8 @@ impl Cell {
         }
     }
 
-    fn unavailable(&self) -> ClientError {
+    /// The failure of a request that waits no longer: who answered, and who did not, when the leader was last searched.
+    pub fn unavailable(&self) -> ClientError {
         let outcomes = self
             .dialer
             .outcomes

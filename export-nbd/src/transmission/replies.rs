@@ -16,7 +16,7 @@ impl Transmission {
     }
 
     pub(super) fn push_read(&mut self, pending: &Pending, parts: &[ReadPart], unfragmented: bool) {
-        let total: u64 = parts.iter().map(part_length).sum();
+        let total: u64 = parts.iter().map(ReadPart::length_bytes).sum();
         if total != u64::from(pending.length_bytes) {
             return self.push_bad_answer(pending);
         }
@@ -35,7 +35,7 @@ impl Transmission {
             let same = |part: &&ReadPart| unfragmented || is_hole(part) == hole;
             let (run, behind) = rest.split_at(rest.iter().take_while(same).count());
             rest = behind;
-            let length = run.iter().map(part_length).sum::<u64>();
+            let length = run.iter().map(ReadPart::length_bytes).sum::<u64>();
             if length > 0 {
                 self.push_chunk(pending.cookie, at, length as u32, hole, rest.is_empty());
                 if !hole {
@@ -125,12 +125,5 @@ impl Transmission {
         self.sending
             .push_head(&(message.len() as u16).to_be_bytes());
         self.sending.push_head(message);
-    }
-}
-
-fn part_length(part: &ReadPart) -> u64 {
-    match part {
-        ReadPart::Data(bytes) => bytes.len() as u64,
-        ReadPart::Hole(length) => u64::from(*length),
     }
 }

@@ -665,11 +665,7 @@ pub(super) fn device_result(
 ) -> DeviceResult {
     match (body.unchecked(), result) {
         (RequestBody::Read { length_bytes, .. }, Ok(ReplyBody::Data(parts))) => {
-            let length = |part: &ReadPart| match part {
-                ReadPart::Data(data) => data.len() as u64,
-                ReadPart::Hole(length) => u64::from(*length),
-            };
-            if parts.iter().map(length).sum::<u64>() != u64::from(*length_bytes) {
+            if parts.iter().map(ReadPart::length_bytes).sum::<u64>() != u64::from(*length_bytes) {
                 return Err(DeviceError::Io);
             }
             Ok(DeviceReply::Data(parts))

@@ -123,7 +123,7 @@ impl Dialer {
         self.ask_on(&mut connection, body).await
     }
 
-    async fn ask_on(
+    pub(super) async fn ask_on(
         &self,
         connection: &mut Connection,
         body: RequestBody,

@@ -33,6 +33,10 @@ struct Fake {
     leader: AtomicU8,
     /// Requests are read and forgotten.
     is_mute: AtomicBool,
+    /// This server lets others answer first.
+    slow: AtomicU8,
+    /// This server has not got its chunks.
+    incomplete: AtomicU8,
     /// After so many more replies to numbered requests, connections break instead of a reply.
     replies_left: AtomicU64,
     /// Breaks all connections.
@@ -54,6 +58,8 @@ impl Fake {
             store: StdMutex::default(),
             leader: AtomicU8::new(0),
             is_mute: AtomicBool::new(false),
+            slow: AtomicU8::new(NOBODY),
+            incomplete: AtomicU8::new(NOBODY),
             replies_left: AtomicU64::new(u64::MAX),
             cut: broadcast::channel(4).0,
             key: key.clone(),
@@ -153,9 +159,20 @@ impl Fake {
                 if self.is_mute.load(Ordering::SeqCst) && request.body != RequestBody::Status {
                     continue;
                 }
+                if self.slow.load(Ordering::SeqCst) == server {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
                 let is_numbered = request.body.is_numbered();
                 let tag = request.tag;
-                let body = self.store().answer(request, server, self.leader());
+                let is_stale = matches!(request.body, RequestBody::Browse { stale: true, .. });
+                let is_complete = self.incomplete.load(Ordering::SeqCst) != server;
+                let leader = match is_stale && is_complete {
+                    // It does not ask who leads.
+                    true => server,
+                    false if is_stale => NOBODY,
+                    false => self.leader(),
+                };
+                let body = self.store().answer(request, server, leader);
                 if is_numbered && self.replies_left.fetch_sub(1, Ordering::SeqCst) == 0 {
                     self.replies_left.store(u64::MAX, Ordering::SeqCst);
                     return None;
@@ -989,6 +1006,43 @@ async fn asking_needs_no_session() {
         Err(ServerError::NotListed)
     ));
     assert!(fake.sessions().is_empty());
+}
+
+#[tokio::test]
+async fn the_nearest_server_answers_whether_it_leads_or_not() {
+    let (fake, cell, _device) = Fake::device_on(3, |_| {}).await;
+    fake.leader.store(NOBODY, Ordering::SeqCst);
+    let nearest = cell.nearest();
+    let names = async || match nearest.browse(Browse::Volumes).await {
+        Ok(ReplyBody::Volumes(volumes)) => volumes.len(),
+        other => panic!("{other:?}"),
+    };
+    let server = async || nearest.freshness().await.unwrap().server;
+    fake.slow.store(0, Ordering::SeqCst);
+    assert_eq!(names().await, 1);
+    let first = server().await;
+    assert_ne!(first, ServerId(0), "it is the slowest");
+    // It stays with that one, slow as it may be now.
+    fake.slow.store(first.0, Ordering::SeqCst);
+    assert_eq!(names().await, 1);
+    assert_eq!(server().await, first);
+    // Until it has nothing to give.
+    fake.incomplete.store(first.0, Ordering::SeqCst);
+    assert_eq!(names().await, 1);
+    let second = server().await;
+    assert_ne!(second, first);
+    // A connection that breaks is no reason for an error.
+    fake.cut.send(()).unwrap();
+    assert_eq!(names().await, 1);
+    // What no server would do otherwise is not asked of all.
+    let unknown = Browse::Directories {
+        volume: VolumeId(9),
+    };
+    let refused = nearest.browse(unknown).await;
+    assert!(
+        matches!(refused, Err(ClientError::Reply(ReplyError::Invalid))),
+        "{refused:?}"
+    );
 }
 
 #[tokio::test]

@@ -180,6 +180,14 @@ pub enum ReadPart {
 }
 
 impl ReadPart {
+    /// Bytes that it stands for.
+    pub fn length_bytes(&self) -> u64 {
+        match self {
+            ReadPart::Data(data) => data.len() as u64,
+            ReadPart::Hole(length) => u64::from(*length),
+        }
+    }
+
     /// Bytes that it holds in memory.
     pub fn data_bytes(&self) -> usize {
         match self {
