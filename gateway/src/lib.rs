@@ -1,9 +1,10 @@
 //! What every front end with sockets needs, whatever its protocol: [`listen`] (sockets), [`peer`] (who
 //! connects), [`sending`] (replies on their way), [`alarm`] (wake-ups), [`program`] (what the gateways'
-//! programs have in common), [`throttle`] (log lines that strangers cause). [`memory`] is a volume in memory for tests.
+//! programs have in common), [`logging`] (stderr or syslog), [`throttle`] (log lines that strangers cause). [`memory`] is a volume in memory for tests.
 
 pub mod alarm;
 pub mod listen;
+pub mod logging;
 pub mod memory;
 pub mod peer;
 pub mod program;

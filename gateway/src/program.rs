@@ -102,3 +102,52 @@ pub fn tell_manager(state: NotifyState<'_>) {
         error!(%error, "cannot notify the service manager");
     }
 }
+
+/// Parses a time to wait: a number with `ms`, `s` or `m`; a bare number is seconds.
+///
+/// # Errors
+/// What is wrong, for the person who wrote it.
+pub fn parse_time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("'{text}' is no time: write a number with ms, s or m, such as 10s");
+    let digits_end = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits_end);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let milliseconds = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" | "min" => 60_000,
+        _ => return Err(wrong()),
+    };
+    let time = number.checked_mul(milliseconds).ok_or_else(wrong)?;
+    if !(1..=86_400_000).contains(&time) {
+        return Err(format!("'{text}' is no time to wait: use 1ms to 1440m"));
+    }
+    Ok(Duration::from_millis(time))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times() {
+        assert_eq!(parse_time("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_time("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_time("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_time("2m"), Ok(Duration::from_secs(120)));
+        for wrong in [
+            "",
+            "s",
+            "0",
+            "-1",
+            "1h",
+            "1.5s",
+            "99999999999999999999",
+            "9999999m",
+        ] {
+            assert!(parse_time(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use pss_gateway::program::parse_time;
 
 use crate::config::{CellFiles, ConfigError};
 
@@ -114,7 +115,7 @@ pub struct CellArgs {
     #[arg(long, global = true, value_name = "FILE", env = "PSS_KEY")]
     pub key: Option<PathBuf>,
     /// How long to wait for the cell, such as 10s, 500ms or 2m
-    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
+    #[arg(long, global = true, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
     pub timeout: Duration,
     /// Print JSON instead of text
     #[arg(long, global = true)]
@@ -256,26 +257,6 @@ fn confirm(question: &str) -> Result<(), CliError> {
     }
 }
 
-fn parse_timeout(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{text}' is no time: write a number with ms, s or m, such as 10s");
-    let digits_end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits_end);
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let milliseconds = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" | "min" => 60_000,
-        _ => return Err(wrong()),
-    };
-    let time = number.checked_mul(milliseconds).ok_or_else(wrong)?;
-    if !(1..=86_400_000).contains(&time) {
-        return Err(format!("'{text}' is no time to wait: use 1ms to 1440m"));
-    }
-    Ok(Duration::from_millis(time))
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -287,25 +268,5 @@ mod tests {
         Pss::command().debug_assert();
         Pssd::command().debug_assert();
         PssUp::command().debug_assert();
-    }
-
-    #[test]
-    fn timeouts() {
-        assert_eq!(parse_timeout("10"), Ok(Duration::from_secs(10)));
-        assert_eq!(parse_timeout("10s"), Ok(Duration::from_secs(10)));
-        assert_eq!(parse_timeout("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_timeout("2m"), Ok(Duration::from_secs(120)));
-        for wrong in [
-            "",
-            "s",
-            "0",
-            "-1",
-            "1h",
-            "1.5s",
-            "99999999999999999999",
-            "9999999m",
-        ] {
-            assert!(parse_timeout(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -7,7 +7,6 @@ pub mod cli;
 mod clients;
 mod clock;
 pub mod config;
-pub mod logging;
 pub mod node;
 mod peers;
 pub mod render;

@@ -33,12 +33,12 @@ use pss_core::state::CHUNK_BYTES_DEFAULT;
 use pss_core::types::ServerId;
 use pss_core::volume::device::Volumes;
 use pss_gateway::listen::Listener;
+use pss_gateway::logging::{self, LogLevel};
 use tokio::sync::watch;
 
 use crate::cli::cell::{connect, explain};
 use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
 use crate::config::{CellFiles, Tuning};
-use crate::logging::{self, LogLevel};
 use crate::node::ServerHandle;
 
 /// Flags of `pss up`.
@@ -327,7 +327,9 @@ fn bind(end: FrontEnd, asked: Option<SocketAddr>) -> Result<Port, CliError> {
 pub fn run(args: &UpArgs) -> Result<(), CliError> {
     let volumes = volumes(args)?;
     let dir = open_dir(&args.dir)?;
-    logging::init_cell(args.log_level);
+    // Its servers start and stop together: that each of them misses the others for a moment is no news, and
+    // reads like a failure.
+    logging::init_cell(args.log_level, "pss_server::peers=error");
     let _locked = lock(&dir)?;
     let plan = plan(args, dir)?;
     write_files(&plan)?;

@@ -5,10 +5,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pss_core::client::{Cell, CellConfig, ClientError, ServerError, Shrink};
+use pss_core::client::{Cell, CellConfig, ClientError, Shrink};
 use pss_core::state::{Refusal, Volume};
 use pss_core::types::{ServerId, VolumeId};
-use pss_core::wire::auth::{Denial, HandshakeError};
 use pss_core::wire::client::{ReplyError, VolumeStatus};
 use tokio::runtime::Runtime;
 
@@ -116,33 +115,16 @@ pub(super) fn denied(answers: &Answers) -> Option<CliError> {
     if !answers.statuses.is_empty() {
         return None;
     }
-    let (id, error) = answers.failures.iter().find(|(_, error)| denies(error))?;
+    let (id, error) = answers
+        .failures
+        .iter()
+        .find(|(_, error)| error.is_denial())?;
     Some(CliError::new(
         Exit::Denied,
         format!(
             "server {id} does not let this client in: {error}; use the cell's own key with --key FILE or PSS_KEY"
         ),
     ))
-}
-
-fn denies(error: &ServerError) -> bool {
-    let ServerError::Handshake(error) = error else {
-        return false;
-    };
-    match error {
-        HandshakeError::KeyMissing { .. }
-        | HandshakeError::KeyUnexpected { .. }
-        | HandshakeError::Proof { .. } => true,
-        HandshakeError::Denied { reason, .. } => matches!(
-            reason,
-            Denial::KeyMissing | Denial::KeyUnexpected | Denial::Proof
-        ),
-        HandshakeError::Version { .. }
-        | HandshakeError::OtherCell { .. }
-        | HandshakeError::OtherServer { .. }
-        | HandshakeError::Unexpected(_)
-        | HandshakeError::Malformed(_) => false,
-    }
 }
 
 /// The cell, for programs that do one thing after the other.
@@ -275,6 +257,9 @@ fn about(name: &str, error: CliError) -> CliError {
 
 #[cfg(test)]
 mod tests {
+    use pss_core::client::ServerError;
+    use pss_core::wire::auth::HandshakeError;
+
     use super::super::health::tests::answers;
     use super::*;
 

@@ -8,11 +8,12 @@ use export_iscsi::control::client::{ClientError, ask};
 use export_iscsi::control::protocol::{Kind, LEAVE_SECONDS, LEAVE_SECONDS_MAX, Named, Request};
 use export_iscsi::control::report::{Accounts, Connections, Sessions, State, Targets, now_s};
 use pss_core::size::Size;
+use pss_gateway::program::parse_time;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::{CellArgs, CliError, Exit, parse_timeout, print, print_json, say};
+use super::{CellArgs, CliError, Exit, print, print_json, say};
 use crate::render::{Table, left, printable, right, span};
 
 #[derive(Args, Debug)]
@@ -71,7 +72,7 @@ fn within(text: &str) -> Result<Duration, String> {
     if text == "0" || text == "0s" {
         return Ok(Duration::ZERO);
     }
-    let time = parse_timeout(text)?;
+    let time = parse_time(text)?;
     match time > Duration::from_secs(LEAVE_SECONDS_MAX.into()) {
         true => Err(format!("at most {LEAVE_SECONDS_MAX}s")),
         false => Ok(time),

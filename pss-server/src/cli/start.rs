@@ -13,10 +13,10 @@ use pss_core::log::LogError;
 use pss_core::size::parse_size;
 use pss_core::storage::{Identity, PairError, StorageError};
 use pss_core::types::ServerId;
+use pss_gateway::logging::{self, LogLevel, LogTarget};
 use sd_notify::NotifyState;
 
 use crate::config::{CellFiles, ServerConfig, Tuning};
-use crate::logging::{self, LogLevel, LogTarget};
 use crate::node::{Server, ServerHandle, StartError};
 
 use super::{CliError, Exit, on_stop_signal};

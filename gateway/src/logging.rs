@@ -1,4 +1,4 @@
-//! Log lines to stderr, or to syslog with the tag `pssd_ID`.
+//! Log lines to stderr, or to syslog with a tag.
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixDatagram;
@@ -22,7 +22,7 @@ const LINE_BYTES_MAX: usize = 8192;
 pub enum LogTarget {
     /// Standard error.
     Stderr,
-    /// The machine's syslog, facility daemon, tag pssd_ID.
+    /// The machine's syslog, facility daemon.
     Syslog,
 }
 
@@ -100,12 +100,12 @@ pub fn init(target: LogTarget, level: LogLevel, tag: &str) -> Result<(), LogErro
 
 /// Installs the log of a whole cell in one process, on stderr.
 ///
-/// Its servers start and stop together: that each of them misses the others for a moment is no news, and
-/// reads like a failure. Who asks for more than warnings gets it all.
-pub fn init_cell(level: LogLevel) {
+/// `quiet` are directives of tracing's EnvFilter for what is no news there; who asks for more than warnings gets
+/// it all.
+pub fn init_cell(level: LogLevel, quiet: &str) {
     let level = LevelFilter::from(level);
     let directives = match level {
-        LevelFilter::WARN => "warn,pss_server::peers=error".to_owned(),
+        LevelFilter::WARN => format!("warn,{quiet}"),
         level => level.to_string(),
     };
     tracing_subscriber::fmt()
