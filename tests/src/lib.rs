@@ -3,6 +3,7 @@
 pub mod binaries;
 pub mod checker;
 pub mod disk;
+pub mod fuse;
 pub mod guest;
 pub mod iscsi;
 pub mod iscsi_client;

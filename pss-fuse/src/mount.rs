@@ -1,0 +1,468 @@
+//! Puts the file system into the tree of directories, and takes it away again, whatever happened meanwhile.
+
+use std::ffi::{CString, OsString};
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use fuser::{Config, MountOption, Session, SessionACL};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+use tokio::sync::oneshot;
+use tracing::warn;
+
+use crate::fuse::Fuse;
+
+/// The type that `mount` and /proc/mounts show.
+pub const FS_TYPE: &str = "fuse.pss";
+const DEVICE: &str = "/dev/fuse";
+const HELPER: &str = "fusermount3";
+/// What the process that watches over a mount is called with; see [`watch`].
+pub const WATCH_VERB: &str = "watch";
+
+/// Why something could not be mounted or unmounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// There is no such directory.
+    #[error("{0} does not exist: make it with mkdir")]
+    NoDirectory(PathBuf),
+    /// It is a file.
+    #[error("{0} is not a directory")]
+    NotDirectory(PathBuf),
+    /// A live file system of ours is there.
+    #[error("{0} is already mounted: unmount it with 'pss-fuse umount {0}' first")]
+    Mounted(PathBuf),
+    /// Nothing of ours is there.
+    #[error("{0} is no mounted namespace of a cell")]
+    NotMounted(PathBuf),
+    /// Files are open.
+    #[error(
+        "{0} is in use; wait for its users with --wait, or take it away from new ones with --lazy"
+    )]
+    Busy(PathBuf),
+    /// There is no FUSE.
+    #[error(
+        "cannot open {DEVICE}: {0}; load the kernel module with 'modprobe fuse', or let this user open it"
+    )]
+    NoFuse(io::Error),
+    /// The helper for users other than root is missing.
+    #[error("{HELPER} is missing, which users other than root need: install the package fuse3")]
+    NoHelper,
+    /// The helper failed.
+    #[error("{HELPER} failed: {0}")]
+    Helper(String),
+    /// The kernel refuses.
+    #[error("{action} {directory} failed: {error}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        directory: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// A file system that is mounted.
+pub struct Mounted {
+    place: Place,
+    /// Is told when the kernel has ended the session: somebody else has unmounted it.
+    ended: oneshot::Receiver<io::Result<()>>,
+    /// Unmounts when this process dies: its standard input ends then.
+    watcher: Option<Child>,
+}
+
+/// A mount, told apart from others that were or will be in the same place.
+#[derive(Clone, Debug)]
+struct Place {
+    directory: PathBuf,
+    id: u64,
+}
+
+/// Mounts on a directory and serves in a thread of its own.
+///
+/// # Errors
+/// [`MountError`]; nothing is mounted then.
+pub fn mount(
+    directory: &Path,
+    fuse: Fuse,
+    source: &str,
+    allows_others: bool,
+) -> Result<Mounted, MountError> {
+    let directory = check_directory(directory)?;
+    let acl = match allows_others {
+        true => SessionACL::All,
+        false => SessionACL::Owner,
+    };
+    let session = match rustix::process::geteuid().is_root() {
+        true => mount_as_root(&directory, fuse, source, acl)?,
+        false => mount_by_helper(&directory, fuse, source, acl)?,
+    };
+    let (sender, ended) = oneshot::channel();
+    let spawned = thread::Builder::new().name("fuse".to_owned()).spawn(|| {
+        // Nobody may wait for it any more.
+        let _ = sender.send(session.run());
+    });
+    spawned.map_err(|error| failed("serving", &directory, error))?;
+    let id = find(&directory).map(|found| found.id);
+    let place = Place {
+        id: id.ok_or_else(|| MountError::NotMounted(directory.clone()))?,
+        directory,
+    };
+    let watcher = match spawn_watcher(&place) {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            warn!("if this process is killed, the mount stays behind: {error}");
+            None
+        }
+    };
+    Ok(Mounted {
+        place,
+        ended,
+        watcher,
+    })
+}
+
+impl Mounted {
+    /// Returns when the kernel has ended the session.
+    ///
+    /// # Errors
+    /// The session's.
+    pub async fn ended(&mut self) -> io::Result<()> {
+        match (&mut self.ended).await {
+            Ok(result) => result,
+            Err(_) => Err(io::Error::other(
+                "the thread that serves the kernel has panicked",
+            )),
+        }
+    }
+
+    /// Takes it out of the tree, even if files are open: they stay open as long as this process lives.
+    ///
+    /// # Errors
+    /// [`MountError`]; not that it is gone already.
+    pub fn unmount(&self) -> Result<(), MountError> {
+        self.place.detach()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(mut watcher) = self.watcher.take() {
+            // Its input ends here, it takes away what is left, and ends.
+            drop(watcher.stdin.take());
+            let _ = watcher.wait();
+        }
+    }
+}
+
+impl Place {
+    /// Whether this very mount is the one that is seen there.
+    fn is_seen(&self) -> bool {
+        find(&self.directory).is_some_and(|found| found.id == self.id)
+    }
+
+    fn detach(&self) -> Result<(), MountError> {
+        match self.is_seen() {
+            true => detach(&self.directory),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Unmounts a namespace that any process serves.
+///
+/// # Errors
+/// [`MountError::NotMounted`]; [`MountError::Busy`] without `is_lazy`.
+pub fn unmount(directory: &Path, is_lazy: bool) -> Result<(), MountError> {
+    let directory = absolute(directory)?;
+    if find(&directory).is_none_or(|found| found.fs_type != FS_TYPE) {
+        return Err(MountError::NotMounted(directory));
+    }
+    match is_lazy {
+        true => detach(&directory),
+        false => unmount_unused(&directory),
+    }
+}
+
+/// Waits until the process whose end of standard input this has is gone, then unmounts what it has left behind.
+pub fn watch(directory: PathBuf, id: u64) {
+    // Ctrl-C is meant for the one that is watched.
+    let _ = rustix::process::setsid();
+    let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+    let place = Place { directory, id };
+    // There is nobody to tell.
+    let _ = place.detach();
+}
+
+fn spawn_watcher(place: &Place) -> io::Result<Child> {
+    Command::new(std::env::current_exe()?)
+        .arg(WATCH_VERB)
+        .arg(&place.directory)
+        .arg(place.id.to_string())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .spawn()
+}
+
+/// The absolute path of a directory on which can be mounted. A namespace whose process has died there is taken away.
+fn check_directory(directory: &Path) -> Result<PathBuf, MountError> {
+    let absolute = absolute(directory)?;
+    if find(&absolute).is_some_and(|found| found.fs_type == FS_TYPE) {
+        // The kernel says so of a file system whose process is gone.
+        let is_dead = rustix::fs::stat(&absolute).is_err_and(|error| error == Errno::NOTCONN);
+        if !is_dead {
+            return Err(MountError::Mounted(absolute));
+        }
+        warn!(
+            "{} was left behind by a process that died; it is unmounted",
+            absolute.display()
+        );
+        detach(&absolute)?;
+    }
+    match std::fs::metadata(&absolute) {
+        Ok(metadata) if metadata.is_dir() => Ok(absolute),
+        Ok(_) => Err(MountError::NotDirectory(absolute)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(MountError::NoDirectory(absolute))
+        }
+        Err(error) => Err(failed("looking at", &absolute, error)),
+    }
+}
+
+/// The path as the kernel lists it: without links. The last part is not looked at, for that of a dead file system
+/// cannot be.
+fn absolute(directory: &Path) -> Result<PathBuf, MountError> {
+    let directory =
+        std::path::absolute(directory).map_err(|error| failed("looking at", directory, error))?;
+    if let Ok(canonical) = directory.canonicalize() {
+        return Ok(canonical);
+    }
+    let (Some(parent), Some(name)) = (directory.parent(), directory.file_name()) else {
+        return Ok(directory);
+    };
+    match parent.canonicalize() {
+        Ok(parent) => Ok(parent.join(name)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(MountError::NoDirectory(directory))
+        }
+        Err(error) => Err(failed("looking at", parent, error)),
+    }
+}
+
+fn mount_as_root(
+    directory: &Path,
+    fuse: Fuse,
+    source: &str,
+    acl: SessionACL,
+) -> Result<Session<Fuse>, MountError> {
+    let device = open_device()?;
+    let uid = rustix::process::geteuid().as_raw();
+    let gid = rustix::process::getegid().as_raw();
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&device);
+    let mut data =
+        format!("fd={fd},rootmode=40000,user_id={uid},group_id={gid},default_permissions");
+    if acl == SessionACL::All {
+        data.push_str(",allow_other");
+    }
+    let data = CString::new(data).expect("numbers and names have no NUL");
+    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
+    // By mount(2) itself: the fuser crate would lose the type that /proc/mounts shows.
+    rustix::mount::mount(source, directory, FS_TYPE, flags, data.as_c_str())
+        .map_err(|error| failed("mounting on", directory, error.into()))?;
+    let config = Config::default();
+    Session::from_fd(fuse, device, acl, config).map_err(|error| {
+        let _ = detach(directory);
+        failed("mounting on", directory, error)
+    })
+}
+
+fn open_device() -> Result<OwnedFd, MountError> {
+    let device = OpenOptions::new().read(true).write(true).open(DEVICE);
+    device.map(OwnedFd::from).map_err(MountError::NoFuse)
+}
+
+fn mount_by_helper(
+    directory: &Path,
+    fuse: Fuse,
+    source: &str,
+    acl: SessionACL,
+) -> Result<Session<Fuse>, MountError> {
+    // The crate would not say what is wrong.
+    drop(open_device()?);
+    let mut config = Config::default();
+    config.acl = acl;
+    config.mount_options = vec![
+        MountOption::FSName(source.to_owned()),
+        MountOption::Subtype("pss".to_owned()),
+        MountOption::RO,
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::DefaultPermissions,
+    ];
+    Session::new(fuse, directory, &config).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => MountError::NoHelper,
+        _ => failed("mounting on", directory, error),
+    })
+}
+
+/// Takes what is mounted there out of the tree, whether it is in use or not.
+fn detach(directory: &Path) -> Result<(), MountError> {
+    match rustix::process::geteuid().is_root() {
+        true => match rustix::mount::unmount(directory, UnmountFlags::DETACH) {
+            // It is gone already.
+            Ok(()) | Err(Errno::INVAL) => Ok(()),
+            Err(error) => Err(failed("unmounting", directory, error.into())),
+        },
+        false => unmount_by_helper(directory, &["-u", "-z"]),
+    }
+}
+
+fn unmount_unused(directory: &Path) -> Result<(), MountError> {
+    match rustix::process::geteuid().is_root() {
+        true => match rustix::mount::unmount(directory, UnmountFlags::empty()) {
+            Ok(()) => Ok(()),
+            Err(Errno::BUSY) => Err(MountError::Busy(directory.to_owned())),
+            Err(error) => Err(failed("unmounting", directory, error.into())),
+        },
+        false => unmount_by_helper(directory, &["-u"]),
+    }
+}
+
+fn unmount_by_helper(directory: &Path, flags: &[&str]) -> Result<(), MountError> {
+    let output = Command::new(HELPER)
+        .args(flags)
+        .arg("--")
+        .arg(directory)
+        .stdin(Stdio::null())
+        .output();
+    let output = output.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => MountError::NoHelper,
+        _ => failed("unmounting", directory, error),
+    })?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    match output.status.success() {
+        true => Ok(()),
+        false if said.contains("busy") => Err(MountError::Busy(directory.to_owned())),
+        false => Err(MountError::Helper(said.trim().to_owned())),
+    }
+}
+
+fn failed(action: &'static str, directory: &Path, error: io::Error) -> MountError {
+    MountError::Io {
+        action,
+        directory: directory.to_owned(),
+        error,
+    }
+}
+
+/// How long it takes at most until the kernel has ended the session of a mount that nobody uses.
+pub const END_LIMIT: Duration = Duration::from_secs(1);
+
+/// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
+#[derive(Debug, Eq, PartialEq)]
+struct MountInfo {
+    id: u64,
+    directory: PathBuf,
+    fs_type: String,
+}
+
+/// What is seen in a place: the last that was mounted there.
+fn find(directory: &Path) -> Option<MountInfo> {
+    let mounts = std::fs::read("/proc/self/mountinfo").ok()?;
+    let lines = mounts.split(|byte| *byte == b'\n').rev();
+    lines
+        .filter_map(parse_mount)
+        .find(|found| found.directory == directory)
+}
+
+fn parse_mount(line: &[u8]) -> Option<MountInfo> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let text = |field: &[u8]| String::from_utf8(field.to_vec()).ok();
+    let id = text(fields.next()?)?.parse().ok()?;
+    let directory = PathBuf::from(unescaped(fields.nth(3)?));
+    // Optional fields end with a lone dash.
+    let fs_type = text(fields.skip_while(|field| *field != b"-").nth(1)?)?;
+    Some(MountInfo {
+        id,
+        directory,
+        fs_type,
+    })
+}
+
+/// Undoes the octal escapes of blanks and backslashes.
+fn unescaped(field: &[u8]) -> OsString {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let [first, after @ ..] = rest {
+        let octal = after.get(..3).filter(|_| *first == b'\\');
+        let value = octal
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match value {
+            Some(value) => {
+                bytes.push(value);
+                rest = &after[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::*;
+
+    #[test]
+    fn lines_of_mountinfo() {
+        let line = br"36 35 98:0 / /mnt/my\040disk rw,noatime master:1 shared:2 - fuse.pss pss ro,user_id=0";
+        let expected = MountInfo {
+            id: 36,
+            directory: PathBuf::from("/mnt/my disk"),
+            fs_type: "fuse.pss".to_owned(),
+        };
+        assert_eq!(parse_mount(line), Some(expected));
+        for wrong in ["", "x", "36 35 98:0 / /mnt rw", "36 35 98:0 / /mnt rw -"] {
+            assert_eq!(parse_mount(wrong.as_bytes()), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn escapes() {
+        let cases: [(&[u8], &[u8]); 4] = [
+            (br"\134\011", b"\\\t"),
+            (br"a\04", br"a\04"),
+            (br"\999", br"\999"),
+            (br"\\", br"\\"),
+        ];
+        for (field, expected) in cases {
+            assert_eq!(unescaped(field).as_bytes(), expected);
+        }
+    }
+
+    #[test]
+    fn directories_that_cannot_be_mounted_on() {
+        let missing = check_directory(Path::new("/proc/self/nothing/here"));
+        assert!(
+            matches!(missing, Err(MountError::NoDirectory(_))),
+            "{missing:?}"
+        );
+        let file = check_directory(Path::new("/proc/self/status"));
+        assert!(matches!(file, Err(MountError::NotDirectory(_))), "{file:?}");
+        let plain = unmount(Path::new("/proc"), false);
+        assert!(matches!(plain, Err(MountError::NotMounted(_))), "{plain:?}");
+    }
+}
