@@ -28,6 +28,7 @@ use crate::catalog::{Catalog, ChapAlgorithms, LunEntry, Redirect, TargetEntry, n
 use crate::scsi::{LUN_MAX, LunSettings};
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
     iscsi: Iscsi,
@@ -269,8 +270,8 @@ mod tests {
     }
 
     const GOOD: &str = r#"
-[other]
-part = 1
+# The office.
+#
 
 [iscsi]
 advertise = ["storage.example.com:3260"]
@@ -308,6 +309,9 @@ block-size = 4096
             "{}",
             wrong("alias", "aliaz")
         );
+        // A mistyped section would be one that nobody reads.
+        let section = load_text("[isci]\n").unwrap_err();
+        assert!(section.starts_with("1: unknown field `isci`"), "{section}");
         assert!(wrong("lun = 1", "lun = 0").contains("a disk's LUN is from 1"));
         assert!(wrong("4096", "1024").contains("block-size is 512 or 4096"));
         assert!(wrong("iqn.2001-03.jp", "iqn.jp").contains("is no iSCSI name"));
