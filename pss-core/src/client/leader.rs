@@ -123,7 +123,7 @@ impl Dialer {
         self.ask_on(&mut connection, body).await
     }
 
-    pub(super) async fn ask_on(
+    async fn ask_on(
         &self,
         connection: &mut Connection,
         body: RequestBody,
@@ -135,7 +135,10 @@ impl Dialer {
         }
     }
 
-    async fn status_on(&self, connection: &mut Connection) -> Result<ServerStatus, ServerError> {
+    pub(super) async fn status_on(
+        &self,
+        connection: &mut Connection,
+    ) -> Result<ServerStatus, ServerError> {
         match self.ask_on(connection, RequestBody::Status).await? {
             ReplyBody::Status(status) => Ok(*status),
             _ => Err(ServerError::Unexpected),
@@ -247,7 +250,7 @@ impl Connection {
         }
     }
 
-    async fn ask(&mut self, body: RequestBody) -> Result<ReplyBody, ServerError> {
+    pub(super) async fn ask(&mut self, body: RequestBody) -> Result<ReplyBody, ServerError> {
         let request = Request {
             tag: 1,
             session: SessionId(0),

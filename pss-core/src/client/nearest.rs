@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
@@ -13,6 +12,9 @@ use crate::wire::client::{Browse, ReplyBody, ReplyError, RequestBody, ServerStat
 
 /// Idle connections that are kept: as many requests may be under way without a new connection for each.
 const IDLE_MAX: usize = 8;
+
+/// Where a server stands, and the connection on which it said so.
+type Standing = (Connection, ServerStatus);
 
 /// Asks the server that answers fastest for what it has.
 ///
@@ -28,20 +30,20 @@ struct State {
     server: Option<ServerId>,
     /// Connections to it on which nothing is under way.
     idle: Vec<Connection>,
+    /// The servers that were asked, with what each had applied before it was asked first.
+    used: BTreeMap<ServerId, u64>,
 }
 
-/// How far a server may be behind.
+/// How far answers may be behind.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Freshness {
-    /// The server that answers.
+    /// The server that gave them; if there were several, the one that had least.
     pub server: ServerId,
-    /// Slot up to which its chunks are current.
+    /// They hold at least everything up to this slot.
     pub applied: u64,
-    /// At most so many slots of the log, which others may have answered for, are missing in its chunks. None: no
+    /// At most so many slots of the log, which others may have answered for, are missing in them. None: no
     /// majority of the core servers answers, so nobody can tell.
     pub behind_slots_max: Option<u64>,
-    /// Time that it took the server to answer.
-    pub round_trip: Duration,
 }
 
 impl Nearest {
@@ -53,118 +55,134 @@ impl Nearest {
     }
 
     /// Has the nearest server look at its volumes. One that cannot answer, because it fails or chunks are being copied
-    /// to it, is replaced by the next.
+    /// to it, is replaced by the next; each is asked once.
     ///
     /// # Errors
     /// [`ClientError`]; [`ClientError::Unavailable`] if no server answers.
     pub async fn browse(&self, what: Browse) -> Result<ReplyBody, ClientError> {
         let body = RequestBody::Browse { stale: true, what };
-        if let Some(mut connection) = self.connection().await {
-            match self.dialer.ask_on(&mut connection, body.clone()).await {
-                Ok(answer) => {
+        let limit = self.dialer.config.request_timeout;
+        let mut failed = BTreeMap::new();
+        loop {
+            let Some((mut connection, is_old)) = self.connection(&mut failed).await else {
+                return Err(unavailable(failed.into_iter().collect()));
+            };
+            let server = connection.server;
+            let asked = connection.ask(body.clone());
+            let error = match tokio::time::timeout(limit, asked).await {
+                Ok(Ok(answer)) => {
                     self.put_back(connection);
                     return Ok(answer);
                 }
-                Err(ServerError::Reply(error)) if is_final(&error) => {
+                Ok(Err(ServerError::Reply(error))) if is_final(&error) => {
                     self.put_back(connection);
                     return Err(refused(error));
                 }
-                Err(error) => {
-                    let server = connection.server;
-                    tracing::debug!(%server, %error, "the nearest server is replaced");
-                    self.forget(server);
-                }
+                Ok(Err(error)) => error,
+                Err(_) => ServerError::TimedOut(limit),
+            };
+            if is_old && matches!(error, ServerError::Closed | ServerError::Io(_)) {
+                // Closed while nothing was under way: that says nothing of the server.
+                self.lock().idle.clear();
+                continue;
             }
+            tracing::debug!(%server, %error, "the nearest server is replaced");
+            self.forget(server);
+            failed.insert(server, error);
         }
-        self.search(body).await
     }
 
-    /// How far the nearest server may be behind the others.
-    ///
-    /// # Errors
-    /// [`ClientError::Unavailable`] if no server answers.
-    pub async fn freshness(&self) -> Result<Freshness, ClientError> {
-        let started = Instant::now();
-        let mut answers = self.ask_all(RequestBody::Status);
-        let mut statuses: Vec<(ServerId, ServerStatus, Duration)> = Vec::new();
-        let mut silent = Vec::new();
+    /// How far the answers that were given may be behind what was answered before the first of them was asked for.
+    /// None if none was given.
+    pub async fn freshness(&self) -> Option<Freshness> {
+        let (server, applied) = {
+            let state = self.lock();
+            let least = state.used.iter().min_by_key(|(_, applied)| **applied);
+            least.map(|(server, applied)| (*server, *applied))?
+        };
+        let mut answers = self.ask_statuses(|_| true);
+        let mut lasts = Vec::new();
         while let Some(answer) = answers.join_next().await {
-            match answer.expect("questions do not panic") {
-                (server, Ok(ReplyBody::Status(status))) => {
-                    statuses.push((server, *status, started.elapsed()));
-                }
-                (server, Ok(_)) => silent.push((server, ServerError::Unexpected)),
-                (server, Err(error)) => silent.push((server, error)),
+            if let (server, Ok((_, status))) = answer.expect("questions do not panic") {
+                lasts.push((server, status.last));
             }
         }
-        let used = self.lock().server;
-        let nearest = statuses.iter().find(|(server, ..)| Some(*server) == used);
-        let Some((server, status, round_trip)) = nearest.or(statuses.first()) else {
-            return Err(unavailable(silent));
-        };
         let listed = self.dialer.config.servers.iter().map(|(server, _)| *server);
-        let lasts = statuses
-            .iter()
-            .map(|(server, status, _)| (*server, status.last));
-        Ok(Freshness {
-            server: *server,
-            applied: status.applied,
-            behind_slots_max: behind(listed, lasts, status.applied),
-            round_trip: *round_trip,
+        Some(Freshness {
+            server,
+            applied,
+            behind_slots_max: behind(listed, lasts.into_iter(), applied),
         })
     }
 
-    /// A connection to the nearest server, if one is known and lets us in.
-    async fn connection(&self) -> Option<Connection> {
-        let server = {
+    /// The nearest server, if one is known.
+    pub fn server(&self) -> Option<ServerId> {
+        self.lock().server
+    }
+
+    /// A connection to the nearest server that has not failed, and whether it was used before.
+    async fn connection(
+        &self,
+        failed: &mut BTreeMap<ServerId, ServerError>,
+    ) -> Option<(Connection, bool)> {
+        let known = {
             let mut state = self.lock();
             if let Some(connection) = state.idle.pop() {
-                return Some(connection);
+                return Some((connection, true));
             }
-            state.server?
+            state.server.filter(|server| !failed.contains_key(server))
         };
-        match self.dialer.dial(server).await {
-            Ok(connection) => Some(connection),
-            Err(error) => {
-                tracing::debug!(%server, %error, "the nearest server is replaced");
-                self.forget(server);
-                None
+        if let Some(server) = known {
+            match self.dialer.dial(server).await {
+                Ok(connection) => return Some((connection, false)),
+                Err(error) => {
+                    tracing::debug!(%server, %error, "the nearest server is replaced");
+                    self.forget(server);
+                    failed.insert(server, error);
+                }
             }
         }
-    }
-
-    /// Asks all servers and takes the first proper answer; its server is the nearest from now on.
-    async fn search(&self, body: RequestBody) -> Result<ReplyBody, ClientError> {
-        let mut answers = self.ask_all(body);
-        let mut silent = BTreeMap::new();
+        let mut answers = self.ask_statuses(|server| !failed.contains_key(&server));
         while let Some(answer) = answers.join_next().await {
-            let (server, answer) = answer.expect("questions do not panic");
-            match answer {
-                Ok(answer) => {
-                    self.choose(server);
-                    return Ok(answer);
+            match answer.expect("questions do not panic") {
+                (server, Ok((connection, status))) if status.copying.is_none() => {
+                    self.choose(server, status.applied);
+                    return Some((connection, false));
                 }
-                Err(ServerError::Reply(error)) if is_final(&error) => {
-                    self.choose(server);
-                    return Err(refused(error));
+                (server, Ok(_)) => {
+                    let incomplete = ReplyError::NotLeader { leader: None };
+                    failed.insert(server, ServerError::Reply(incomplete));
                 }
-                Err(error) => _ = silent.insert(server, error),
+                (server, Err(error)) => _ = failed.insert(server, error),
             }
         }
-        Err(unavailable(silent.into_iter().collect()))
+        None
     }
 
-    fn ask_all(&self, body: RequestBody) -> JoinSet<(ServerId, Result<ReplyBody, ServerError>)> {
+    /// Asks servers where they stand, all at once.
+    fn ask_statuses(
+        &self,
+        wanted: impl Fn(ServerId) -> bool,
+    ) -> JoinSet<(ServerId, Result<Standing, ServerError>)> {
         let mut questions = JoinSet::new();
-        for (server, _) in &self.dialer.config.servers {
-            let (dialer, server, body) = (Arc::clone(&self.dialer), *server, body.clone());
-            questions.spawn(async move { (server, dialer.ask(server, body).await) });
+        let servers = self.dialer.config.servers.iter();
+        for server in servers.map(|(server, _)| *server).filter(|it| wanted(*it)) {
+            let dialer = Arc::clone(&self.dialer);
+            questions.spawn(async move {
+                let asked = async {
+                    let mut connection = dialer.dial(server).await?;
+                    let status = dialer.status_on(&mut connection).await?;
+                    Ok((connection, status))
+                };
+                (server, asked.await)
+            });
         }
         questions
     }
 
-    fn choose(&self, server: ServerId) {
+    fn choose(&self, server: ServerId, applied: u64) {
         let mut state = self.lock();
+        state.used.entry(server).or_insert(applied);
         if state.server != Some(server) {
             state.server = Some(server);
             state.idle.clear();
@@ -174,7 +192,8 @@ impl Nearest {
     fn forget(&self, server: ServerId) {
         let mut state = self.lock();
         if state.server == Some(server) {
-            *state = State::default();
+            state.server = None;
+            state.idle.clear();
         }
     }
 

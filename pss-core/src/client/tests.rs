@@ -37,6 +37,8 @@ struct Fake {
     slow: AtomicU8,
     /// This server has not got its chunks.
     incomplete: AtomicU8,
+    /// Last slot that all servers have, and have applied.
+    applied: AtomicU64,
     /// After so many more replies to numbered requests, connections break instead of a reply.
     replies_left: AtomicU64,
     /// Breaks all connections.
@@ -60,6 +62,7 @@ impl Fake {
             is_mute: AtomicBool::new(false),
             slow: AtomicU8::new(NOBODY),
             incomplete: AtomicU8::new(NOBODY),
+            applied: AtomicU64::new(100),
             replies_left: AtomicU64::new(u64::MAX),
             cut: broadcast::channel(4).0,
             key: key.clone(),
@@ -172,7 +175,11 @@ impl Fake {
                     false if is_stale => NOBODY,
                     false => self.leader(),
                 };
-                let body = self.store().answer(request, server, leader);
+                let mut body = self.store().answer(request, server, leader);
+                if let Ok(ReplyBody::Status(status)) = &mut body {
+                    status.applied = self.applied.load(Ordering::SeqCst);
+                    status.last = status.applied;
+                }
                 if is_numbered && self.replies_left.fetch_sub(1, Ordering::SeqCst) == 0 {
                     self.replies_left.store(u64::MAX, Ordering::SeqCst);
                     return None;
@@ -1017,20 +1024,34 @@ async fn the_nearest_server_answers_whether_it_leads_or_not() {
         Ok(ReplyBody::Volumes(volumes)) => volumes.len(),
         other => panic!("{other:?}"),
     };
-    let server = async || nearest.freshness().await.unwrap().server;
+    let server = || nearest.server();
+    assert_eq!(nearest.freshness().await, None);
     fake.slow.store(0, Ordering::SeqCst);
     assert_eq!(names().await, 1);
-    let first = server().await;
+    let first = server().unwrap();
     assert_ne!(first, ServerId(0), "it is the slowest");
+    let freshness = nearest.freshness().await.unwrap();
+    assert_eq!(
+        (freshness.server, freshness.behind_slots_max),
+        (first, Some(0))
+    );
+    // What the answer lacked, it lacks still when the server has caught up.
+    fake.applied.store(120, Ordering::SeqCst);
+    let freshness = nearest.freshness().await.unwrap();
+    assert_eq!(
+        (freshness.applied, freshness.behind_slots_max),
+        (100, Some(20))
+    );
     // It stays with that one, slow as it may be now.
     fake.slow.store(first.0, Ordering::SeqCst);
     assert_eq!(names().await, 1);
-    assert_eq!(server().await, first);
+    assert_eq!(server(), Some(first));
     // Until it has nothing to give.
     fake.incomplete.store(first.0, Ordering::SeqCst);
     assert_eq!(names().await, 1);
-    let second = server().await;
-    assert_ne!(second, first);
+    assert_ne!(server(), Some(first));
+    // What an earlier answer lacked, the whole lacks.
+    assert_eq!(nearest.freshness().await, Some(freshness));
     // A connection that breaks is no reason for an error.
     fake.cut.send(()).unwrap();
     assert_eq!(names().await, 1);
