@@ -31,11 +31,11 @@ pub enum Exit {
     Busy = 4,
     /// The servers do not accept this client.
     Denied = 5,
-    /// No majority of the servers answers.
+    /// No majority of the servers answers, or none with --stale.
     NoQuorum = 6,
     /// No answer in time.
     Timeout = 7,
-    /// Data do not match their checksum.
+    /// Data do not match their checksum, or a disk failed.
     Damaged = 8,
 }
 
@@ -46,9 +46,9 @@ const EXIT_CODES: &str = "Exit codes:
   3  there is no such path, volume or directory
   4  mounted already, or in use
   5  denied: the key is not that of the cell
-  6  no majority of the servers answers
+  6  no majority of the servers answers, or none with --stale
   7  no answer within --timeout
-  8  data do not match their checksum";
+  8  data do not match their checksum, or a disk failed";
 
 const EXAMPLES: &str = "Examples:
   pss-fuse mount /mnt/pss                        see the cell as files
@@ -81,11 +81,11 @@ impl CliError {
             | FsError::IsDirectory
             | FsError::PastEnd
             | FsError::NoAttribute => Exit::Usage,
-            FsError::NoMajority(_) => Exit::NoQuorum,
+            FsError::NoMajority(_) | FsError::NoServer(_) => Exit::NoQuorum,
             FsError::TimedOut(_) => Exit::Timeout,
             FsError::Denied(_) => Exit::Denied,
             FsError::Damaged => Exit::Damaged,
-            FsError::Unexpected(_) => Exit::Failed,
+            FsError::Changing | FsError::Unexpected(_) => Exit::Failed,
         };
         match error.is_outage() {
             // That is about no path.
@@ -185,6 +185,11 @@ enum Verb {
     /// Unmounts what a process leaves behind that dies
     #[command(name = WATCH_VERB, hide = true)]
     Watch { directory: PathBuf, id: u64 },
+}
+
+/// The command line, for what is made of it: completions and pages of the manual.
+pub fn command() -> clap::Command {
+    <PssFuse as clap::CommandFactory>::command()
 }
 
 /// The programs of this binary, by the name that it is called by.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pss_core::client::ClientError;
+use pss_core::client::{ClientError, ServerError};
 use pss_core::state::Refusal;
 use pss_core::types::ServerId;
 use pss_core::wire::client::ReplyError;
@@ -25,6 +25,9 @@ pub enum FsError {
     /// The file has no such attribute.
     #[error("no such attribute")]
     NoAttribute,
+    /// No server answers, although any would do.
+    #[error("no server answers: {0}")]
+    NoServer(String),
     /// No majority of the servers works.
     #[error("no majority of the servers answers: {0}")]
     NoMajority(String),
@@ -36,9 +39,14 @@ pub enum FsError {
         "the servers do not let this client in: {0}; use the cell's own key with --key FILE or PSS_KEY"
     )]
     Denied(String),
-    /// A block cannot be read on any server that was asked.
-    #[error("a block could not be read: its data do not match their checksum")]
+    /// A block cannot be read.
+    #[error(
+        "a block could not be read: its data do not match their checksum, or a disk failed; the servers' logs and 'pss status' say which"
+    )]
     Damaged,
+    /// It changed all the time while it was read.
+    #[error("it changes while it is read")]
+    Changing,
     /// The cell answers something else than what was asked.
     #[error("the servers' answer does not fit the question: {0}")]
     Unexpected(String),
@@ -49,9 +57,8 @@ impl FsError {
     pub fn from_client(error: ClientError, listed: &[ServerId], limit: Duration) -> FsError {
         match error {
             ClientError::Unavailable { answered, silent } => {
-                let denial = silent.iter().find(|(_, error)| error.is_denial());
-                if let (true, Some((server, error))) = (answered.is_empty(), denial) {
-                    return FsError::Denied(format!("server {server}: {error}"));
+                if let (true, Some(denied)) = (answered.is_empty(), denied(&silent)) {
+                    return denied;
                 }
                 let core = |servers: &mut dyn Iterator<Item = &ServerId>| {
                     servers.filter(|server| server.is_core()).count()
@@ -59,10 +66,7 @@ impl FsError {
                 if core(&mut answered.iter()) > core(&mut listed.iter()) / 2 {
                     return FsError::TimedOut(limit);
                 }
-                let reasons = silent
-                    .iter()
-                    .map(|(server, error)| format!("server {server}: {error}"));
-                FsError::NoMajority(reasons.collect::<Vec<_>>().join("; "))
+                FsError::NoMajority(reasons(&silent))
             }
             ClientError::Refused(Refusal::NoSuchVolume) => FsError::NotFound,
             ClientError::Refused(Refusal::OutOfRange) => FsError::PastEnd,
@@ -74,16 +78,31 @@ impl FsError {
         }
     }
 
+    /// What it is that no server has answered, although any might have.
+    pub fn no_server(silent: &[(ServerId, ServerError)], limit: Duration) -> FsError {
+        let is_slow =
+            |(_, error): &(ServerId, ServerError)| matches!(error, ServerError::TimedOut(_));
+        match denied(silent) {
+            Some(denied) => denied,
+            None if !silent.is_empty() && silent.iter().all(is_slow) => FsError::TimedOut(limit),
+            None => FsError::NoServer(reasons(silent)),
+        }
+    }
+
     /// Whether the cell, not the question, is at fault.
     pub fn is_outage(&self) -> bool {
         match self {
-            FsError::NoMajority(_) | FsError::TimedOut(_) | FsError::Denied(_) => true,
+            FsError::NoServer(_)
+            | FsError::NoMajority(_)
+            | FsError::TimedOut(_)
+            | FsError::Denied(_) => true,
             FsError::NotFound
             | FsError::NotDirectory
             | FsError::IsDirectory
             | FsError::PastEnd
             | FsError::NoAttribute
             | FsError::Damaged
+            | FsError::Changing
             | FsError::Unexpected(_) => false,
         }
     }
@@ -99,16 +118,32 @@ impl FsError {
             FsError::NoAttribute => Errno::NODATA,
             FsError::TimedOut(_) => Errno::TIMEDOUT,
             FsError::Denied(_) => Errno::ACCESS,
-            FsError::NoMajority(_) | FsError::Damaged | FsError::Unexpected(_) => Errno::IO,
+            FsError::Changing => Errno::AGAIN,
+            FsError::NoServer(_)
+            | FsError::NoMajority(_)
+            | FsError::Damaged
+            | FsError::Unexpected(_) => Errno::IO,
         }
     }
+}
+
+/// The failure to report if a server takes us for a stranger.
+fn denied(silent: &[(ServerId, ServerError)]) -> Option<FsError> {
+    let (server, error) = silent.iter().find(|(_, error)| error.is_denial())?;
+    Some(FsError::Denied(format!("server {server}: {error}")))
+}
+
+fn reasons(silent: &[(ServerId, ServerError)]) -> String {
+    let reasons = silent
+        .iter()
+        .map(|(server, error)| format!("server {server}: {error}"));
+    reasons.collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
-    use pss_core::client::ServerError;
     use pss_core::wire::auth::HandshakeError;
 
     use super::*;
@@ -143,7 +178,14 @@ mod tests {
         // One server with another key is not everybody's fault.
         let one = unavailable(&[0], &[(1, key)]);
         assert!(matches!(one, FsError::NoMajority(_)));
-        for error in [slow, minority, denied, one] {
+        let limit = Duration::from_secs(5);
+        let late = |id| (ServerId(id), ServerError::TimedOut(Duration::from_secs(1)));
+        let dead = (ServerId(2), refused());
+        let all_late = FsError::no_server(&[late(0), late(1)], limit);
+        assert_eq!(all_late, FsError::TimedOut(limit));
+        let some = FsError::no_server(&[late(0), dead], limit);
+        assert!(matches!(&some, FsError::NoServer(why) if why.contains("server 2")));
+        for error in [slow, minority, denied, one, all_late, some] {
             assert!(error.is_outage());
         }
     }

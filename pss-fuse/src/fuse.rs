@@ -29,6 +29,8 @@ use crate::node::Node;
 const READS_MAX: usize = 64;
 /// Requests of the kernel's read-ahead and asynchronous IO under way at a time.
 const BACKGROUND_MAX: u16 = READS_MAX as u16;
+/// An operation of several questions may take so much longer than one question.
+const OPERATION_MARGIN: Duration = Duration::from_secs(1);
 /// A number is never used for anything else.
 const GENERATION: Generation = Generation(0);
 
@@ -113,6 +115,18 @@ impl Shared {
         }
     }
 
+    /// Bounds an operation of the kernel, however many questions it takes.
+    async fn bounded<T>(
+        &self,
+        operation: impl Future<Output = Result<T, FsError>>,
+    ) -> Result<T, FsError> {
+        let limit = self.namespace.source().timeout() + OPERATION_MARGIN;
+        match tokio::time::timeout(limit, operation).await {
+            Ok(result) => result,
+            Err(_) => Err(FsError::TimedOut(limit)),
+        }
+    }
+
     /// A directory's entries with `.` and `..`; read again from the start, as they are now.
     async fn entries(
         &self,
@@ -165,6 +179,14 @@ fn errno(what: &str, node: Option<Node>, error: &FsError) -> Errno {
     Errno::from_i32(error.errno().raw_os_error())
 }
 
+/// The same for an open file: it is not missing, its volume is gone.
+fn errno_of_open(what: &str, node: Option<Node>, error: &FsError) -> Errno {
+    match error {
+        FsError::NotFound => Errno::from_i32(rustix::io::Errno::STALE.raw_os_error()),
+        error => errno(what, node, error),
+    }
+}
+
 impl Filesystem for Fuse {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = InitFlags::FUSE_DO_READDIRPLUS
@@ -189,7 +211,7 @@ impl Filesystem for Fuse {
                 let name = name.ok_or(FsError::NotFound)?;
                 shared.namespace.lookup(parent, &name).await
             };
-            match found.await {
+            match shared.bounded(found).await {
                 Ok(attributes) => {
                     let attr = shared.attr(&attributes);
                     reply.entry(&shared.look.metadata_ttl, &attr, GENERATION);
@@ -203,14 +225,17 @@ impl Filesystem for Fuse {
         &self,
         _request: &Request,
         inode: INodeNo,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
         self.spawn(async move |shared: Arc<Shared>| {
             let found = async { shared.namespace.attributes(node(inode)?).await };
-            match found.await {
+            match shared.bounded(found).await {
                 Ok(attributes) => {
                     reply.attr(&shared.look.metadata_ttl, &shared.attr(&attributes));
+                }
+                Err(error) if handle.is_some() => {
+                    reply.error(errno_of_open("getattr", node(inode).ok(), &error));
                 }
                 Err(error) => reply.error(errno("getattr", node(inode).ok(), &error)),
             }
@@ -240,21 +265,17 @@ impl Filesystem for Fuse {
         reply: ReplyData,
     ) {
         self.spawn(async move |shared: Arc<Shared>| {
-            let _permit = shared.reads.acquire().await;
             let data = async {
                 let node = node(inode)?;
+                let _permit = shared.reads.acquire().await;
                 shared.namespace.read(node, offset, size as usize).await
             };
-            match data.await {
+            match shared.bounded(data).await {
                 Ok(parts) => match parts.as_slice() {
                     [ReadPart::Data(data)] => reply.data(data),
                     parts => reply.data(&joined(parts)),
                 },
-                // The volume is gone, the open file is not.
-                Err(FsError::NotFound) => {
-                    reply.error(Errno::from_i32(rustix::io::Errno::STALE.raw_os_error()))
-                }
-                Err(error) => reply.error(errno("read", node(inode).ok(), &error)),
+                Err(error) => reply.error(errno_of_open("read", node(inode).ok(), &error)),
             }
         });
     }
@@ -279,9 +300,9 @@ impl Filesystem for Fuse {
         };
         self.spawn(async move |shared: Arc<Shared>| {
             let found = async { shared.namespace.seek(node(inode)?, offset, what).await };
-            match found.await {
+            match shared.bounded(found).await {
                 Ok(at) => reply.offset(i64::try_from(at).unwrap_or(i64::MAX)),
-                Err(error) => reply.error(errno("lseek", node(inode).ok(), &error)),
+                Err(error) => reply.error(errno_of_open("lseek", node(inode).ok(), &error)),
             }
         });
     }
@@ -302,7 +323,7 @@ impl Filesystem for Fuse {
     ) {
         self.spawn(async move |shared: Arc<Shared>| {
             let entries = async { shared.entries(node(inode)?, handle.0, offset).await };
-            let entries = match entries.await {
+            let entries = match shared.bounded(entries).await {
                 Ok(entries) => entries,
                 Err(error) => return reply.error(errno("readdir", node(inode).ok(), &error)),
             };
@@ -326,7 +347,7 @@ impl Filesystem for Fuse {
     ) {
         self.spawn(async move |shared: Arc<Shared>| {
             let entries = async { shared.entries(node(inode)?, handle.0, offset).await };
-            let entries = match entries.await {
+            let entries = match shared.bounded(entries).await {
                 Ok(entries) => entries,
                 Err(error) => return reply.error(errno("readdir", node(inode).ok(), &error)),
             };
@@ -391,7 +412,7 @@ impl Filesystem for Fuse {
         };
         self.spawn(async move |shared: Arc<Shared>| {
             let value = async { shared.namespace.attribute(node(inode)?, name).await };
-            match value.await {
+            match shared.bounded(value).await {
                 Ok(value) => reply_xattr(reply, size, value.as_bytes()),
                 Err(error) => reply.error(errno("getxattr", node(inode).ok(), &error)),
             }

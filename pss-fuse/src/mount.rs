@@ -5,12 +5,14 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fuser::{Config, MountOption, Session, SessionACL};
+use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::sync::oneshot;
@@ -68,11 +70,13 @@ pub enum MountError {
     },
 }
 
-/// A file system that is mounted.
+/// A file system that is mounted; it is unmounted when this is dropped.
 pub struct Mounted {
     place: Place,
     /// Is told when the kernel has ended the session: somebody else has unmounted it.
     ended: oneshot::Receiver<io::Result<()>>,
+    /// Whether it is unmounted.
+    is_over: bool,
     /// Unmounts when this process dies: its standard input ends then.
     watcher: Option<Child>,
 }
@@ -94,7 +98,10 @@ pub fn mount(
     source: &str,
     allows_others: bool,
 ) -> Result<Mounted, MountError> {
-    let directory = check_directory(directory)?;
+    let directory = absolute(directory)?;
+    // Two processes that mount on one directory at once would take each other's mount for their own.
+    let locked = lock(&directory)?;
+    check_directory(&directory)?;
     let acl = match allows_others {
         true => SessionACL::All,
         false => SessionACL::Owner,
@@ -103,29 +110,35 @@ pub fn mount(
         true => mount_as_root(&directory, fuse, source, acl)?,
         false => mount_by_helper(&directory, fuse, source, acl)?,
     };
+    let place = match find(&directory).filter(|found| found.fs_type == FS_TYPE) {
+        Some(found) => Place {
+            directory,
+            id: found.id,
+        },
+        None => {
+            // It is ours: nobody else has mounted here since.
+            let _ = detach(&directory);
+            return Err(MountError::NotMounted(directory));
+        }
+    };
+    drop(locked);
     let (sender, ended) = oneshot::channel();
+    let mut mounted = Mounted {
+        place,
+        ended,
+        is_over: false,
+        watcher: None,
+    };
     let spawned = thread::Builder::new().name("fuse".to_owned()).spawn(|| {
         // Nobody may wait for it any more.
         let _ = sender.send(session.run());
     });
-    spawned.map_err(|error| failed("serving", &directory, error))?;
-    let id = find(&directory).map(|found| found.id);
-    let place = Place {
-        id: id.ok_or_else(|| MountError::NotMounted(directory.clone()))?,
-        directory,
-    };
-    let watcher = match spawn_watcher(&place) {
-        Ok(watcher) => Some(watcher),
-        Err(error) => {
-            warn!("if this process is killed, the mount stays behind: {error}");
-            None
-        }
-    };
-    Ok(Mounted {
-        place,
-        ended,
-        watcher,
-    })
+    spawned.map_err(|error| failed("serving", &mounted.place.directory, error))?;
+    match spawn_watcher(&mounted.place) {
+        Ok(watcher) => mounted.watcher = Some(watcher),
+        Err(error) => warn!("if this process is killed, the mount stays behind: {error}"),
+    }
+    Ok(mounted)
 }
 
 impl Mounted {
@@ -134,7 +147,9 @@ impl Mounted {
     /// # Errors
     /// The session's.
     pub async fn ended(&mut self) -> io::Result<()> {
-        match (&mut self.ended).await {
+        let result = (&mut self.ended).await;
+        self.is_over = true;
+        match result {
             Ok(result) => result,
             Err(_) => Err(io::Error::other(
                 "the thread that serves the kernel has panicked",
@@ -146,16 +161,23 @@ impl Mounted {
     ///
     /// # Errors
     /// [`MountError`]; not that it is gone already.
-    pub fn unmount(&self) -> Result<(), MountError> {
-        self.place.detach()
+    pub fn unmount(&mut self) -> Result<(), MountError> {
+        self.place.detach()?;
+        self.is_over = true;
+        Ok(())
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        // What is over must not be touched again: somebody else may have mounted in its place.
+        if !self.is_over
+            && let Err(error) = self.place.detach()
+        {
+            warn!("{error}");
+        }
         if let Some(mut watcher) = self.watcher.take() {
-            // Its input ends here, it takes away what is left, and ends.
-            drop(watcher.stdin.take());
+            let _ = watcher.kill();
             let _ = watcher.wait();
         }
     }
@@ -196,12 +218,27 @@ pub fn watch(directory: PathBuf, id: u64) {
     let _ = rustix::process::setsid();
     let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
     let place = Place { directory, id };
-    // There is nobody to tell.
-    let _ = place.detach();
+    let end = Instant::now() + DEATH_LIMIT;
+    // The kernel may take a moment to notice. A mount that lives is not the one that is left behind, whatever its number.
+    while place.is_seen() && Instant::now() < end {
+        if is_dead(&place.directory) {
+            // There is nobody to tell.
+            let _ = place.detach();
+            return;
+        }
+        thread::sleep(DEATH_PAUSE);
+    }
+}
+
+/// Whether the process of a file system is gone.
+fn is_dead(directory: &Path) -> bool {
+    rustix::fs::stat(directory).is_err_and(|error| error == Errno::NOTCONN)
 }
 
 fn spawn_watcher(place: &Place) -> io::Result<Child> {
     Command::new(std::env::current_exe()?)
+        // Whatever this process is called, such as mount.fuse.pss.
+        .arg0("pss-fuse")
         .arg(WATCH_VERB)
         .arg(&place.directory)
         .arg(place.id.to_string())
@@ -212,28 +249,47 @@ fn spawn_watcher(place: &Place) -> io::Result<Child> {
         .spawn()
 }
 
-/// The absolute path of a directory on which can be mounted. A namespace whose process has died there is taken away.
-fn check_directory(directory: &Path) -> Result<PathBuf, MountError> {
-    let absolute = absolute(directory)?;
-    if find(&absolute).is_some_and(|found| found.fs_type == FS_TYPE) {
-        // The kernel says so of a file system whose process is gone.
-        let is_dead = rustix::fs::stat(&absolute).is_err_and(|error| error == Errno::NOTCONN);
-        if !is_dead {
-            return Err(MountError::Mounted(absolute));
-        }
+/// Keeps others from mounting on a directory, as long as the answer lives.
+fn lock(directory: &Path) -> Result<OwnedFd, MountError> {
+    if is_dead(directory) {
+        // Cannot be opened; whoever is first to take it away goes on.
+        take_away_dead(directory)?;
+    }
+    let opened = OpenOptions::new().read(true).open(directory);
+    let file = opened.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => MountError::NoDirectory(directory.to_owned()),
+        _ => failed("looking at", directory, error),
+    })?;
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(
+        |error| match error {
+            Errno::WOULDBLOCK => MountError::Mounted(directory.to_owned()),
+            error => failed("locking", directory, error.into()),
+        },
+    )?;
+    Ok(file.into())
+}
+
+/// Takes away what is left of a namespace whose process has died.
+fn take_away_dead(directory: &Path) -> Result<(), MountError> {
+    if find(directory).is_some_and(|found| found.fs_type == FS_TYPE) {
         warn!(
             "{} was left behind by a process that died; it is unmounted",
-            absolute.display()
+            directory.display()
         );
-        detach(&absolute)?;
+        detach(directory)?;
     }
-    match std::fs::metadata(&absolute) {
-        Ok(metadata) if metadata.is_dir() => Ok(absolute),
-        Ok(_) => Err(MountError::NotDirectory(absolute)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(MountError::NoDirectory(absolute))
-        }
-        Err(error) => Err(failed("looking at", &absolute, error)),
+    Ok(())
+}
+
+/// Can be mounted on that?
+fn check_directory(directory: &Path) -> Result<(), MountError> {
+    if find(directory).is_some_and(|found| found.fs_type == FS_TYPE) {
+        return Err(MountError::Mounted(directory.to_owned()));
+    }
+    match std::fs::metadata(directory) {
+        Ok(metadata) if metadata.is_dir() => Ok(()),
+        Ok(_) => Err(MountError::NotDirectory(directory.to_owned())),
+        Err(error) => Err(failed("looking at", directory, error)),
     }
 }
 
@@ -273,7 +329,7 @@ fn mount_as_root(
         data.push_str(",allow_other");
     }
     let data = CString::new(data).expect("numbers and names have no NUL");
-    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
+    let flags = MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
     // By mount(2) itself: the fuser crate would lose the type that /proc/mounts shows.
     rustix::mount::mount(source, directory, FS_TYPE, flags, data.as_c_str())
         .map_err(|error| failed("mounting on", directory, error.into()))?;
@@ -305,6 +361,7 @@ fn mount_by_helper(
         MountOption::RO,
         MountOption::NoDev,
         MountOption::NoSuid,
+        MountOption::NoExec,
         MountOption::DefaultPermissions,
     ];
     Session::new(fuse, directory, &config).map_err(|error| match error.kind() {
@@ -317,8 +374,9 @@ fn mount_by_helper(
 fn detach(directory: &Path) -> Result<(), MountError> {
     match rustix::process::geteuid().is_root() {
         true => match rustix::mount::unmount(directory, UnmountFlags::DETACH) {
+            Ok(()) => Ok(()),
             // It is gone already.
-            Ok(()) | Err(Errno::INVAL) => Ok(()),
+            Err(Errno::INVAL) if find(directory).is_none() => Ok(()),
             Err(error) => Err(failed("unmounting", directory, error.into())),
         },
         false => unmount_by_helper(directory, &["-u", "-z"]),
@@ -365,6 +423,9 @@ fn failed(action: &'static str, directory: &Path, error: io::Error) -> MountErro
 
 /// How long it takes at most until the kernel has ended the session of a mount that nobody uses.
 pub const END_LIMIT: Duration = Duration::from_secs(1);
+/// The same until it has noticed that a process is dead.
+const DEATH_LIMIT: Duration = Duration::from_secs(10);
+const DEATH_PAUSE: Duration = Duration::from_millis(20);
 
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 #[derive(Debug, Eq, PartialEq)]
@@ -455,7 +516,12 @@ mod tests {
 
     #[test]
     fn directories_that_cannot_be_mounted_on() {
-        let missing = check_directory(Path::new("/proc/self/nothing/here"));
+        let missing = lock(Path::new("/proc/self/nothing")).map(drop);
+        assert!(
+            matches!(missing, Err(MountError::NoDirectory(_))),
+            "{missing:?}"
+        );
+        let missing = absolute(Path::new("/proc/self/nothing/here"));
         assert!(
             matches!(missing, Err(MountError::NoDirectory(_))),
             "{missing:?}"

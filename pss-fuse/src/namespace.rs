@@ -1,7 +1,7 @@
 //! The namespace: what is where, how large, since when. Knows nothing of the kernel.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pss_core::state::Volume;
@@ -9,6 +9,8 @@ use pss_core::types::{BLOCK_BYTES, ChunkIndex, ServerId, Slot, VolumeId};
 use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::{ChunkStatus, REQUEST_BYTES_MAX, ServerStatus, VolumeStatus};
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use crate::error::FsError;
 use crate::node::{IMAGES_NAME, Node, parse_number};
@@ -16,6 +18,10 @@ use crate::source::Source;
 
 /// How much of a volume is asked about at once when its extents are searched.
 const EXTENTS_WINDOW_BYTES: u64 = 64 << 30;
+/// How often a file is read whose digest is asked for and that is changed meanwhile.
+const DIGEST_TRIES: usize = 3;
+/// Volumes asked about at a time.
+const VOLUMES_ASKED_MAX: usize = 16;
 /// For so long the servers' progress is not asked for again: it only grows.
 const STATUSES_KEPT: Duration = Duration::from_secs(1);
 
@@ -30,7 +36,7 @@ const COPIES: &str = "user.pss.copies";
 
 /// The cell's volumes and chunks as a tree.
 pub struct Namespace {
-    source: Source,
+    source: Arc<Source>,
     /// Whether `.volumes` is listed.
     shows_images: bool,
     /// Volumes as last seen: a chunk's size never changes, and the volume's size is asked for again when something
@@ -100,7 +106,7 @@ impl Namespace {
     /// The namespace of a cell; `.volumes` is there in any case, and listed if `shows_images`.
     pub fn new(source: Source, shows_images: bool) -> Namespace {
         Namespace {
-            source,
+            source: Arc::new(source),
             shows_images,
             known: Mutex::default(),
             statuses: Mutex::default(),
@@ -150,7 +156,7 @@ impl Namespace {
                 if parent == Node::Images {
                     return Ok(image(status));
                 }
-                return self.volume_directory(status).await;
+                return volume_directory(&self.source, status).await;
             }
             Node::Volume(_) | Node::Branch(..) | Node::Leaf(..) => {
                 let child = parse_number(name).and_then(|number| parent.child(number));
@@ -174,7 +180,7 @@ impl Namespace {
             Node::Image(volume) => Ok(image(&self.volume(volume).await?)),
             Node::Volume(volume) => {
                 let status = self.volume(volume).await?;
-                self.volume_directory(&status).await
+                volume_directory(&self.source, &status).await
             }
             Node::Branch(volume, _) | Node::Leaf(volume, _) => {
                 let (status, directories) =
@@ -258,14 +264,26 @@ impl Namespace {
                 attributes: collection(Node::Images, &volumes),
             });
         }
-        for status in &volumes {
-            match self.volume_directory(status).await {
-                Ok(attributes) => entries.push(named(status, attributes)),
+        // All at once: there may be hundreds, and the leader far away.
+        let under_way = Arc::new(Semaphore::new(VOLUMES_ASKED_MAX));
+        let mut questions = JoinSet::new();
+        for status in volumes {
+            let (source, under_way) = (Arc::clone(&self.source), Arc::clone(&under_way));
+            questions.spawn(async move {
+                let _permit = under_way.acquire().await;
+                let attributes = volume_directory(&source, &status).await?;
+                Ok(named(&status, attributes))
+            });
+        }
+        while let Some(entry) = questions.join_next().await {
+            match entry.expect("questions do not panic") {
+                Ok(entry) => entries.push(entry),
                 // Deleted meanwhile.
                 Err(FsError::NotFound) => {}
                 Err(error) => return Err(error),
             }
         }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }
 
@@ -286,19 +304,24 @@ impl Namespace {
         if end > span.length_bytes && span.may_grow {
             span = self.span_now(node).await?;
         }
-        // A second try if it became smaller after it was looked up.
-        for _ in 0..2 {
+        loop {
             let length = span.length_bytes.saturating_sub(offset_bytes).min(length);
             if length == 0 {
                 return Ok(Vec::new());
             }
             let offset = span.offset_bytes + offset_bytes;
             match self.source.read(span.volume, offset, length as u32).await {
-                Err(FsError::PastEnd) => span = self.span_now(node).await?,
+                // It became smaller after it was looked up; that has an end.
+                Err(FsError::PastEnd) => {
+                    let now = self.span_now(node).await?;
+                    if now.length_bytes >= span.length_bytes {
+                        return Err(FsError::Changing);
+                    }
+                    span = now;
+                }
                 result => return result,
             }
         }
-        Ok(Vec::new())
     }
 
     /// Which parts of a file take space: from the start of the range, maybe not to its end, and not past the end of the
@@ -349,24 +372,39 @@ impl Namespace {
         }
     }
 
-    /// SHA-256 of a file's data, in hexadecimal digits.
+    /// SHA-256 of a file's data, in hexadecimal digits, and what there was to say of the file while they were read.
     ///
     /// # Errors
-    /// As [`Namespace::read`].
-    pub async fn digest(&self, node: Node) -> Result<String, FsError> {
+    /// [`FsError::Changing`] if it was changed each time that it was read; else as [`Namespace::read`].
+    pub async fn digest(&self, node: Node) -> Result<(String, Attributes), FsError> {
+        let mut attributes = self.attributes(node).await?;
+        for _ in 0..DIGEST_TRIES {
+            let (digest, length) = self.digest_once(node).await?;
+            let before = attributes;
+            attributes = self.attributes(node).await?;
+            // Also as long as it was: a file that ended early was changed, whatever it is now.
+            if attributes == before && length == attributes.size_bytes {
+                return Ok((digest, attributes));
+            }
+        }
+        Err(FsError::Changing)
+    }
+
+    async fn digest_once(&self, node: Node) -> Result<(String, u64), FsError> {
         let mut digest = Sha256::new();
-        let mut offset = 0;
+        let mut length = 0;
         loop {
-            let parts = self.read(node, offset, REQUEST_BYTES_MAX).await?;
+            let parts = self.read(node, length, REQUEST_BYTES_MAX).await?;
             if parts.is_empty() {
                 break;
             }
             for part in &parts {
-                offset += hash(&mut digest, part);
+                length += hash(&mut digest, part);
             }
         }
         let digest = digest.finalize();
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+        let digits = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok((digits, length))
     }
 
     /// Names of a node's extended attributes.
@@ -388,7 +426,7 @@ impl Namespace {
             return Err(FsError::NoAttribute);
         }
         if name == DIGEST {
-            return self.digest(node).await;
+            return Ok(self.digest(node).await?.0);
         }
         let attributes = self.attributes(node).await?;
         Ok(match name {
@@ -457,14 +495,6 @@ impl Namespace {
         Ok(volumes)
     }
 
-    async fn volume_directory(&self, status: &VolumeStatus) -> Result<Attributes, FsError> {
-        let leaves = self.source.directories(status.volume.id).await?;
-        let mut branches: Vec<u32> = leaves.into_iter().map(|leaf| leaf >> 8).collect();
-        branches.dedup();
-        let node = Node::Volume(status.volume.id);
-        Ok(directory(node, status, branches.len()))
-    }
-
     /// Where a file's data are, by what is known.
     async fn span(&self, node: Node) -> Result<Span, FsError> {
         let volume = node.volume().ok_or(FsError::IsDirectory)?;
@@ -498,6 +528,14 @@ impl Namespace {
         *kept = Some((Instant::now(), statuses.clone()));
         statuses
     }
+}
+
+async fn volume_directory(source: &Source, status: &VolumeStatus) -> Result<Attributes, FsError> {
+    let leaves = source.directories(status.volume.id).await?;
+    let mut branches: Vec<u32> = leaves.into_iter().map(|leaf| leaf >> 8).collect();
+    branches.dedup();
+    let node = Node::Volume(status.volume.id);
+    Ok(directory(node, status, branches.len()))
 }
 
 /// The part of a volume that a file shows.

@@ -1,20 +1,22 @@
 //! Questions to the cell, each with an end.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pss_core::client::{Cell, ClientError, Freshness, Nearest};
-use pss_core::types::{ChunkIndex, ServerId, VolumeId};
+use pss_core::types::{ChunkIndex, VolumeId};
 use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::{Browse, ChunkStatus, ReplyBody, ServerStatus, VolumeStatus};
 use tracing::{error, info};
 
 use crate::error::FsError;
 
-/// How long a question waits after one that found nobody: who lists a directory while the servers are away must not
-/// wait as often as the directory has entries.
+/// How long questions wait after one that found nobody: who lists a directory while the servers are away must not
+/// wait as often as the directory has entries. Now and then one still waits for the whole time, for the servers may be
+/// slow, not away.
 const TIMEOUT_AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// So many times the whole time pass between two that wait for it.
+const PATIENT_EVERY: u32 = 4;
 
 /// Which server is asked.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -30,8 +32,8 @@ pub struct Source {
     cell: Arc<Cell>,
     nearest: Option<Nearest>,
     timeout: Duration,
-    /// Whether the last question found nobody.
-    is_away: AtomicBool,
+    /// If the last question found nobody: when one that was given the whole time last began, or ended in vain.
+    away: Mutex<Option<Instant>>,
 }
 
 impl Source {
@@ -41,7 +43,7 @@ impl Source {
             nearest: (consistency == Consistency::Stale).then(|| cell.nearest()),
             cell,
             timeout,
-            is_away: AtomicBool::new(false),
+            away: Mutex::default(),
         }
     }
 
@@ -124,27 +126,24 @@ impl Source {
         }
     }
 
-    /// Where the servers stand that answer.
+    /// Where the servers stand that answer in time.
     pub(crate) async fn statuses(&self) -> Vec<ServerStatus> {
-        let answers = self.cell.status_all().await;
+        let answers = tokio::time::timeout(self.timeout, self.cell.status_all()).await;
         answers
+            .unwrap_or_default()
             .into_iter()
             .filter_map(|(_, answer)| answer.ok())
             .collect()
     }
 
-    /// How far the server that answers may be behind; none for answers that are never behind.
-    ///
-    /// # Errors
-    /// [`FsError::NoMajority`] and the like if no server answers.
-    pub async fn freshness(&self) -> Result<Option<Freshness>, FsError> {
-        match &self.nearest {
-            None => Ok(None),
-            Some(nearest) => match nearest.freshness().await {
-                Ok(freshness) => Ok(Some(freshness)),
-                Err(error) => Err(self.fail(error, self.timeout)),
-            },
-        }
+    /// How far the answers may be behind that were given; none if they are never behind.
+    pub async fn freshness(&self) -> Option<Freshness> {
+        self.nearest.as_ref()?.freshness().await
+    }
+
+    /// How long an answer may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// Ends the session.
@@ -153,10 +152,7 @@ impl Source {
     }
 
     async fn ask(&self, what: Browse) -> Result<ReplyBody, FsError> {
-        let limit = match self.is_away.load(Ordering::Relaxed) {
-            true => TIMEOUT_AFTER_FAILURE.min(self.timeout),
-            false => self.timeout,
-        };
+        let limit = self.limit();
         let answer = async {
             match &self.nearest {
                 Some(nearest) => nearest.browse(what).await,
@@ -168,27 +164,51 @@ impl Source {
                 self.note(None);
                 return Ok(body);
             }
-            Ok(Err(error)) => error,
-            Err(_) => self.cell.unavailable(),
+            Ok(Err(error)) => self.fail(error, limit),
+            Err(_) => match &self.nearest {
+                // Nobody has asked for a leader, so nothing is known of the others.
+                Some(_) => FsError::TimedOut(limit),
+                None => self.fail(self.cell.unavailable(), limit),
+            },
         };
-        let error = self.fail(error, limit);
-        self.note(error.is_outage().then_some(&error));
+        self.note(error.is_outage().then_some((&error, limit)));
         Err(error)
     }
 
-    fn fail(&self, error: ClientError, limit: Duration) -> FsError {
-        FsError::from_client(error, &self.servers(), limit)
+    fn limit(&self) -> Duration {
+        let mut away = self.away.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *away {
+            None => self.timeout,
+            Some(last) if last.elapsed() >= self.timeout * PATIENT_EVERY => {
+                *last = Instant::now();
+                self.timeout
+            }
+            Some(_) => TIMEOUT_AFTER_FAILURE.min(self.timeout),
+        }
     }
 
-    fn servers(&self) -> Vec<ServerId> {
-        self.cell.servers()
+    fn fail(&self, error: ClientError, limit: Duration) -> FsError {
+        match (&self.nearest, error) {
+            (Some(_), ClientError::Unavailable { silent, .. }) => {
+                FsError::no_server(&silent, limit)
+            }
+            (_, error) => FsError::from_client(error, &self.cell.servers(), limit),
+        }
     }
 
     /// Says once that the cell is away, and once that it is back.
-    fn note(&self, outage: Option<&FsError>) {
-        let was_away = self.is_away.swap(outage.is_some(), Ordering::Relaxed);
+    fn note(&self, outage: Option<(&FsError, Duration)>) {
+        let was_away = {
+            let mut away = self.away.lock().unwrap_or_else(PoisonError::into_inner);
+            let was_away = away.is_some();
+            *away = outage.map(|(_, waited)| match *away {
+                Some(last) if waited < self.timeout => last,
+                _ => Instant::now(),
+            });
+            was_away
+        };
         match outage {
-            Some(error) if !was_away => error!(%error, "the cell cannot be read"),
+            Some((error, _)) if !was_away => error!(%error, "the cell cannot be read"),
             None if was_away => info!("the cell can be read again"),
             _ => {}
         }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use pss_tests::binaries::{self, tool};
 use pss_tests::fuse::{Mount, is_mounted};
 use pss_tests::nbd_client::{self, NbdClient};
-use pss_tests::processes::{Cell, Layout, PATIENCE, wait_until};
+use pss_tests::processes::{Cell, Layout, PATIENCE, Process, wait_until};
 use pss_tests::rng::Rng;
 use rustix::fs::SeekFrom;
 use serde_json::Value;
@@ -166,6 +166,16 @@ fn scripts_see_the_namespace() {
             .collect::<Vec<_>>(),
         ["0", "8192", "data"]
     );
+
+    // A reader that takes its time is no failure of the cell.
+    let mut slow = cell.bench.command("pss-fuse");
+    slow.args("--timeout 1s read /.volumes/v --length 64M".split(' '));
+    let mut slow = slow.stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(2500));
+    let mut bytes = Vec::new();
+    slow.stdout.take().unwrap().read_to_end(&mut bytes).unwrap();
+    assert!(slow.wait().unwrap().success());
+    assert!(bytes == expected(&data, 0, 64 << 20));
 
     // By the old name, as the 2011 manual has it.
     let old = cell.bench.path("PFSClient");
@@ -701,6 +711,19 @@ fn a_mount_ends_cleanly_while_it_is_used() {
     assert!(waiting.wait().unwrap().success());
     assert_eq!(mount.process.ends(PATIENCE), Some(0));
 
+    // Whoever follows at once in its place is left alone, even if the kernel gives out the same number.
+    for _ in 0..20 {
+        let mut mount = Mount::start(&cell, "a", "");
+        cell.bench.run("pss-fuse", "umount a").done();
+        let next = Mount::start(&cell, "a", "");
+        assert_eq!(mount.process.ends(PATIENCE), Some(0));
+        assert!(is_mounted(&next.directory));
+        assert!(next.path("v").exists());
+        mount.process.kill();
+        std::mem::forget(mount);
+        next.stop();
+    }
+
     // Another mount over it is not touched.
     let mount = Mount::start(&cell, "a", "");
     run(
@@ -799,6 +822,7 @@ fn it_goes_into_the_background_when_it_works() {
         "fuse.pss",
         "ro,",
         "nosuid",
+        "noexec",
         "nodev",
         "allow_other",
         "default_permissions",
@@ -815,12 +839,27 @@ fn it_goes_into_the_background_when_it_works() {
     );
     assert_eq!(started(&helper, &["vol001", "a b"]), Some(2));
 
+    assert_eq!(started(&helper, &[&source, "a b", "-o", "exec"]), Some(2));
+
     // It fails before it leaves.
     assert_eq!(started(&program, &["mount", "none"]), Some(3));
     cell.signal(&[0, 1, 2], "STOP");
     assert_eq!(
         started(&program, &["mount", "a b", "--timeout", "1s"]),
         Some(6)
+    );
+    // And it can be stopped while it waits.
+    let mut command = cell.bench.command("pss-fuse");
+    command.args(["mount", "a b", "-f", "--timeout", "10m"]);
+    let output = cell.bench.path("waiting.log");
+    let mut waiting = Process::start("pss-fuse", &mut command, output);
+    std::thread::sleep(Duration::from_millis(500));
+    waiting.signal("TERM");
+    assert_eq!(waiting.ends(HANG), Some(1));
+    assert!(
+        waiting.text().contains("stopped before"),
+        "{}",
+        waiting.text()
     );
     cell.signal(&[0, 1, 2], "CONT");
     assert_eq!(fs::read_dir(&a).unwrap().count(), 0);
@@ -838,7 +877,7 @@ fn it_tells_the_service_manager() {
         .args(["mount", "a", "--foreground"])
         .env("NOTIFY_SOCKET", cell.bench.path("notify"));
     let output = cell.bench.path("pss-fuse.log");
-    let mut process = pss_tests::processes::Process::start("pss-fuse", &mut command, output);
+    let mut process = Process::start("pss-fuse", &mut command, output);
     let mut message = [0; 256];
     let length = socket.recv(&mut message).unwrap();
     assert!(message[..length].starts_with(b"READY=1"));

@@ -115,10 +115,10 @@ pub(super) fn ls(cell: &CellArgs, args: &LsArgs) -> Result<(), CliError> {
                 "path": path,
                 "entries": entries,
             });
-            add_freshness(&namespace, &mut answer).await?;
+            add_freshness(&namespace, &mut answer).await;
             return print_json(&answer);
         }
-        say_freshness(&namespace).await?;
+        say_freshness(&namespace).await;
         let mut text = Vec::new();
         for entry in &listed {
             if args.long {
@@ -226,11 +226,15 @@ pub(super) fn stat(cell: &CellArgs, args: &StatArgs) -> Result<(), CliError> {
                 }
                 _ => found,
             };
-            let copies = namespace.copies(found.changed).await;
-            let digest = match args.digest && !found.node.is_directory() {
-                true => Some(namespace.digest(found.node).await.map_err(at)?),
-                false => None,
+            let (digest, shown) = match args.digest && !found.node.is_directory() {
+                // Of the same moment.
+                true => {
+                    let (digest, shown) = namespace.digest(found.node).await.map_err(at)?;
+                    (Some(digest), shown)
+                }
+                false => (None, shown),
             };
+            let copies = namespace.copies(shown.changed).await;
             if args.json {
                 let mut value = attributes_json(&shown);
                 value["path"] = json!(path);
@@ -243,10 +247,10 @@ pub(super) fn stat(cell: &CellArgs, args: &StatArgs) -> Result<(), CliError> {
         }
         if args.json {
             let mut answer = json!({ "schema": "pss.fuse.stat/1", "files": values });
-            add_freshness(&namespace, &mut answer).await?;
+            add_freshness(&namespace, &mut answer).await;
             return print_json(&answer);
         }
-        say_freshness(&namespace).await?;
+        say_freshness(&namespace).await;
         print(text.as_bytes())
     })
 }
@@ -333,7 +337,6 @@ pub(super) fn read(cell: &CellArgs, args: &ReadArgs) -> Result<(), CliError> {
             );
             return Err(CliError::new(Exit::Usage, message));
         }
-        say_freshness(&namespace).await?;
         let rest = found.size_bytes - args.offset;
         let length = args.length.unwrap_or(rest).min(rest);
         let mut out = Output::open(args.file.as_deref().or(args.out.as_deref()))?;
@@ -349,7 +352,9 @@ pub(super) fn read(cell: &CellArgs, args: &ReadArgs) -> Result<(), CliError> {
                 ahead.push_back((now as u64, tokio::spawn(read)));
             }
             let Some((wanted, next)) = ahead.pop_front() else {
-                return out.finish();
+                out.finish()?;
+                say_freshness(&namespace).await;
+                return Ok(());
             };
             let parts = next.await.expect("reading does not panic").map_err(at)?;
             if parts.iter().map(ReadPart::length_bytes).sum::<u64>() < wanted {
@@ -490,10 +495,10 @@ pub(super) fn map(cell: &CellArgs, args: &MapArgs) -> Result<(), CliError> {
                 "path": path,
                 "extents": extents,
             });
-            add_freshness(&namespace, &mut answer).await?;
+            add_freshness(&namespace, &mut answer).await;
             return print_json(&answer);
         }
-        say_freshness(&namespace).await?;
+        say_freshness(&namespace).await;
         let line = |(offset, extent): &(u64, Extent)| {
             format!(
                 "{offset:>15} {:>15} {}\n",
@@ -512,7 +517,9 @@ fn look<F: Future<Output = Result<(), CliError>>>(
     run: impl FnOnce(Arc<Namespace>) -> F,
 ) -> Result<(), CliError> {
     start_log(LogTarget::Stderr, cell.log_level.unwrap_or(LogLevel::Warn))?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
+    // What is written to a slow reader blocks its thread; answers are taken by another.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()?;
     runtime.block_on(async {
@@ -527,35 +534,32 @@ fn print_json(value: &Value) -> Result<(), CliError> {
     print(format!("{value:#}\n").as_bytes())
 }
 
-/// Says how far an answer of the nearest server may be behind.
-async fn say_freshness(namespace: &Namespace) -> Result<(), CliError> {
-    let freshness = namespace.source().freshness().await;
-    let Some(freshness) = freshness.map_err(|error| CliError::at("/", &error))? else {
-        return Ok(());
+/// Says how far the answers of the nearest server may be behind, after they were given.
+async fn say_freshness(namespace: &Namespace) {
+    let Some(freshness) = namespace.source().freshness().await else {
+        return;
     };
     let server = freshness.server;
     say(match freshness.behind_slots_max {
-        Some(0) => format!("read from server {server}, which has everything"),
-        Some(slots) => format!("read from server {server}, which may be {slots} slots behind"),
+        Some(0) => format!("read from server {server}, which had everything"),
+        Some(slots) => {
+            format!("read from server {server}, which may have been {slots} slots behind")
+        }
         None => format!(
-            "read from server {server}, which has everything up to slot {}; how much it lacks cannot be told without a majority of the servers",
+            "read from server {server}, which had everything up to slot {}; how much it lacked cannot be told without a majority of the servers",
             freshness.applied
         ),
     });
-    Ok(())
 }
 
-async fn add_freshness(namespace: &Namespace, answer: &mut Value) -> Result<(), CliError> {
-    let freshness = namespace.source().freshness().await;
-    if let Some(freshness) = freshness.map_err(|error| CliError::at("/", &error))? {
+async fn add_freshness(namespace: &Namespace, answer: &mut Value) {
+    if let Some(freshness) = namespace.source().freshness().await {
         answer["stale"] = json!({
             "server": freshness.server,
             "applied": freshness.applied,
             "behind_slots_max": freshness.behind_slots_max,
-            "round_trip_us": freshness.round_trip.as_micros() as u64,
         });
     }
-    Ok(())
 }
 
 fn kind(node: Node) -> &'static str {

@@ -124,7 +124,6 @@ pub(super) fn run(cell: &CellArgs, args: &MountArgs) -> Result<(), CliError> {
         {
             *path = std::path::absolute(&*path)?;
         }
-        let _ = rustix::process::setsid();
         std::env::set_current_dir("/")?;
     }
     let target = match args.log {
@@ -155,13 +154,16 @@ async fn serve(
     runtime: tokio::runtime::Handle,
     is_background: bool,
 ) -> Result<(), CliError> {
-    let stop = program::stop_signal()?;
+    let mut stop = std::pin::pin!(program::stop_signal()?);
     let namespace = cell.open(args.show_volumes)?;
     // Found out before anything is mounted.
-    namespace
-        .volumes()
-        .await
-        .map_err(|error| CliError::at("/", &error))?;
+    let volumes = tokio::select! {
+        () = &mut stop => {
+            return Err(CliError::new(Exit::Failed, "stopped before it was mounted"));
+        }
+        volumes = namespace.volumes() => volumes,
+    };
+    volumes.map_err(|error| CliError::at("/", &error))?;
     let look = Look {
         uid: args
             .uid
@@ -182,7 +184,7 @@ async fn serve(
         leave_caller()?;
     }
     let ended = tokio::select! {
-        () = stop => None,
+        () = &mut stop => None,
         result = mounted.ended() => Some(result),
     };
     drop(pid_file);
@@ -201,8 +203,10 @@ async fn serve(
 /// Tells the caller that the mount works, and lets go of its terminal.
 fn leave_caller() -> Result<(), CliError> {
     let mut out = io::stdout().lock();
-    // A caller that is gone does not mind.
-    let _ = writeln!(out, "{READY}").and_then(|()| out.flush());
+    // A caller that is gone, by Ctrl-C, does not want it any more.
+    writeln!(out, "{READY}").and_then(|()| out.flush())?;
+    // From now on Ctrl-C is meant for others.
+    let _ = rustix::process::setsid();
     let null = std::fs::File::options()
         .read(true)
         .write(true)
@@ -275,11 +279,15 @@ impl Drop for PidFile {
 }
 
 pub(super) fn unmount(args: &UmountArgs) -> Result<(), CliError> {
+    let mut has_waited = false;
     loop {
         match mount::unmount(&args.directory, args.lazy) {
             Err(MountError::Busy(_)) if args.wait => thread::sleep(BUSY_PAUSE),
+            // Somebody else was faster.
+            Err(MountError::NotMounted(_)) if has_waited => return Ok(()),
             result => return Ok(result?),
         }
+        has_waited = true;
     }
 }
 
@@ -344,7 +352,6 @@ fn translate(helper: &Helper) -> Result<Vec<String>, CliError> {
             | "nodev"
             | "nosuid"
             | "noexec"
-            | "exec"
             | "async"
             | "noatime"
             | "relatime"
