@@ -7,6 +7,7 @@
 //! [`sessions`], [`server`] (the tokio shell), [`control`] (how it is seen and steered while
 //! it runs), and [`tgt`] (that in tgt's words).
 
+pub mod args;
 pub mod auth;
 pub mod catalog;
 pub mod clock;

@@ -4,6 +4,7 @@
 //! replies), [`error`] (what failures become). On top: [`export`] (which volumes are shown to whom),
 //! [`server`] (the tokio shell). What other front ends need too is in `pss-gateway`.
 
+pub mod args;
 mod connection;
 pub mod error;
 pub mod export;

@@ -1,15 +1,15 @@
 //! `pss-nbd`: serves the volumes of a cell to NBD clients.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
+use export_nbd::args::Args;
 use export_nbd::export::{Exports, Policy};
-use export_nbd::server::{CONNECTIONS_MAX, Limits, Server};
+use export_nbd::server::{Limits, Server};
 use pss_gateway::listen::{Listener, Stream};
 use pss_gateway::program;
 use sd_notify::NotifyState;
@@ -18,57 +18,6 @@ use tracing::{error, info};
 
 const DEFAULT_LISTEN: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 10809);
-
-/// Serves the volumes of a cell to NBD clients. A volume is an export of the same name.
-#[derive(Parser)]
-#[command(version, after_help = AFTER_HELP)]
-struct Args {
-    /// The cell: a server.conf
-    #[arg(
-        long,
-        env = "PSS_SERVERS",
-        default_value = "/etc/pss/server.conf",
-        value_name = "FILE"
-    )]
-    servers: PathBuf,
-    /// The cell key [default: cell.key beside the list of servers, if it exists]
-    #[arg(long, env = "PSS_KEY", value_name = "FILE")]
-    key: Option<PathBuf>,
-    /// Listen on this TCP address; may be repeated [default: 127.0.0.1:10809, unless --unix or
-    /// --stdio is given or a service manager passed sockets]
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    listen: Vec<SocketAddr>,
-    /// Listen on this unix socket; may be repeated
-    #[arg(long, visible_alias = "listen-unix", value_name = "PATH")]
-    unix: Vec<PathBuf>,
-    /// Serve the one client whose socket is standard input, and end with it
-    #[arg(long, conflicts_with_all = ["listen", "unix"])]
-    stdio: bool,
-    /// Volume for clients that name none [default: the only volume, if there is only one]
-    #[arg(long, value_name = "NAME")]
-    default_export: Option<String>,
-    /// Refuse writes to all exports
-    #[arg(long)]
-    read_only: bool,
-    /// Which volumes are exported to whom; read again on SIGHUP [default: all, to everyone]
-    #[arg(long, value_name = "FILE")]
-    export_policy: Option<PathBuf>,
-    /// Most connections at a time
-    #[arg(long, default_value_t = CONNECTIONS_MAX, value_name = "COUNT")]
-    max_connections: usize,
-    /// How long a request waits for a leader, in seconds, before it fails with EIO. Keep it below
-    /// the clients' own timeout
-    #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
-    timeout: u64,
-    /// What to log: error, warn, info, debug, trace, or directives of tracing's EnvFilter
-    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL")]
-    log: String,
-}
-
-const AFTER_HELP: &str = "\
-Lines of --export-policy FILE; the first whose name fits a volume holds:
-  NAME [read-only] [hidden] [connections=N] [allow=ADDRESS/BITS|uid:N|gid:N|unix]...
-NAME may end in *. Without allow= everyone may connect.";
 
 fn main() -> ExitCode {
     program::end("pss-nbd", run(Args::parse()))

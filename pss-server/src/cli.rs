@@ -14,7 +14,9 @@ use pss_gateway::program::parse_time;
 use crate::config::{CellFiles, ConfigError};
 
 pub(crate) mod cell;
+mod config;
 mod format;
+mod generate;
 mod health;
 mod iscsi;
 mod key;
@@ -63,6 +65,24 @@ const EXIT_CODES: &str = "Exit codes:
   7  no answer within --timeout; a change may or may not have been made
   8  data differ
   9  not supported";
+
+const EXAMPLES: &str = "Examples:
+  pss status                                  are the volumes safe, and who is behind?
+  pss volume create vol001 100G
+  pss volume resize vol001 +50G
+  pss server shutdown 2
+  pss --servers other.conf volume list --json";
+
+const COMPLETIONS_EXAMPLES: &str = "Examples:
+  source <(pss completions bash)                            in this shell
+  pss completions bash --out /etc/bash_completion.d         for everybody
+  pss completions zsh --out /usr/local/share/zsh/site-functions
+  pss completions fish --out ~/.config/fish/completions";
+
+const MAN_EXAMPLES: &str = "Examples:
+  pss man | man -l -
+  pss man pss-nbd | man -l -
+  pss man --out /usr/local/share/man/man1";
 
 const EXIT_CODES_SERVER: &str = "Exit codes:
   0  stopped by a signal or by 'pss server shutdown'; formatted
@@ -130,7 +150,7 @@ impl CellArgs {
 
 /// The command line of PSS: looks at a cell of servers and manages its volumes
 #[derive(Debug, Parser)]
-#[command(name = "pss", version, after_help = EXIT_CODES)]
+#[command(name = "pss", version, after_help = EXIT_CODES, after_long_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 struct Pss {
     #[command(flatten)]
     cell: CellArgs,
@@ -155,6 +175,15 @@ enum Verb {
     Iscsi(iscsi::IscsiArgs),
     /// Runs a whole cell with its NBD server in this process, to try it out
     Up(crate::up::UpArgs),
+    /// Checks configuration files
+    #[command(subcommand)]
+    Config(config::ConfigVerb),
+    /// Prints what makes a shell complete the commands of PSS
+    #[command(after_help = COMPLETIONS_EXAMPLES)]
+    Completions(generate::CompletionsArgs),
+    /// Prints pages of the manual
+    #[command(after_help = MAN_EXAMPLES)]
+    Man(generate::ManArgs),
 }
 
 /// A PSS server
@@ -191,6 +220,9 @@ pub fn pss_main() -> ExitCode {
         Verb::Key(verb) => key::run(&pss.cell, verb),
         Verb::Iscsi(args) => iscsi::run(&pss.cell, args),
         Verb::Up(args) => crate::up::run(&args),
+        Verb::Config(verb) => config::run(&pss.cell, verb),
+        Verb::Completions(args) => generate::completions(&args),
+        Verb::Man(args) => generate::man(&args),
     })
 }
 

@@ -339,3 +339,94 @@ fn up_with_wrong_input() {
         .fails(2, &["mine/server.conf", "another --dir"]);
     assert_eq!(fs::read(&mine).unwrap(), b"0 paxos00 /pss\n");
 }
+
+#[test]
+fn shells_and_manuals_know_every_program() {
+    let bench = Bench::new();
+    let programs = ["pss", "pssd", "pss-up", "pss-nbd", "pss-iscsi", "pss-fuse"];
+    for shell in ["bash", "zsh", "fish"] {
+        let one = bench.run("pss", &format!("completions {shell} pss-fuse"));
+        assert!(one.done().stdout().contains("metadata-ttl"), "{shell}");
+        bench
+            .run("pss", &format!("completions {shell} --out {shell}"))
+            .done();
+        let files = fs::read_dir(bench.path(shell)).unwrap().count();
+        assert_eq!(files, programs.len(), "{shell}");
+    }
+    let script = bench.path("bash/pss.bash");
+    let status = std::process::Command::new("bash")
+        .arg("-c")
+        .arg(". \"$0\" && COMP_WORDS=(pss volume cre) COMP_CWORD=2 && _pss pss cre volume && echo ${COMPREPLY[*]}")
+        .arg(&script)
+        .output()
+        .unwrap();
+    let completed = String::from_utf8(status.stdout).unwrap();
+    assert_eq!(completed.trim(), "create");
+
+    bench.run("pss", "man --out man").done();
+    for (page, part) in [
+        ("pss.1", "Examples"),
+        ("pssd.8", "Exit codes"),
+        ("pss-nbd.8", "unix"),
+        ("pss-iscsi.8", "portal"),
+        ("pss-volume-create.1", "chunk"),
+        ("pss-fuse-mount.1", "metadata"),
+    ] {
+        let text = fs::read_to_string(bench.path("man").join(page)).unwrap();
+        assert!(
+            text.contains(".TH ") && text.contains(part),
+            "{page}: {text}"
+        );
+    }
+    let hidden = bench.path("man/pss-fuse-watch.1");
+    assert!(!hidden.exists());
+    let page = bench.run("pss", "man pssd").done().stdout();
+    assert!(page.contains(".TH pssd 8"), "{page}");
+    bench
+        .run("pss", "man sh")
+        .fails(2, &["no program sh", "pss-nbd"]);
+    bench.run("pss", "completions tcsh").fails(2, &["tcsh"]);
+    fs::write(bench.path("file"), "").unwrap();
+    bench.run("pss", "man --out file").fails(1, &["file"]);
+}
+
+#[test]
+fn configurations_are_checked() {
+    let bench = Bench::new();
+    let check = |file: &str| bench.run("pss", &format!("config check {file}"));
+    let said = check("server.conf").done().stdout();
+    assert!(said.contains("3 servers decide; any 1 may fail"), "{said}");
+    assert!(said.contains("warning: the cell has no key"), "{said}");
+    fs::write(
+        bench.path("four"),
+        "0 127.0.0.1 /a\n1 127.0.0.1 /b\n2 127.0.0.2 /c\n3 127.0.0.3 /d\n6 127.0.0.4 /e\n",
+    )
+    .unwrap();
+    let said = check("four").done().stdout();
+    for part in [
+        "4 servers decide, 1 more hold copies; any 1 may fail",
+        "warning: 4 servers decide",
+        "servers 0 and 1 are on one machine",
+    ] {
+        assert!(said.contains(part), "no '{part}' in {said}");
+    }
+    fs::write(bench.path("wrong"), "0 127.0.0.1 /a\n9 127.0.0.1 /b\n").unwrap();
+    check("wrong").fails(2, &["wrong:2", "above 7"]);
+    check("none").fails(2, &["none"]);
+    fs::write(bench.path("open"), "0 192.0.2.1 /a\n").unwrap();
+    check("open").fails(2, &["open:1", "no key", "pss key new"]);
+
+    let target =
+        "<target iqn.2001-03.jp.tritech:a>\n  backing-store vol001\n  bs-type pss\n</target>\n";
+    fs::write(bench.path("targets.conf"), target).unwrap();
+    let said = check("targets.conf").done().stdout();
+    assert!(said.contains("1 targets with 1 disks"), "{said}");
+    fs::write(bench.path("other"), format!("{target}colour red\n")).unwrap();
+    check("other").fails(2, &["other:5", "colour"]);
+    fs::write(bench.path("pss.toml"), "colour = 1\n").unwrap();
+    check("pss.toml").fails(2, &["pss.toml", "colour"]);
+    let json = bench.run("pss", "config check four --json").done().stdout();
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["schema"], "pss.config.check/1");
+    assert_eq!(json["warnings"].as_array().unwrap().len(), 3);
+}
