@@ -18,6 +18,7 @@ mod config;
 mod format;
 mod generate;
 mod health;
+mod image;
 mod iscsi;
 mod key;
 mod server;
@@ -50,6 +51,8 @@ pub enum Exit {
     NoQuorum = 6,
     /// No answer in time.
     Timeout = 7,
+    /// Data that should be equal differ.
+    Differ = 8,
     /// What was asked does not do that.
     Unsupported = 9,
 }

@@ -11,8 +11,19 @@ use pss_core::wire::client::VolumeStatus;
 use serde_json::{Value, json};
 
 use super::cell::Access;
-use super::{CellArgs, CliError, Exit, confirm, print, print_json, say};
+use super::{CellArgs, CliError, Exit, confirm, image, print, print_json, say};
 use crate::render::{Table, grouped, left, printable, right};
+
+const IMPORT_EXAMPLES: &str = "Examples:
+  pss volume import disk.img vol001
+  pss volume import debian.qcow2 vol001
+  pss volume import disk.img vol001 --resume      after Ctrl-C
+  pss volume import win.vmdk vol002 --format vmdk";
+
+const EXPORT_EXAMPLES: &str = "Examples:
+  pss volume export vol001 vol001.img
+  pss volume export vol001 vol001.img --resume    after Ctrl-C
+  pss volume export vol001 vol001.qcow2";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum VolumeVerb {
@@ -48,6 +59,12 @@ pub(super) enum VolumeVerb {
         #[arg(long, requires = "allow_shrink")]
         force: bool,
     },
+    /// Makes a volume of a disk image: raw, qcow2 and what else qemu-img reads
+    #[command(after_help = IMPORT_EXAMPLES)]
+    Import(image::ImportArgs),
+    /// Writes a volume to a file: raw and sparse, or qcow2
+    #[command(after_help = EXPORT_EXAMPLES)]
+    Export(image::ExportArgs),
     /// Deletes a volume and everything in it; refused while it is attached
     Delete {
         /// Its name
@@ -83,6 +100,8 @@ pub(super) fn run(args: &CellArgs, verb: VolumeVerb) -> Result<(), CliError> {
             };
             resize(args, &name, size, shrink)
         }
+        VolumeVerb::Import(import) => image::import(args, &import),
+        VolumeVerb::Export(export) => image::export(args, &export),
         VolumeVerb::Delete { name, yes, force } => delete(args, &name, yes, force),
     }
 }
