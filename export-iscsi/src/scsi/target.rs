@@ -172,6 +172,7 @@ impl Target {
             return;
         }
         self.abort_unit(lun.lun, actions);
+        self.leave_sanitize(lun.lun);
         self.insert_unit(lun);
         self.tell_luns_changed();
     }
@@ -181,6 +182,7 @@ impl Target {
         self.config.luns.retain(|old| old.lun != lun);
         if lun != 0 && self.units.contains_key(&lun) {
             self.abort_unit(lun, actions);
+            self.leave_sanitize(lun);
             self.units.remove(&lun);
             self.tell_luns_changed();
         }

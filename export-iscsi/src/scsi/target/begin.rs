@@ -228,6 +228,8 @@ impl Target {
             Kind::ReceiveCopyResults => {
                 copy::receive_results(&unit.the_disk()?.copies, command.nexus, cdb)
             }
+            // What may still take effect would bring back what is erased.
+            Kind::Sanitize if self.has_changes_left_over(lun) => Err(Failure::Status(Status::Busy)),
             Kind::Sanitize => sanitize(unit.the_disk()?, cdb, data),
             Kind::RequestSense
             | Kind::ModeSelect

@@ -72,6 +72,25 @@ impl Target {
         })
     }
 
+    /// Whether something that nobody waits for any more may still change a disk.
+    pub(super) fn has_changes_left_over(&self, lun: u16) -> bool {
+        self.leftovers.iter().any(|cookie| {
+            let other = self.requests.get(cookie).filter(|it| it.lun == lun);
+            other.is_some_and(|it| it.request.as_ref().is_some_and(changes))
+        })
+    }
+
+    /// The disk of a LUN goes: what its sanitize operation has under way becomes nobody's.
+    pub(super) fn leave_sanitize(&mut self, lun: u16) {
+        for (cookie, request) in &mut self.requests {
+            let own = matches!(request.owner, Owner::Sanitize | Owner::SanitizeAgain(..));
+            if own && request.lun == lun {
+                request.owner = Owner::Nobody;
+                self.leftovers.insert(*cookie);
+            }
+        }
+    }
+
     /// Requests of a task become nobody's. Returns those that may change something.
     pub(super) fn leave_requests(&mut self, id: u64) -> Vec<u64> {
         let mut left = Vec::new();

@@ -630,6 +630,53 @@ fn sanitize_excludes_others_and_outlives_its_task() {
     assert_eq!(rig.run(B, 1, &[0; 6], &[]).status, Status::Good);
 }
 
+fn write_one(rig: &mut Rig, nexus: NexusId) -> u32 {
+    rig.send(nexus, 1, &cdb10(0x2a, 0, 0, 1), &[1; 512])
+}
+
+/// What an aborted command may still write would bring back what is erased.
+#[test]
+fn sanitize_is_busy_while_something_is_left_over() {
+    let mut rig = Rig::with(LunSettings {
+        sanitize: true,
+        ..LunSettings::default()
+    });
+    rig.holds = true;
+    write_one(&mut rig, B);
+    let mut actions = Actions::default();
+    rig.target.detach(B, &mut actions);
+    rig.drive(actions);
+    rig.holds = false;
+    assert_eq!(rig.run(A, 1, &sanitize(2, 0), &[]).status, Status::Busy);
+    rig.release_held();
+    assert_eq!(rig.volumes[&1].bytes[0], 1);
+    rig.good(1, &sanitize(2, 0), &[]);
+    assert_eq!(rig.volumes[&1].bytes[0], 0);
+}
+
+#[test]
+fn a_disk_that_is_added_again_waits_for_the_sanitize_of_before() {
+    let mut rig = Rig::with(LunSettings {
+        sanitize: true,
+        ..LunSettings::default()
+    });
+    let lun = rig.target.config().luns[0].clone();
+    rig.holds = true;
+    rig.send(A, 1, &sanitize(2, 0), &[]);
+    let mut actions = Actions::default();
+    rig.target.remove_lun(1, &mut actions);
+    rig.target.add_lun(lun, &mut actions);
+    rig.drive(actions);
+    rig.holds = false;
+    // It has told of the new disk by now.
+    rig.clear_attentions();
+    let tag = write_one(&mut rig, A);
+    assert!(rig.ended(tag).is_none());
+    rig.release_held();
+    assert_eq!(rig.ended(tag).unwrap().status, Status::Good);
+    assert_eq!(rig.volumes[&1].bytes[0], 1);
+}
+
 #[test]
 fn failed_sanitize_blocks_until_exit_failure_mode() {
     let mut rig = Rig::with(LunSettings {
