@@ -275,8 +275,8 @@ pub struct Engine {
     next_ticket: u64,
     /// Reads that wait for the lease.
     reads_waiting: VecDeque<(ClientId, Request)>,
-    /// Answers that hold only if we still have the lease now that the data were read.
-    reads_done: Vec<(ClientId, Reply)>,
+    /// Answers that hold only if we still have the lease, or for stale readers all chunks, now that the data were read.
+    reads_done: Vec<(requests::Reader, Result<ReplyBody, ReplyError>)>,
     reads_done_bytes: usize,
     heard: HashMap<SessionId, Instant>,
     /// Volumes as the applied state has them, shared with reads on other threads.

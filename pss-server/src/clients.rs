@@ -4,7 +4,7 @@
 //! that has changed; TCP then stops it. The bounds are generous: they protect the server's memory from
 //! one client, not its speed.
 
-use pss_core::wire::client::{Request, RequestBody};
+use pss_core::wire::client::{Browse, Request, RequestBody};
 use pss_core::wire::frame::SendQueue;
 
 /// Clients at once. Gateways hold one connection or a few each, and a cell has dozens of them.
@@ -15,6 +15,8 @@ const REQUESTS_IN_FLIGHT_MAX: usize = 1024;
 const LARGE_REQUEST_BYTES: usize = 64 << 10;
 /// Bytes of large requests of one client that are not answered: 64 of the longest.
 const LARGE_BYTES_IN_FLIGHT_MAX: usize = 64 << 20;
+/// A list of volumes, directories or chunks counts as so much.
+const LIST_BYTES: usize = 256 << 10;
 /// Answers that a client has not taken.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 
@@ -43,7 +45,16 @@ impl ClientLoad {
     pub(crate) fn begin(&mut self, request: &Request) {
         self.requests += 1;
         let bytes = match request.body.unchecked() {
-            RequestBody::Read { length_bytes, .. } => *length_bytes as usize,
+            RequestBody::Read { length_bytes, .. }
+            | RequestBody::Browse {
+                what: Browse::Read { length_bytes, .. },
+                ..
+            } => *length_bytes as usize,
+            // The answers may be as long.
+            RequestBody::Browse {
+                what: Browse::Volumes | Browse::Directories { .. } | Browse::Chunks { .. },
+                ..
+            } => LIST_BYTES,
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 data.len()
             }
@@ -101,6 +112,35 @@ mod tests {
         }
         assert!(load.is_full(&unsent));
         load.end(7);
+        assert!(!load.is_full(&unsent));
+    }
+
+    #[test]
+    fn whoever_browses_is_bounded_as_well() {
+        let (mut load, unsent) = (ClientLoad::new(String::new()), SendQueue::new());
+        let volume = VolumeId(1);
+        let read = Browse::Read {
+            volume,
+            offset_bytes: 0,
+            length_bytes: 1 << 20,
+        };
+        let browse = |tag, what: &Browse| Request {
+            session: SessionId(0),
+            body: RequestBody::Browse {
+                stale: true,
+                what: what.clone(),
+            },
+            ..super::tests::read(tag, 0)
+        };
+        for tag in 0..63 {
+            load.begin(&browse(tag, &read));
+        }
+        for tag in 63..67 {
+            assert!(!load.is_full(&unsent));
+            load.begin(&browse(tag, &Browse::Directories { volume }));
+        }
+        assert!(load.is_full(&unsent));
+        load.end(63);
         assert!(!load.is_full(&unsent));
     }
 

@@ -240,6 +240,21 @@ impl ChunkStore {
 
     /// The chunk as it is now.
     pub(super) fn snapshot(&self, chunk: &Arc<Chunk>, nowait: bool) -> Result<Snapshot, ReadError> {
+        self.look(chunk, nowait, true)
+    }
+
+    /// The chunk's table as it is now. Opens no file if the table is in memory: whoever looks at thousands of chunks
+    /// would close those that are written to.
+    pub(super) fn table(&self, chunk: &Arc<Chunk>, nowait: bool) -> Result<Snapshot, ReadError> {
+        self.look(chunk, nowait, false)
+    }
+
+    fn look(
+        &self,
+        chunk: &Arc<Chunk>,
+        nowait: bool,
+        with_file: bool,
+    ) -> Result<Snapshot, ReadError> {
         let mut state = lock(&chunk.state);
         if nowait && (!state.loaded || state.suspect) {
             return Err(ReadError::WouldBlock);
@@ -248,7 +263,9 @@ impl ChunkStore {
         if state.suspect {
             self.resolve(chunk, &mut state)?;
         }
-        self.open_file(chunk, &mut state)?;
+        if with_file {
+            self.open_file(chunk, &mut state)?;
+        }
         Ok(Snapshot::of(&state))
     }
 }

@@ -23,6 +23,8 @@ pub(super) const BLOCK: u64 = BLOCK_BYTES as u64;
 const REMOVE_AT_ONCE: usize = 64;
 /// Longer ranges are zeroed without keeping space for them: that would hold up everything else.
 const ALLOCATE_BLOCKS_MAX: u64 = (1 << 30) / BLOCK;
+/// Chunks whose tables one question looks at: those of a whole volume may have to be read from disk.
+pub(super) const LOOKED_AT_MAX: usize = 1024;
 
 /// The blocks of all volumes. Every method may be called by any thread; changes of one volume are to
 /// be made in log order by one of them.
@@ -290,8 +292,8 @@ impl ChunkStore {
         Ok(parts)
     }
 
-    /// Which blocks are allocated: at most `extents_max` extents, which cover the range from its
-    /// start; neighbours differ.
+    /// Which blocks are allocated: at most `extents_max` extents of at most [`LOOKED_AT_MAX`] chunks that exist, which cover
+    /// the range from its start; neighbours differ.
     ///
     /// # Errors
     /// [`ReadError`]; [`ReadError::WouldBlock`] only if `nowait`.
@@ -310,7 +312,8 @@ impl ChunkStore {
         let end = first_block.saturating_add(blocks);
         let mut extents = Extents::new(extents_max);
         let mut next = first_block;
-        while next < end && !extents.is_full() {
+        let mut looked_at = 0;
+        while next < end && !extents.is_full() && looked_at < LOOKED_AT_MAX {
             let present = volume.next_present(next / per_chunk);
             let start = present.map_or(end, |chunk| u64::from(chunk.0) * per_chunk);
             if start > next {
@@ -322,7 +325,13 @@ impl ChunkStore {
             let chunk = self
                 .cache
                 .chunk(&volume, ChunkIndex((next / per_chunk) as u32));
-            let snapshot = self.snapshot(&chunk, nowait)?;
+            let snapshot = self.table(&chunk, nowait);
+            if volume.is_deleted() {
+                // Whatever was found, tables of files that are gone perhaps.
+                return Err(ReadError::NoSuchVolume(volume.id));
+            }
+            let snapshot = snapshot?;
+            looked_at += 1;
             let until = (start + per_chunk).min(end);
             for checksum in &snapshot.table[(next - start) as usize..(until - start) as usize] {
                 extents.add(1, *checksum != 0);

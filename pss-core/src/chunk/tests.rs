@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use proptest::prelude::*;
 
+use super::store::LOOKED_AT_MAX;
 use super::*;
 use crate::disk::files::FileDisk;
 use crate::disk::{DirEntry, Disk, DiskFile, OpenMode};
@@ -273,6 +274,40 @@ fn allocated_zeros_take_space() {
         [extent(3, true)]
     );
     assert_eq!(store.extents(&volume, 12, 3, 0, false).unwrap(), []);
+}
+
+/// A volume has up to 2^24 tables, which may all have to be read from disk.
+#[test]
+fn one_question_looks_at_few_tables() {
+    let fixture = fixture();
+    let store = &fixture.store;
+    let volume = volume(1, "v");
+    store.create_volume(&volume).unwrap();
+    let per_chunk = u64::from(volume.chunk_bytes) / BLOCK_BYTES as u64;
+    let chunks = LOOKED_AT_MAX as u64 + 100;
+    for chunk in 0..chunks {
+        write(
+            store,
+            &volume,
+            chunk * per_chunk,
+            data(1, per_chunk as usize),
+            1,
+        );
+    }
+    flush(store);
+    let blocks = chunks * per_chunk;
+    let extents = store
+        .extents(&volume, 0, blocks, usize::MAX, false)
+        .unwrap();
+    let covered = Extent {
+        length_bytes: LOOKED_AT_MAX as u64 * u64::from(volume.chunk_bytes),
+        allocated: true,
+    };
+    assert_eq!(extents, [covered]);
+    let all = ChunkIndex(0)..ChunkIndex(chunks as u32);
+    let (found, next) = store.statuses(&volume, all, usize::MAX, false).unwrap();
+    assert_eq!(found.len(), LOOKED_AT_MAX);
+    assert_eq!(next, Some(ChunkIndex(LOOKED_AT_MAX as u32)));
 }
 
 #[test]

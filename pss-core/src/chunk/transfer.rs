@@ -9,7 +9,7 @@ use bytes::Bytes;
 use super::blocks::Snapshot;
 use super::cache::{Chunk, lock};
 use super::file::allocated;
-use super::store::ChunkStore;
+use super::store::{ChunkStore, LOOKED_AT_MAX};
 use super::{ChunkError, ReadError, image, path, table};
 use crate::paxos::message::ChunkSummary;
 use crate::state::Volume;
@@ -36,7 +36,7 @@ impl ChunkStore {
                 return Ok((chunks, Some(index)));
             }
             next = u64::from(index.0) + 1;
-            let snapshot = self.snapshot(&self.cache.chunk(&volume, index), false)?;
+            let snapshot = self.table(&self.cache.chunk(&volume, index), false)?;
             if snapshot.allocated > 0 {
                 chunks.push(ChunkSummary {
                     chunk: index,
@@ -48,7 +48,8 @@ impl ChunkStore {
         Ok((chunks, None))
     }
 
-    /// The chunks of `from..until` that exist, at most `chunks_max`; and from where to go on, if that is not all.
+    /// The chunks of `from..until` that exist, at most `chunks_max` and of at most [`LOOKED_AT_MAX`]; and from where to go on,
+    /// if that is not all.
     ///
     /// # Errors
     /// [`ReadError`]; [`ReadError::WouldBlock`] only if `nowait`.
@@ -63,15 +64,21 @@ impl ChunkStore {
         let volume = self.volume(id).ok_or(ReadError::NoSuchVolume(id))?;
         let mut chunks = Vec::new();
         let mut next = u64::from(range.start.0);
+        let mut looked_at = 0;
         while let Some(index) = volume.next_present(next) {
             if index >= range.end {
                 break;
             }
-            if chunks.len() >= chunks_max {
+            if chunks.len() >= chunks_max || looked_at >= LOOKED_AT_MAX {
                 return Ok((chunks, Some(index)));
             }
             next = u64::from(index.0) + 1;
-            let snapshot = self.snapshot(&self.cache.chunk(&volume, index), nowait)?;
+            looked_at += 1;
+            let snapshot = self.table(&self.cache.chunk(&volume, index), nowait);
+            if volume.is_deleted() {
+                return Err(ReadError::NoSuchVolume(id));
+            }
+            let snapshot = snapshot?;
             if snapshot.allocated > 0 {
                 chunks.push(ChunkStatus {
                     chunk: index,

@@ -179,15 +179,20 @@ impl Engine {
         if self.reads_done.is_empty() {
             return;
         }
-        let holds = self.replica.may_read(now);
+        let may_read = self.replica.may_read(now);
+        // A server that has got chunks of another since the data were read may have mixed them.
+        let may_read_stale = self.is_complete();
         self.reads_done_bytes = 0;
-        for (client, reply) in std::mem::take(&mut self.reads_done) {
-            let body = if holds {
-                reply.body
-            } else {
-                Err(ReplyError::NotLeader { leader: None })
+        for (reader, body) in std::mem::take(&mut self.reads_done) {
+            let holds = match reader.stale {
+                true => may_read_stale,
+                false => may_read,
             };
-            self.reply(client, reply.tag, body);
+            let body = match holds {
+                true => body,
+                false => Err(ReplyError::NotLeader { leader: None }),
+            };
+            self.reply(reader.client, reader.tag, body);
         }
     }
 
@@ -195,9 +200,9 @@ impl Engine {
     pub fn handle_client_gone(&mut self, client: ClientId) {
         self.reads_waiting.retain(|(waiting, _)| *waiting != client);
         self.queued.retain(|(waiting, _)| *waiting != client);
-        self.reads_done.retain(|(waiting, _)| *waiting != client);
-        let left = self.reads_done.iter();
-        self.reads_done_bytes = left.map(|(_, reply)| data_bytes(&reply.body)).sum();
+        self.reads_done
+            .retain(|(reader, _)| reader.client != client);
+        self.count_reads_done();
     }
 
     /// Another thread has read blocks.
@@ -238,17 +243,15 @@ impl Engine {
         self.answer_reader(reader, body);
     }
 
+    /// A read is done; [`Engine::finish_reads`] answers it.
     pub(super) fn answer_reader(&mut self, reader: Reader, body: Result<ReplyBody, ReplyError>) {
-        match reader.stale {
-            true => self.reply(reader.client, reader.tag, body),
-            false => self.read_done(reader.client, reader.tag, body),
-        }
+        self.reads_done_bytes += answer_bytes(&body);
+        self.reads_done.push((reader, body));
     }
 
-    fn read_done(&mut self, client: ClientId, tag: u64, body: Result<ReplyBody, ReplyError>) {
-        self.reads_done_bytes += data_bytes(&body);
-        self.reads_done
-            .push((client, crate::wire::client::Reply { tag, body }));
+    fn count_reads_done(&mut self) {
+        let left = self.reads_done.iter();
+        self.reads_done_bytes = left.map(|(_, body)| answer_bytes(body)).sum();
     }
 
     fn read_request(&mut self, now: Instant, client: ClientId, request: Request) {
@@ -277,15 +280,15 @@ impl Engine {
             RequestBody::Browse { what, .. } => self.browse(reader, &what),
             RequestBody::ListVolumes => {
                 let body = Ok(ReplyBody::Volumes(self.volume_list()));
-                self.read_done(client, request.tag, body);
+                self.answer_reader(reader, body);
             }
             RequestBody::Reservations { volume } => {
                 let body = self.reservations_of(volume);
-                self.read_done(client, request.tag, body);
+                self.answer_reader(reader, body);
             }
             RequestBody::Look { volume } => {
                 let body = self.look(volume);
-                self.read_done(client, request.tag, body);
+                self.answer_reader(reader, body);
             }
             _ => self.reply(client, request.tag, Err(ReplyError::Invalid)),
         }
@@ -476,6 +479,8 @@ impl Engine {
     fn check_change(&self, request: &Request) -> Result<Option<(Span, bool)>, ReplyError> {
         let named = request.session != SessionId(0) && request.number != RequestNumber(0);
         let (span, merges) = match &request.body {
+            // That is how commands of the servers are known, which nobody waits for.
+            RequestBody::OpenSession { nonce: 0, .. } => return Err(ReplyError::Invalid),
             RequestBody::OpenSession { .. } => return Ok(None),
             RequestBody::EndSession if request.session != SessionId(0) => return Ok(None),
             _ if !named => return Err(ReplyError::Invalid),
@@ -806,7 +811,12 @@ impl Engine {
                 .position(|(have, want)| have != want)
         {
             let differs = Err(ReplyError::Miscompare(at as u64));
-            return self.read_done(client, request.tag, differs);
+            let reader = Reader {
+                client,
+                tag: request.tag,
+                stale: false,
+            };
+            return self.answer_reader(reader, differs);
         }
         target.copy_from_slice(&data);
         self.propose_write(client, request, range, Some(blocks.freeze()));
@@ -830,23 +840,26 @@ impl Engine {
                 .drain()
                 .map(|(_, it)| (it.client, it.request.tag)),
         );
-        away.extend(
-            self.slow_reads
-                .drain()
-                .map(|(_, it)| (it.reader.client, it.reader.tag)),
-        );
+        // Who asks this server for what it has does not mind who leads.
+        self.slow_reads.retain(|_, it| {
+            if !it.reader.stale {
+                away.push((it.reader.client, it.reader.tag));
+            }
+            it.reader.stale
+        });
         away.extend(self.queued.drain(..).map(|(client, it)| (client, it.tag)));
         away.extend(
             self.reads_waiting
                 .drain(..)
                 .map(|(client, it)| (client, it.tag)),
         );
-        away.extend(
-            self.reads_done
-                .drain(..)
-                .map(|(client, it)| (client, it.tag)),
-        );
-        self.reads_done_bytes = 0;
+        self.reads_done.retain(|(reader, _)| {
+            if !reader.stale {
+                away.push((reader.client, reader.tag));
+            }
+            reader.stale
+        });
+        self.count_reads_done();
         // In a fixed order, so that simulations repeat.
         away.sort_unstable();
         self.in_flight.clear();
@@ -978,10 +991,14 @@ fn join_parts(parts: &[ReadPart], bytes: usize) -> BytesMut {
     out
 }
 
-/// How much an answer brings.
-fn data_bytes(body: &Result<ReplyBody, ReplyError>) -> usize {
+/// About how much an answer brings.
+fn answer_bytes(body: &Result<ReplyBody, ReplyError>) -> usize {
     match body {
         Ok(ReplyBody::Data(parts)) => parts.iter().map(ReadPart::data_bytes).sum(),
+        Ok(ReplyBody::Extents(extents)) => size_of_val(extents.as_slice()),
+        Ok(ReplyBody::Directories(directories)) => size_of_val(directories.as_slice()),
+        Ok(ReplyBody::Chunks { chunks, .. }) => size_of_val(chunks.as_slice()),
+        Ok(ReplyBody::Volumes(volumes)) => size_of_val(volumes.as_slice()),
         _ => 0,
     }
 }
@@ -1282,8 +1299,15 @@ mod tests {
                 100
             ]))]))
         };
+        // Who asks this server for what it has waits all the same when it leads no more.
+        let (client, tag, stale) = (ClientId(3), 0, true);
+        engine.answer_reader(Reader { client, tag, stale }, body());
+        engine.send_everyone_away();
+        assert_eq!(engine.finished_read_bytes(), 100);
+        engine.handle_client_gone(client);
         for client in [1, 1, 2] {
-            engine.read_done(ClientId(client), 0, body());
+            let (client, tag, stale) = (ClientId(client), 0, false);
+            engine.answer_reader(Reader { client, tag, stale }, body());
         }
         assert_eq!(engine.finished_read_bytes(), 300);
         engine.handle_client_gone(ClientId(1));
