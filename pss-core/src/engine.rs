@@ -278,6 +278,8 @@ pub struct Engine {
     /// Answers that hold only if we still have the lease, or for stale readers all chunks, now that the data were read.
     reads_done: Vec<(requests::Reader, Result<ReplyBody, ReplyError>)>,
     reads_done_bytes: usize,
+    /// How often chunks of another server have begun to come.
+    installs: u64,
     heard: HashMap<SessionId, Instant>,
     /// Volumes as the applied state has them, shared with reads on other threads.
     volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
@@ -350,6 +352,7 @@ impl Engine {
             reads_waiting: VecDeque::new(),
             reads_done: Vec::new(),
             reads_done_bytes: 0,
+            installs: 0,
             heard: HashMap::new(),
             volumes: HashMap::new(),
             wall_clock_ms: 0,

@@ -137,6 +137,48 @@ pub(super) const UNKNOWN: u16 = u16::MAX;
 #[derive(Default)]
 pub(super) struct Presence {
     groups: BTreeMap<u32, Box<[u16; 256]>>,
+    /// Of all groups: whoever lists volumes must not walk through millions of chunks.
+    sums: Sums,
+}
+
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+struct Sums {
+    /// Chunks that exist.
+    chunks: u64,
+    /// Of these, chunks whose blocks are not counted yet.
+    unknown: u64,
+    /// Blocks of the others.
+    blocks: u64,
+}
+
+impl Sums {
+    fn add(&mut self, value: u16) {
+        match value {
+            ABSENT => {}
+            UNKNOWN => {
+                self.chunks += 1;
+                self.unknown += 1;
+            }
+            blocks => {
+                self.chunks += 1;
+                self.blocks += u64::from(blocks);
+            }
+        }
+    }
+
+    fn remove(&mut self, value: u16) {
+        match value {
+            ABSENT => {}
+            UNKNOWN => {
+                self.chunks -= 1;
+                self.unknown -= 1;
+            }
+            blocks => {
+                self.chunks -= 1;
+                self.blocks -= u64::from(blocks);
+            }
+        }
+    }
 }
 
 impl Presence {
@@ -154,13 +196,18 @@ impl Presence {
             .groups
             .entry(key)
             .or_insert_with(|| Box::new([ABSENT; 256]));
-        group[chunk.0 as usize & 255] = value;
+        let before = std::mem::replace(&mut group[chunk.0 as usize & 255], value);
+        self.sums.remove(before);
+        self.sums.add(value);
     }
 
     /// Whole groups only.
     fn clear(&mut self, chunks: &Range<u64>) {
         for key in chunks.start >> 8..chunks.end >> 8 {
-            self.groups.remove(&(key as u32));
+            let removed = self.groups.remove(&(key as u32));
+            for value in removed.iter().flat_map(|group| group.iter()) {
+                self.sums.remove(*value);
+            }
         }
     }
 
@@ -189,21 +236,12 @@ impl Presence {
 
     /// How many exist.
     pub(super) fn count(&self) -> u64 {
-        let values = self.groups.values().flat_map(|group| group.iter());
-        values.filter(|value| **value != ABSENT).count() as u64
+        self.sums.chunks
     }
 
     /// Bytes of all allocated blocks; chunks whose tables were not read yet count in full.
     pub(super) fn allocated_bytes(&self, chunk_bytes: u32) -> u64 {
-        let bytes = |value: &u16| match *value {
-            UNKNOWN => u64::from(chunk_bytes),
-            blocks => u64::from(blocks) * BLOCK_BYTES as u64,
-        };
-        self.groups
-            .values()
-            .flat_map(|group| group.iter())
-            .map(bytes)
-            .sum()
+        self.sums.unknown * u64::from(chunk_bytes) + self.sums.blocks * BLOCK_BYTES as u64
     }
 }
 
@@ -465,4 +503,33 @@ impl Cache {
 
 fn weight(chunk: &Chunk) -> usize {
     4 * chunk.volume.blocks_per_chunk() as usize + CHUNK_OVERHEAD_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn sums_are_those_of_all_groups(
+            steps in prop::collection::vec((0_u32..1024, 0_u16..5, any::<bool>()), 0..200)
+        ) {
+            let mut presence = Presence::default();
+            for (chunk, value, is_clear) in steps {
+                let group = u64::from(chunk >> 8 << 8);
+                match (is_clear && value == 0, value) {
+                    (true, _) => presence.clear(&(group..group + 256)),
+                    (false, 4) => presence.set(ChunkIndex(chunk), UNKNOWN),
+                    (false, value) => presence.set(ChunkIndex(chunk), value),
+                }
+                let mut sums = Sums::default();
+                for value in presence.groups.values().flat_map(|group| group.iter()) {
+                    sums.add(*value);
+                }
+                prop_assert_eq!(presence.sums, sums);
+            }
+        }
+    }
 }

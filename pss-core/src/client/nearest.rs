@@ -133,8 +133,15 @@ impl Nearest {
             state.server.filter(|server| !failed.contains_key(server))
         };
         if let Some(server) = known {
-            match self.dialer.dial(server).await {
-                Ok(connection) => return Some((connection, false)),
+            match standing(&self.dialer, server).await {
+                Ok((connection, status)) if status.copying.is_none() => {
+                    self.choose(server, status.applied);
+                    return Some((connection, false));
+                }
+                Ok(_) => {
+                    self.forget(server);
+                    failed.insert(server, incomplete());
+                }
                 Err(error) => {
                     tracing::debug!(%server, %error, "the nearest server is replaced");
                     self.forget(server);
@@ -149,10 +156,7 @@ impl Nearest {
                     self.choose(server, status.applied);
                     return Some((connection, false));
                 }
-                (server, Ok(_)) => {
-                    let incomplete = ReplyError::NotLeader { leader: None };
-                    failed.insert(server, ServerError::Reply(incomplete));
-                }
+                (server, Ok(_)) => _ = failed.insert(server, incomplete()),
                 (server, Err(error)) => _ = failed.insert(server, error),
             }
         }
@@ -168,21 +172,16 @@ impl Nearest {
         let servers = self.dialer.config.servers.iter();
         for server in servers.map(|(server, _)| *server).filter(|it| wanted(*it)) {
             let dialer = Arc::clone(&self.dialer);
-            questions.spawn(async move {
-                let asked = async {
-                    let mut connection = dialer.dial(server).await?;
-                    let status = dialer.status_on(&mut connection).await?;
-                    Ok((connection, status))
-                };
-                (server, asked.await)
-            });
+            questions.spawn(async move { (server, standing(&dialer, server).await) });
         }
         questions
     }
 
     fn choose(&self, server: ServerId, applied: u64) {
         let mut state = self.lock();
-        state.used.entry(server).or_insert(applied);
+        let least = state.used.entry(server).or_insert(applied);
+        // It may have come back with less.
+        *least = applied.min(*least);
         if state.server != Some(server) {
             state.server = Some(server);
             state.idle.clear();
@@ -207,6 +206,18 @@ impl Nearest {
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Connects to a server and asks it where it stands.
+async fn standing(dialer: &Dialer, server: ServerId) -> Result<Standing, ServerError> {
+    let mut connection = dialer.dial(server).await?;
+    let status = dialer.status_on(&mut connection).await?;
+    Ok((connection, status))
+}
+
+/// Chunks are being copied to the server.
+fn incomplete() -> ServerError {
+    ServerError::Reply(ReplyError::NotLeader { leader: None })
 }
 
 /// How many slots at most someone lacks who has applied so many: `lasts` are the last slots in the logs of servers.

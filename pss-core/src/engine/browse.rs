@@ -9,7 +9,7 @@ use crate::wire::client::{Browse, ReplyBody, ReplyError};
 impl Engine {
     /// Answers from what is applied here. Unless the answer may be stale, there is a lease.
     pub(super) fn browse(&mut self, reader: Reader, what: &Browse) {
-        if reader.stale && !self.is_complete() {
+        if reader.stale.is_some() && !self.is_complete() {
             // Whoever asks tries another server.
             let elsewhere = ReplyError::NotLeader { leader: None };
             return self.answer_reader(reader, Err(elsewhere));

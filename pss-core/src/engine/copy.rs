@@ -520,6 +520,7 @@ impl Engine {
             return self.checkpoint_now(now);
         }
         copying.installing = true;
+        self.installs += 1;
         // What was copied before has missed the entries up to the base.
         copying.cursor = (VolumeId(0), ChunkIndex(0));
         if let Err(failure) = self.chunks.exchange_volumes(state.volumes()) {

@@ -44,8 +44,9 @@ pub(super) struct Merge {
 pub(super) struct Reader {
     pub(super) client: ClientId,
     pub(super) tag: u64,
-    /// Whether the answer may be given without the lease.
-    pub(super) stale: bool,
+    /// If the answer may be given without the lease: how often chunks of another server had begun to come when it was
+    /// asked for. Chunks that were read while they came may be of different ages.
+    pub(super) stale: Option<u64>,
 }
 
 /// A read that another thread does.
@@ -100,7 +101,7 @@ impl Engine {
                 return self.actions.push_back(Action::Shutdown);
             }
             RequestBody::Browse { stale: true, what } => {
-                let (tag, stale) = (request.tag, true);
+                let (tag, stale) = (request.tag, Some(self.installs));
                 return self.browse(Reader { client, tag, stale }, what);
             }
             _ => {}
@@ -180,13 +181,12 @@ impl Engine {
             return;
         }
         let may_read = self.replica.may_read(now);
-        // A server that has got chunks of another since the data were read may have mixed them.
-        let may_read_stale = self.is_complete();
+        let is_complete = self.is_complete();
         self.reads_done_bytes = 0;
         for (reader, body) in std::mem::take(&mut self.reads_done) {
             let holds = match reader.stale {
-                true => may_read_stale,
-                false => may_read,
+                Some(installs) => is_complete && installs == self.installs,
+                None => may_read,
             };
             let body = match holds {
                 true => body,
@@ -261,7 +261,7 @@ impl Engine {
         let reader = Reader {
             client,
             tag: request.tag,
-            stale: false,
+            stale: None,
         };
         match request.body {
             RequestBody::Read {
@@ -814,7 +814,7 @@ impl Engine {
             let reader = Reader {
                 client,
                 tag: request.tag,
-                stale: false,
+                stale: None,
             };
             return self.answer_reader(reader, differs);
         }
@@ -842,10 +842,10 @@ impl Engine {
         );
         // Who asks this server for what it has does not mind who leads.
         self.slow_reads.retain(|_, it| {
-            if !it.reader.stale {
+            if it.reader.stale.is_none() {
                 away.push((it.reader.client, it.reader.tag));
             }
-            it.reader.stale
+            it.reader.stale.is_some()
         });
         away.extend(self.queued.drain(..).map(|(client, it)| (client, it.tag)));
         away.extend(
@@ -854,10 +854,10 @@ impl Engine {
                 .map(|(client, it)| (client, it.tag)),
         );
         self.reads_done.retain(|(reader, _)| {
-            if !reader.stale {
+            if reader.stale.is_none() {
                 away.push((reader.client, reader.tag));
             }
-            reader.stale
+            reader.stale.is_some()
         });
         self.count_reads_done();
         // In a fixed order, so that simulations repeat.
@@ -1300,13 +1300,26 @@ mod tests {
             ]))]))
         };
         // Who asks this server for what it has waits all the same when it leads no more.
-        let (client, tag, stale) = (ClientId(3), 0, true);
+        let (client, tag, stale) = (ClientId(3), 0, Some(engine.installs));
         engine.answer_reader(Reader { client, tag, stale }, body());
         engine.send_everyone_away();
         assert_eq!(engine.finished_read_bytes(), 100);
+        // What was read while chunks of another server came is given up.
+        let answer = |engine: &mut Engine| {
+            engine.finish_reads(Instant::default());
+            let mut replies = std::iter::from_fn(|| engine.poll_action());
+            replies.find_map(|action| match action {
+                Action::Reply { reply, .. } => Some(reply.body.is_ok()),
+                _ => None,
+            })
+        };
+        assert_eq!(answer(&mut engine), Some(true));
+        engine.answer_reader(Reader { client, tag, stale }, body());
+        engine.installs += 1;
+        assert_eq!(answer(&mut engine), Some(false));
         engine.handle_client_gone(client);
         for client in [1, 1, 2] {
-            let (client, tag, stale) = (ClientId(client), 0, false);
+            let (client, tag, stale) = (ClientId(client), 0, None);
             engine.answer_reader(Reader { client, tag, stale }, body());
         }
         assert_eq!(engine.finished_read_bytes(), 300);
