@@ -111,6 +111,27 @@ fn images_come_and_go() {
     fs::write(path("empty"), "").unwrap();
     run("volume import empty c").fails(2, &["size"]);
     run("volume export a out").fails(4, &["out exists already"]);
+    // Nobody else's file or disk is touched.
+    fs::write(path("mine.part"), "precious").unwrap();
+    run("volume export a mine").fails(4, &["mine.part exists"]);
+    assert_eq!(fs::read(path("mine.part")).unwrap(), b"precious");
+    std::os::unix::fs::symlink("padded", path("link.part")).unwrap();
+    fs::write(path("link.part.json"), "").unwrap();
+    run("volume export a link").done();
+    assert!(fs::symlink_metadata(path("link")).unwrap().is_file());
+    assert!(fs::read(path("padded")).unwrap() == padded);
+    fs::write(path("notes.part.json"), "precious").unwrap();
+    run("volume export a notes").fails(4, &["notes.part.json"]);
+    let mut other = padded.clone();
+    other[20 * MIB] ^= 1;
+    let from = other.iter().rposition(|byte| *byte != 0).unwrap();
+    other[from] ^= 1;
+    fs::write(path("other"), &other).unwrap();
+    run("volume import other a --resume").fails(4, &["other data than the image"]);
+    run("volume export a same").done();
+    assert!(fs::read(path("same")).unwrap() == padded);
+    run("volume import disk b --resume").fails(2, &["raw images", "qcow2"]);
+    run("volume import raw a --resume --chunk-size 64K").fails(2, &["--chunk-size"]);
     run("volume export c out3").fails(3, &["no volume c"]);
     run("volume export a none/out").fails(1, &["none/out"]);
     run("volume export a out3 --format vmdk").fails(2, &["raw or qcow2"]);
@@ -182,7 +203,7 @@ fn interrupted_copies_go_on() {
             .map(|at| u8::from_str_radix(&uuid[2 * at..2 * at + 2], 16).unwrap())
             .collect();
         let slot = show["files"][0]["slot"].as_u64().unwrap() + changed;
-        let notes = serde_json::json!({"uuid": uuid, "size_bytes": bytes.len(), "changed": slot, "done_bytes": 256 * MIB});
+        let notes = serde_json::json!({"format": "raw", "uuid": uuid, "size_bytes": bytes.len(), "changed": slot, "done_bytes": 256 * MIB});
         fs::write(path(&cell, "out.part.json"), notes.to_string()).unwrap();
     };
     fs::write(path(&cell, "out.part"), &bytes[..256 * MIB]).unwrap();

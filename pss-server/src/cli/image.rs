@@ -46,7 +46,7 @@ pub(super) struct ImportArgs {
     /// Size of the volume's chunks [default: 4M]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     chunk_size: Option<u64>,
-    /// Go on with a volume that an interrupted import has left: what differs from the image is overwritten
+    /// Go on with a volume that an interrupted import of this raw image has left
     #[arg(long)]
     resume: bool,
     /// Do not read the volume afterwards to compare it with the image
@@ -63,7 +63,7 @@ pub(super) struct ExportArgs {
     /// Format of the file: raw or qcow2 [default: qcow2 if its name ends so, else raw]
     #[arg(long, value_name = "FORMAT")]
     format: Option<String>,
-    /// Go on with what an interrupted export has left, if the volume was not written to since
+    /// Go on with what an interrupted raw export has left, if the volume was not written to since
     #[arg(long)]
     resume: bool,
     /// Do not read the file afterwards to compare it with the volume

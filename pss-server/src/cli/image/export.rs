@@ -3,12 +3,15 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pss_core::size::Size;
 use pss_core::volume::device::ReadPart;
 use pss_core::wire::client::VolumeStatus;
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -19,10 +22,13 @@ use crate::render::printable;
 
 /// So much is made durable at once, and noted as done.
 const DURABLE_BYTES: u64 = 256 << 20;
+/// A link in the place of one of our files leads to somebody else's.
+const NOFOLLOW: i32 = OFlags::NOFOLLOW.bits() as i32;
 
-/// How far an export is: beside the file that it writes.
+/// How far an export is.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 struct Done {
+    format: String,
     /// Identity of the volume.
     uuid: [u8; 16],
     size_bytes: u64,
@@ -33,29 +39,74 @@ struct Done {
 }
 
 impl Done {
-    fn nothing(status: &VolumeStatus) -> Done {
+    fn nothing(status: &VolumeStatus, format: &str) -> Done {
         Done {
+            format: format.to_owned(),
             uuid: status.volume.uuid,
             size_bytes: status.volume.size_bytes,
             changed: status.times.changed.0,
             done_bytes: 0,
         }
     }
+}
 
-    /// What an earlier export has noted, if that still holds.
-    fn read(path: &Path, status: &VolumeStatus) -> Option<Done> {
-        let text = fs::read(path).ok()?;
-        let found: Done = serde_json::from_slice(&text).ok()?;
-        let wanted = Done {
-            done_bytes: found.done_bytes,
-            ..Done::nothing(status)
-        };
-        (found == wanted && found.done_bytes <= found.size_bytes).then_some(found)
+/// The file with how far an export is, beside the one that it writes. It is there from before that is made until after that
+/// has got its name, and locked as long as the export runs.
+struct Notes {
+    file: File,
+    path: PathBuf,
+    /// What an earlier export has noted.
+    found: Option<Done>,
+}
+
+impl Notes {
+    /// `part` is the file that is written.
+    fn open(part: &Path) -> Result<Notes, CliError> {
+        let path = beside(part, ".json");
+        let had_notes = path.symlink_metadata().is_ok();
+        if !had_notes && part.symlink_metadata().is_ok() {
+            let message = format!(
+                "{} exists and is not what an export has left; remove it, or write another file",
+                part.display()
+            );
+            return Err(CliError::new(Exit::Busy, message));
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let opened = options.custom_flags(NOFOLLOW).open(&path);
+        let mut file = opened.map_err(|error| failed("write", &path, &error))?;
+        if let Err(error) = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            return Err(match error {
+                Errno::WOULDBLOCK => CliError::new(
+                    Exit::Busy,
+                    format!("another export writes {}", part.display()),
+                ),
+                error => failed("lock", &path, &error.into()),
+            });
+        }
+        let mut text = Vec::new();
+        let read = file.read_to_end(&mut text);
+        read.map_err(|error| failed("read", &path, &error))?;
+        // A file of that name that is no export's is not ours to overwrite.
+        let found = serde_json::from_slice(&text).ok();
+        if had_notes && found.is_none() && !text.is_empty() {
+            let message = format!(
+                "{} is not what an export has left; remove it",
+                path.display()
+            );
+            return Err(CliError::new(Exit::Busy, message));
+        }
+        Ok(Notes { file, path, found })
     }
 
-    fn write(&self, path: &Path) -> Result<(), CliError> {
-        let text = serde_json::to_vec(self).expect("numbers are JSON");
-        fs::write(path, text).map_err(|error| failed("write", path, &error))
+    fn write(&mut self, done: &Done) -> Result<(), CliError> {
+        let text = serde_json::to_vec(done).expect("numbers are JSON");
+        let written = self
+            .file
+            .set_len(0)
+            .and_then(|()| self.file.write_all_at(&text, 0))
+            .and_then(|()| self.file.sync_data());
+        written.map_err(|error| failed("write", &self.path, &error))
     }
 }
 
@@ -83,22 +134,50 @@ pub(in super::super) fn run(args: &CellArgs, export: &ExportArgs) -> Result<(), 
     let part = beside(file, ".part");
     let (digest, status, changed) = Client::run(args, async |client: Arc<Client>| {
         let status = client.volume(&export.name).await?;
+        let mut notes = Notes::open(&part)?;
+        let nothing = Done::nothing(&status, format);
+        let found = notes.found.take().filter(|found| {
+            let length = part.metadata().map_or(0, |about| about.len());
+            let wanted = Done {
+                done_bytes: found.done_bytes,
+                ..nothing.clone()
+            };
+            *found == wanted && found.done_bytes <= length.min(found.size_bytes)
+        });
+        let done = found
+            .filter(|_| export.resume && format == "raw")
+            .unwrap_or(nothing);
+        notes.write(&done)?;
+        if done.done_bytes == 0
+            && let Err(error) = fs::remove_file(&part)
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(failed("write", &part, &error));
+        }
         let digest = match format {
-            "raw" => Some(raw(&client, &status, export, &part).await?),
+            "raw" => Some(raw(&client, &status, export, &part, &mut notes, done).await?),
             format => {
                 qemu::export(&client, &part, format, &status.volume, !export.no_verify).await?;
                 None
             }
         };
-        let now = client.volume(&export.name).await?;
-        Ok((digest, status, now.times.changed))
+        publish(&part, file)?;
+        let _ = fs::remove_file(&notes.path);
+        // The file is complete, whatever the answer is.
+        let now = client.volume(&export.name).await.ok();
+        let changed = now.map(|now| now.times.changed != status.times.changed);
+        Ok((digest, status, changed))
     })?;
-    fs::rename(&part, file).map_err(|error| failed("write", file, &error))?;
-    if changed != status.times.changed {
-        say(format!(
+    match changed {
+        Some(false) => {}
+        Some(true) => say(format!(
             "Volume {} was written to meanwhile: the file is not of one moment.",
             printable(&export.name)
-        ));
+        )),
+        None => say(format!(
+            "Whether volume {} was written to meanwhile could not be asked.",
+            printable(&export.name)
+        )),
     }
     if args.json {
         return print_json(&json!({
@@ -108,7 +187,7 @@ pub(in super::super) fn run(args: &CellArgs, export: &ExportArgs) -> Result<(), 
             "format": format,
             "verified": !export.no_verify,
             "sha256": digest,
-            "changed_meanwhile": changed != status.times.changed,
+            "changed_meanwhile": changed,
         }));
     }
     let digest = digest
@@ -130,25 +209,46 @@ fn beside(file: &Path, end: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// Gives a complete file its name, durably; one that has come there meanwhile stays.
+fn publish(part: &Path, file: &Path) -> Result<(), CliError> {
+    let complete = File::open(part).and_then(|part| part.sync_all());
+    complete.map_err(|error| failed("write", part, &error))?;
+    let renamed = renameat_with(CWD, part, CWD, file, RenameFlags::NOREPLACE);
+    let renamed = match renamed {
+        // Not every file system can say so.
+        Err(Errno::INVAL | Errno::NOSYS) if file.symlink_metadata().is_err() => {
+            fs::rename(part, file).map_err(|error| failed("write", file, &error))
+        }
+        Err(Errno::EXIST | Errno::INVAL | Errno::NOSYS) => Err(CliError::new(
+            Exit::Busy,
+            format!(
+                "{} has come to be meanwhile; the copy is complete in {}",
+                file.display(),
+                part.display()
+            ),
+        )),
+        result => result.map_err(|error| failed("write", file, &error.into())),
+    };
+    renamed?;
+    let parent = file.parent().filter(|parent| *parent != Path::new(""));
+    let synced = File::open(parent.unwrap_or(Path::new("."))).and_then(|parent| parent.sync_all());
+    synced.map_err(|error| failed("write", file, &error))
+}
+
 /// Writes a raw image and gives its digest.
 async fn raw(
     client: &Arc<Client>,
     status: &VolumeStatus,
     export: &ExportArgs,
     part: &Path,
+    notes: &mut Notes,
+    mut done: Done,
 ) -> Result<String, CliError> {
-    let notes = beside(part, ".json");
-    let found = Done::read(&notes, status).filter(|_| export.resume);
-    let mut done = found.unwrap_or_else(|| Done::nothing(status));
     let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(done.done_bytes == 0);
-    let mut image = options
-        .open(part)
-        .map_err(|error| failed("write", part, &error))?;
+    options.read(true).write(true);
+    options.create_new(done.done_bytes == 0);
+    let opened = options.custom_flags(NOFOLLOW).open(part);
+    let mut image = opened.map_err(|error| failed("write", part, &error))?;
     let mut digest = Sha256::new();
     let resumed = done.done_bytes;
     if resumed > 0 {
@@ -170,7 +270,7 @@ async fn raw(
         if end - done.done_bytes >= DURABLE_BYTES {
             make_durable(&image, part, end)?;
             done.done_bytes = end;
-            done.write(&notes)?;
+            notes.write(&done)?;
         }
     }
     drop(progress);
@@ -179,8 +279,6 @@ async fn raw(
     if !export.no_verify {
         verify(client, status, &mut image, part, &digest, resumed > 0).await?;
     }
-    // If it stays, it describes a file that is no more.
-    let _ = fs::remove_file(&notes);
     Ok(digest)
 }
 

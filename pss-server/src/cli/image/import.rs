@@ -41,6 +41,12 @@ pub(in super::super) fn run(args: &CellArgs, import: &ImportArgs) -> Result<(), 
         "raw" => length(&image, file)?,
         format => qemu::size(file, format)?,
     };
+    if import.resume && format != "raw" {
+        let message = format!(
+            "--resume is for raw images, and this is {format}: delete the volume, and import it again"
+        );
+        return Err(CliError::usage(message));
+    }
     // The file's end may lie within a sector.
     let size_bytes = size_bytes.next_multiple_of(512);
     let chunk_bytes = check_new(&import.name, size_bytes, import.chunk_size)?;
@@ -63,11 +69,15 @@ pub(in super::super) fn run(args: &CellArgs, import: &ImportArgs) -> Result<(), 
             }
         };
         digest.map_err(|error| match error.exit {
-            Exit::Usage | Exit::NotFound => error,
+            Exit::Usage | Exit::NotFound | Exit::Busy => error,
             _ => CliError::new(
                 error.exit,
                 format!(
-                    "{error}; the volume is incomplete: go on with --resume, or delete it with 'pss volume delete {}'",
+                    "{error}; the volume is incomplete: {}delete it with 'pss volume delete {}'",
+                    match format == "raw" {
+                        true => "go on with --resume, or ",
+                        false => "",
+                    },
                     printable(&volume.name)
                 ),
             ),
@@ -142,7 +152,7 @@ async fn prepare(
     };
     if !import.resume {
         let message = format!(
-            "volume {name} exists already; take another name, or go on with an import that was interrupted with --resume, which overwrites what differs"
+            "volume {name} exists already; take another name, or go on with an import that was interrupted with --resume"
         );
         return Err(CliError::new(Exit::Busy, message));
     }
@@ -150,6 +160,11 @@ async fn prepare(
         let by = printable(&found.attached_by.join(", "));
         let message = format!("volume {name} is attached by {by}; disconnect it there first");
         return Err(CliError::new(Exit::Busy, message));
+    }
+    if found.volume.chunk_bytes != chunk_bytes && import.chunk_size.is_some() {
+        let size = Size(u64::from(found.volume.chunk_bytes));
+        let message = format!("volume {name} has chunks of {size}; leave --chunk-size out");
+        return Err(CliError::usage(message));
     }
     if found.volume.size_bytes != size_bytes {
         let message = format!(
@@ -173,9 +188,22 @@ impl Copy<'_> {
     /// Gives the digest of the image.
     async fn run(&self, is_new: bool, no_verify: bool) -> Result<String, CliError> {
         let mut writes = Writes::open(&self.client.cell, self.volume).await?;
+        // We are one; whoever came in the meantime is another.
+        let users = self.client.volume(&self.volume.name).await?.attached_by;
+        if users.len() > 1 {
+            let by = printable(&users.join(", "));
+            let message = format!(
+                "volume {} is attached by {by}",
+                printable(&self.volume.name)
+            );
+            return Err(CliError::new(Exit::Busy, message));
+        }
         let digest = match is_new {
             true => self.write_all(&mut writes, is_new).await?,
-            false => self.write_what_differs(&mut writes).await?,
+            false => {
+                self.check_left_behind().await?;
+                self.write_what_differs(&mut writes).await?
+            }
         };
         writes.finish().await?;
         if no_verify {
@@ -203,7 +231,7 @@ impl Copy<'_> {
         let progress = Progress::new("importing", size);
         let mut at = 0;
         while at < size {
-            let hole = self.hole(at).min(size - at);
+            let hole = self.hole(at)?.min(size - at);
             if hole > 0 {
                 hash_zeros(&mut digest, hole);
                 progress.advance(hole);
@@ -217,7 +245,32 @@ impl Copy<'_> {
             progress.advance(length);
             at += length;
         }
+        self.check_length()?;
         Ok(hex(digest))
+    }
+
+    /// What an interrupted import leaves behind has, block by block, what the image has, or zeros. Anything else is
+    /// somebody's disk.
+    async fn check_left_behind(&self) -> Result<(), CliError> {
+        let size = self.volume.size_bytes;
+        let progress = Progress::new("looking", size);
+        let mut reads = Reads::new(Arc::clone(self.client), self.volume.id, 0, size);
+        while let Some((at, parts)) = reads.next().await {
+            let parts = parts?;
+            progress.advance(parts.iter().map(ReadPart::length_bytes).sum());
+            if parts.iter().all(|part| matches!(part, ReadPart::Hole(_))) {
+                continue;
+            }
+            if let Some(differs) = foreign(&self.piece(at)?, &parts) {
+                let message = format!(
+                    "volume {} has other data than the image at byte {}: it is not what an import of this image has left; take another name",
+                    printable(&self.volume.name),
+                    at + differs as u64
+                );
+                return Err(CliError::new(Exit::Busy, message));
+            }
+        }
+        Ok(())
     }
 
     /// Writes where a volume differs.
@@ -239,13 +292,28 @@ impl Copy<'_> {
     }
 
     /// How long the hole at a position of the image is; 0 where there are data.
-    fn hole(&self, at: u64) -> u64 {
+    fn hole(&self, at: u64) -> Result<u64, CliError> {
         match rustix::fs::seek(self.image, rustix::fs::SeekFrom::Data(at)) {
-            Ok(data) => data - at,
-            Err(rustix::io::Errno::NXIO) => u64::MAX - at,
+            Ok(data) => Ok(data - at),
+            // No data before the end, or the end is before this.
+            Err(rustix::io::Errno::NXIO) => self.check_length().map(|()| u64::MAX - at),
             // Not every file system knows of holes.
-            Err(_) => 0,
+            Err(_) => Ok(0),
         }
+    }
+
+    /// The image is as long as it was.
+    fn check_length(&self) -> Result<(), CliError> {
+        let now = length(self.image, self.file)?;
+        match now.next_multiple_of(512) == self.volume.size_bytes {
+            true => Ok(()),
+            false => Err(self.became_shorter()),
+        }
+    }
+
+    fn became_shorter(&self) -> CliError {
+        let message = format!("{} changed its length meanwhile", self.file.display());
+        CliError::new(Exit::Failed, message)
     }
 
     /// What the image has at a position; zeros behind its end, which may lie within a sector.
@@ -256,10 +324,7 @@ impl Copy<'_> {
         while filled < piece.len() {
             match self.image.read_at(&mut piece[filled..], at + filled as u64) {
                 Ok(0) if self.volume.size_bytes - (at + filled as u64) < 512 => break,
-                Ok(0) => {
-                    let message = format!("{} became shorter meanwhile", self.file.display());
-                    return Err(CliError::new(Exit::Failed, message));
-                }
+                Ok(0) => return Err(self.became_shorter()),
                 Ok(more) => filled += more,
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed("read", self.file, &error)),
@@ -279,6 +344,25 @@ fn is_equal(piece: &[u8], parts: &[ReadPart]) -> bool {
             ReadPart::Hole(_) => here.iter().all(|byte| *byte == 0),
         }
     })
+}
+
+/// Where a volume has a block that is neither that of the image nor zeros.
+fn foreign(piece: &[u8], parts: &[ReadPart]) -> Option<usize> {
+    let mut at = 0;
+    for part in parts {
+        let length = part.length_bytes() as usize;
+        if let ReadPart::Data(data) = part {
+            let own = piece.get(at..at + length)?;
+            let mut blocks = own.chunks(BLOCK_BYTES).zip(data.chunks(BLOCK_BYTES));
+            let is_foreign =
+                |(own, has): (&[u8], &[u8])| own != has && has.iter().any(|byte| *byte != 0);
+            if let Some(block) = blocks.position(is_foreign) {
+                return Some(at + block * BLOCK_BYTES);
+            }
+        }
+        at += length;
+    }
+    None
 }
 
 /// Writes to a volume, some at a time.
@@ -441,5 +525,21 @@ mod tests {
         assert!(is_equal(&piece, &parts(&[3])));
         assert!(!is_equal(&piece, &parts(&[4])));
         assert!(!is_equal(&[1, 2, 9, 0, 3], &parts(&[3])));
+    }
+
+    #[test]
+    fn foreign_data_are_told_from_unfinished_ones() {
+        let mut image = vec![7; 3 * BLOCK_BYTES];
+        image[5] = 1;
+        let mut volume = image.clone();
+        volume[BLOCK_BYTES..].fill(0);
+        let parts = |bytes: &[u8]| [ReadPart::Data(Bytes::copy_from_slice(bytes))];
+        assert_eq!(foreign(&image, &parts(&volume)), None);
+        volume[2 * BLOCK_BYTES + 9] = 7;
+        assert_eq!(foreign(&image, &parts(&volume)), Some(2 * BLOCK_BYTES));
+        assert_eq!(
+            foreign(&image, &[ReadPart::Hole(3 * BLOCK_BYTES as u32)]),
+            None
+        );
     }
 }

@@ -83,7 +83,8 @@ pub(super) async fn export(
 
 fn convert() -> Command {
     let mut command = Command::new(QEMU_IMG);
-    command.args(["convert", "-W", "-m", "8"]);
+    // Writeback: what is left in caches at the end is written, and an error of that is told.
+    command.args(["convert", "-W", "-m", "8", "-t", "writeback"]);
     if std::io::stderr().is_terminal() && std::io::stdout().is_terminal() {
         command.arg("-p");
     }
