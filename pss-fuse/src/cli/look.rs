@@ -256,12 +256,10 @@ pub(super) fn stat(cell: &CellArgs, args: &StatArgs) -> Result<(), CliError> {
 }
 
 fn stat_text(path: &str, found: &Attributes, copies: &[ServerId], digest: Option<&str>) -> String {
-    let mut text = format!(
-        "  path: {}\n  kind: {}\n",
-        printable(path),
-        kind(found.node)
-    );
+    let mut text = String::new();
     let mut line = |name: &str, value: String| text.push_str(&format!("{name:>9}: {value}\n"));
+    line("path", printable(path));
+    line("kind", kind(found.node).to_owned());
     line("inode", found.node.inode().to_string());
     if found.size_bytes > 0 {
         let size = |bytes: u64| format!("{bytes} ({})", Size(bytes));
@@ -282,8 +280,7 @@ fn stat_text(path: &str, found: &Attributes, copies: &[ServerId], digest: Option
     if let Some(digest) = digest {
         line("sha256", digest.to_owned());
     }
-    text.replacen("  path", "     path", 1)
-        .replacen("  kind", "     kind", 1)
+    text
 }
 
 /// A line as the format says.
