@@ -28,6 +28,7 @@ use crate::wire::client::{
     Browse, ClientDecodeError, ReplyBody, ReplyError, RequestBody, ServerStatus, VolumeStatus,
 };
 use crate::wire::frame::FrameError;
+use crate::wire::inspect::{Inspect, Inspection};
 
 mod device;
 mod driver;
@@ -265,6 +266,21 @@ impl Cell {
         let place = |server| self.servers().iter().position(|listed| *listed == server);
         answers.sort_by_key(|(server, _)| place(*server));
         answers
+    }
+
+    /// What one server tells of its inside, whether it leads or not.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn inspect(
+        &self,
+        server: ServerId,
+        what: Inspect,
+    ) -> Result<Inspection, ServerError> {
+        match self.dialer.ask(server, RequestBody::Inspect(what)).await? {
+            ReplyBody::Inspection(inspection) => Ok(*inspection),
+            _ => Err(ServerError::Unexpected),
+        }
     }
 
     /// Stops a server cleanly.

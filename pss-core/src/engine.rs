@@ -9,6 +9,7 @@
 mod browse;
 mod conflicts;
 mod copy;
+mod inspect;
 mod requests;
 mod reservations;
 
@@ -22,6 +23,7 @@ use bytes::Bytes;
 use crate::chunk::{self, ChunkStore, ReadError};
 use crate::engine::conflicts::{BlockRange, Counts};
 use crate::engine::copy::Copying;
+pub use crate::engine::inspect::LogPage;
 use crate::entry::{Command, Entry, Op};
 use crate::paxos::message::{Message, SyncMessage};
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
@@ -36,6 +38,7 @@ use crate::volume::device::{Extent, ReadPart};
 use crate::wire::client::{
     CHUNKS_MAX, ChunkStatus, EXTENTS_MAX, Reply, ReplyBody, ReplyError, Request,
 };
+use crate::wire::inspect::Inspect;
 
 /// A session that the leader has not heard from for this long is fenced.
 pub const SESSION_LEASE: Duration = Duration::from_secs(60);
@@ -127,6 +130,15 @@ pub enum Action {
     Role(RoleChange),
     /// A client has asked this server to stop.
     Shutdown,
+    /// A client wants to know something of the inside: answer it with [`Engine::answer_inspection`].
+    Inspect {
+        /// Connection.
+        client: ClientId,
+        /// Of the request.
+        tag: u64,
+        /// What.
+        what: Inspect,
+    },
 }
 
 /// A read that has to wait for the device.

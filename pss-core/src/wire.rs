@@ -7,6 +7,7 @@ pub mod auth;
 pub mod client;
 mod codec;
 pub mod frame;
+pub mod inspect;
 pub mod peer;
 
 pub use codec::DecodeError;

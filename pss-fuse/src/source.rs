@@ -227,6 +227,7 @@ fn unexpected(body: &ReplyBody) -> FsError {
         ReplyBody::VolumeCreated(_) | ReplyBody::Volume { .. } => "a volume",
         ReplyBody::Status(_) => "a status",
         ReplyBody::Reservations(_) => "reservations",
+        ReplyBody::Inspection(_) => "an inspection",
     };
     FsError::Unexpected(kind.to_owned())
 }

@@ -54,7 +54,8 @@ impl ClientLoad {
             RequestBody::Browse {
                 what: Browse::Volumes | Browse::Directories { .. } | Browse::Chunks { .. },
                 ..
-            } => LIST_BYTES,
+            }
+            | RequestBody::Inspect(_) => LIST_BYTES,
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 data.len()
             }
@@ -64,6 +65,11 @@ impl ClientLoad {
             self.large.push((request.tag, bytes));
             self.large_bytes += bytes;
         }
+    }
+
+    /// Requests that are not answered.
+    pub(crate) fn under_way(&self) -> usize {
+        self.requests
     }
 
     /// A request was answered.

@@ -9,6 +9,7 @@ mod clock;
 pub mod config;
 pub mod node;
 mod peers;
+mod process;
 pub mod render;
 mod storage;
 pub mod up;

@@ -3,6 +3,7 @@
 //! * `turn` — the node thread: one turn of the loop takes what has come in, lets the engine work and
 //!   sends what comes of it
 //! * `connection`, `connections`, `datagrams` — its sockets
+//! * `inspect` — what it tells of its inside
 //! * `inbox` — what the other threads ([`crate::storage`]) report to it
 //!
 //! Several servers can run in one process.
@@ -11,6 +12,7 @@ mod connection;
 mod connections;
 mod datagrams;
 pub(crate) mod inbox;
+mod inspect;
 mod receive;
 mod send;
 mod start;

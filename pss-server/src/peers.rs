@@ -9,6 +9,7 @@ use std::time::Duration;
 use pss_core::servers::Servers;
 use pss_core::time::Instant;
 use pss_core::types::{Incarnation, SERVERS_MAX, ServerId};
+use pss_core::wire::inspect::LinkState;
 
 /// Frames that wait for one server, bytes. More than the agreement has under way to a server, and what
 /// a server that catches up asks for at once.
@@ -34,6 +35,34 @@ struct Peer {
     backoff: Duration,
     /// What was logged last about the link, so that it is not logged with every call.
     trouble: String,
+    counts: LinkCounts,
+}
+
+/// What was exchanged with a server since the start, without what is counted by a connection that is still open.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct LinkCounts {
+    pub(crate) sent_bytes: u64,
+    pub(crate) received_bytes: u64,
+    pub(crate) datagrams_sent: u64,
+    pub(crate) datagrams_received: u64,
+    /// Messages that were not sent: there was no connection, or too much waited.
+    pub(crate) dropped: u64,
+}
+
+/// Our connection to a server, for those who look at it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct LinkView<'a> {
+    pub(crate) tcp: SocketAddr,
+    pub(crate) state: LinkState,
+    /// Its place among the node's connections, if there is one.
+    pub(crate) connection: Option<usize>,
+    /// Since when it is up.
+    pub(crate) up_since: Option<Instant>,
+    /// None if it was not heard of.
+    pub(crate) incarnation: Option<Incarnation>,
+    /// Why there is none.
+    pub(crate) trouble: Option<&'a str>,
+    pub(crate) counts: LinkCounts,
 }
 
 /// Our connection to a server; the number is its place among the node's connections.
@@ -41,7 +70,27 @@ struct Peer {
 enum Link {
     Down { call_at: Instant },
     Calling { connection: usize, until: Instant },
-    Up { connection: usize },
+    Up { connection: usize, since: Instant },
+}
+
+impl Peer {
+    fn view(&self) -> LinkView<'_> {
+        let (state, connection, up_since) = match self.link {
+            Link::Down { .. } => (LinkState::Down, None, None),
+            Link::Calling { connection, .. } => (LinkState::Calling, Some(connection), None),
+            Link::Up { connection, since } => (LinkState::Up, Some(connection), Some(since)),
+        };
+        let trouble = Some(&self.trouble[..]).filter(|trouble| !trouble.is_empty());
+        LinkView {
+            tcp: self.tcp,
+            state,
+            connection,
+            up_since,
+            incarnation: Some(self.incarnation).filter(|it| *it != Incarnation(0)),
+            trouble: trouble.filter(|_| state != LinkState::Up),
+            counts: self.counts,
+        }
+    }
 }
 
 impl Peers {
@@ -59,6 +108,7 @@ impl Peers {
                     link: Link::Down { call_at: now },
                     backoff: BACKOFF_MIN,
                     trouble: String::new(),
+                    counts: LinkCounts::default(),
                 });
             }
         }
@@ -81,6 +131,19 @@ impl Peers {
     /// Where a server takes datagrams.
     pub(crate) fn udp(&self, server: ServerId) -> Option<SocketAddr> {
         self.get(server).map(|peer| peer.udp)
+    }
+
+    /// Counts something that is exchanged with a server.
+    pub(crate) fn count(&mut self, server: ServerId, add: impl FnOnce(&mut LinkCounts)) {
+        if let Some(peer) = self.get_mut(server) {
+            add(&mut peer.counts);
+        }
+    }
+
+    /// All servers with the connections to them.
+    pub(crate) fn views(&self) -> impl Iterator<Item = (ServerId, LinkView<'_>)> {
+        let ids = (0..).map(ServerId).zip(&self.all);
+        ids.filter_map(|(id, peer)| Some((id, peer.as_ref()?.view())))
     }
 
     /// Something was received from a server, or a process that says it is that. Returns whether it
@@ -109,7 +172,7 @@ impl Peers {
     /// The connection to a server, if it can be used.
     pub(crate) fn link(&self, server: ServerId) -> Option<usize> {
         match self.get(server)?.link {
-            Link::Up { connection } => Some(connection),
+            Link::Up { connection, .. } => Some(connection),
             _ => None,
         }
     }
@@ -156,11 +219,14 @@ impl Peers {
     }
 
     /// A server has answered.
-    pub(crate) fn up(&mut self, server: ServerId) {
+    pub(crate) fn up(&mut self, now: Instant, server: ServerId) {
         if let Some(peer) = self.get_mut(server)
             && let Link::Calling { connection, .. } = peer.link
         {
-            peer.link = Link::Up { connection };
+            peer.link = Link::Up {
+                connection,
+                since: now,
+            };
             peer.backoff = BACKOFF_MIN;
             peer.trouble.clear();
             tracing::info!(peer = server.0, "connected to server {server}");
@@ -245,12 +311,12 @@ mod tests {
     #[test]
     fn only_a_call_that_was_answered_is_a_link() {
         let mut peers = peers();
-        peers.up(ServerId(0));
+        peers.up(Instant(7), ServerId(0));
         assert_eq!(peers.link(ServerId(0)), None);
         peers.calling(Instant(0), ServerId(0), 5);
         assert_eq!(peers.link(ServerId(0)), None);
         assert_eq!(peers.overdue(Instant(0) + CALL_TIMEOUT), [5]);
-        peers.up(ServerId(0));
+        peers.up(Instant(7), ServerId(0));
         assert_eq!(peers.link(ServerId(0)), Some(5));
         assert_eq!(peers.overdue(Instant(u64::MAX)), [0_usize; 0]);
         peers.down(Instant(9), ServerId(0), "closed");

@@ -873,7 +873,7 @@ impl Sim {
                     self.leader_ballots.insert(ballot);
                 }
             }
-            Action::Shutdown => {}
+            Action::Shutdown | Action::Inspect { .. } => {}
         }
         Ok(())
     }

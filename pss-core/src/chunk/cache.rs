@@ -1,6 +1,6 @@
 //! Chunks in memory, and which files are open.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -450,6 +450,34 @@ impl Cache {
                 lock(&self.files).push_back(key);
             }
         }
+    }
+
+    /// See [`super::ChunkStore::open_files`].
+    pub(super) fn open_files(&self, most: usize) -> (usize, usize, Vec<(String, bool)>) {
+        let keys: Vec<Key> = {
+            let files = lock(&self.files);
+            files.iter().copied().collect()
+        };
+        let keys: BTreeSet<Key> = keys.into_iter().collect();
+        let mut open = Vec::new();
+        let mut count = 0;
+        for key in keys {
+            let Some(chunk) = self.shard(key).get(&key).map(Arc::clone) else {
+                continue;
+            };
+            let Ok(state) = chunk.state.try_lock() else {
+                // Someone reads or writes it.
+                count += 1;
+                continue;
+            };
+            if state.file.is_some() {
+                count += 1;
+                if open.len() < most {
+                    open.push((chunk.path(), state.dirty));
+                }
+            }
+        }
+        (count, self.files_max, open)
     }
 
     fn close(&self, key: Key) -> bool {

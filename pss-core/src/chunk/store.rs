@@ -381,6 +381,12 @@ impl ChunkStore {
         self.clock_ms.store(unix_ms, Ordering::Relaxed);
     }
 
+    /// Open chunk files: how many, how many there may be, and `most` of them with their paths and whether they have
+    /// changes for the next checkpoint. Those that are being worked on may be left out.
+    pub fn open_files(&self, most: usize) -> (usize, usize, Vec<(String, bool)>) {
+        self.cache.open_files(most)
+    }
+
     /// How many damaged blocks were met since the start.
     pub fn bad_blocks(&self) -> u64 {
         self.bad_blocks.load(Ordering::Relaxed)

@@ -419,7 +419,7 @@ impl Store {
             RequestBody::Reserve { .. }
             | RequestBody::Reservations { .. }
             | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
-            RequestBody::Status | RequestBody::Shutdown => Answer::Done,
+            RequestBody::Status | RequestBody::Shutdown | RequestBody::Inspect(_) => Answer::Done,
         };
         match answer {
             Answer::Refused(refusal) => Err(ReplyError::Refused(refusal)),

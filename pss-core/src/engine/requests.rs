@@ -100,6 +100,12 @@ impl Engine {
                 self.reply(client, request.tag, Ok(ReplyBody::Done));
                 return self.actions.push_back(Action::Shutdown);
             }
+            RequestBody::Inspect(what) => {
+                let (tag, what) = (request.tag, *what);
+                return self
+                    .actions
+                    .push_back(Action::Inspect { client, tag, what });
+            }
             RequestBody::Browse { stale: true, what } => {
                 let (tag, stale) = (request.tag, Some(self.installs));
                 return self.browse(Reader { client, tag, stale }, what);

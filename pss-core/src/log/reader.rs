@@ -74,6 +74,15 @@ impl LogReader {
         Ok(LogRead::Entries { prev, entries })
     }
 
+    /// The segments, oldest first: path, first slot and length of each file, bytes.
+    pub fn segments(&self) -> Vec<(String, Slot, u64)> {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        let segments = index.segments.iter();
+        segments
+            .map(|segment| (segment.path.clone(), segment.first, segment.bytes))
+            .collect()
+    }
+
     /// First slot that the log holds, or would hold if it is empty.
     pub fn first_slot(&self) -> Slot {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);

@@ -1,6 +1,7 @@
 //! Leading: phase 2 in a pipeline of batches, the lease, handing over.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use crate::entry::{Command, Entry, Op};
 use crate::paxos::election::Promised;
@@ -301,8 +302,7 @@ impl Replica {
     /// The lease counts from when the heartbeats were sent that a majority, this server included,
     /// answered; shortened by what clocks may differ in rate.
     fn renew_lease(&mut self, now: Instant) {
-        let lease = self.config.tuning.lease;
-        let usable = lease - lease * self.config.tuning.drift_per_mille / 1000;
+        let usable = self.usable_lease();
         let listed = self.config.members.core.len();
         let Role::Leader(leader) = &mut self.role else {
             return;
@@ -537,6 +537,25 @@ impl Replica {
             .followers
             .get(&server)
             .map(|follower| follower.durable)
+    }
+
+    /// The lease between this server and another one, by what it knows: who holds it, and how long it lasts.
+    pub fn lease_with(&self, now: Instant, server: ServerId) -> Option<(ServerId, Duration)> {
+        let (holder, until) = match &self.role {
+            Role::Leader(leader) => {
+                let granted = leader.followers.get(&server)?.granted?;
+                (self.config.id, granted + self.usable_lease())
+            }
+            _ if self.granted_to.server == server => (server, self.granted_until),
+            _ => return None,
+        };
+        (now < until).then(|| (holder, until.since(now)))
+    }
+
+    /// How long a granted lease is counted as ours from when it was asked for.
+    fn usable_lease(&self) -> Duration {
+        let lease = self.config.tuning.lease;
+        lease - lease * self.config.tuning.drift_per_mille / 1000
     }
 
     /// Whether a majority follows this leader now.

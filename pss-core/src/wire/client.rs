@@ -13,6 +13,7 @@ use crate::volume::reservation::{ReservationRequest, Reservations};
 use crate::wire::DecodeError;
 use crate::wire::codec::{Input, Output, shortened};
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
+use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection};
 
 /// Most bytes that one request may read or write. Clients split longer ones.
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
@@ -191,6 +192,8 @@ pub enum RequestBody {
         /// What to look at.
         what: Browse,
     },
+    /// What this server tells of its inside; answered by every server.
+    Inspect(Inspect),
 }
 
 /// What [`RequestBody::Browse`] looks at.
@@ -289,6 +292,8 @@ pub enum ReplyBody {
         /// Version of its reservations; 0 if there never were any.
         reservations: u64,
     },
+    /// What a server tells of its inside.
+    Inspection(Box<Inspection>),
 }
 
 /// Why a request failed.
@@ -576,6 +581,7 @@ impl RequestBody {
             RequestBody::ShrinkVolume { .. } => 21,
             RequestBody::DeleteAttachedVolume { .. } => 22,
             RequestBody::Browse { .. } => 23,
+            RequestBody::Inspect(_) => 24,
         }
     }
 
@@ -689,6 +695,7 @@ impl RequestBody {
                 put.flag(*stale);
                 what.encode(put);
             }
+            RequestBody::Inspect(what) => what.encode(put),
         }
     }
 
@@ -772,6 +779,7 @@ impl RequestBody {
                 stale: input.flag()?,
                 what: Browse::decode(input)?,
             },
+            24 => RequestBody::Inspect(Inspect::decode(input)?),
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "request",
@@ -923,6 +931,45 @@ impl Browse {
     }
 }
 
+impl Inspect {
+    fn encode(&self, put: &mut Output<'_>) {
+        match self {
+            Inspect::Process => put.u8(0),
+            Inspect::Clients => put.u8(1),
+            Inspect::Outbound => put.u8(2),
+            Inspect::Files => put.u8(3),
+            Inspect::Links => put.u8(4),
+            Inspect::Log { before, count } => {
+                put.u8(5);
+                put.u64(before.0);
+                put.u32(u32::from(*count));
+            }
+            Inspect::Sockets => put.u8(6),
+        }
+    }
+
+    fn decode(input: &mut Input<'_>) -> Result<Inspect, DecodeError> {
+        Ok(match input.u8()? {
+            0 => Inspect::Process,
+            1 => Inspect::Clients,
+            2 => Inspect::Outbound,
+            3 => Inspect::Files,
+            4 => Inspect::Links,
+            5 => Inspect::Log {
+                before: Slot(input.u64()?),
+                count: at_most("page", input.u32()?, usize::from(INSPECT_ENTRIES_MAX))? as u16,
+            },
+            6 => Inspect::Sockets,
+            code => {
+                return Err(DecodeError::UnknownCode {
+                    what: "way to inspect",
+                    code,
+                });
+            }
+        })
+    }
+}
+
 /// The first block of a range of whole blocks.
 fn aligned_first_block(offset_bytes: u64, length: usize) -> Option<u64> {
     let block = BLOCK_BYTES as u64;
@@ -958,7 +1005,7 @@ fn payload_length(payload: &Bytes, want: u32) -> Result<(), DecodeError> {
 }
 
 /// Header, little-endian: code u8 (from 64 on an error), tag u64, then the fields. Data that were
-/// read are the payload, with a CRC32C of each part in the header. Volumes and status are JSON.
+/// read are the payload, with a CRC32C of each part in the header. Volumes, status and inspections are JSON.
 impl Reply {
     /// Appends the reply as a frame; data that were read are not copied.
     pub fn encode(&self, out: &mut SendQueue) {
@@ -1030,6 +1077,7 @@ impl ReplyBody {
             ReplyBody::Volume { .. } => 9,
             ReplyBody::Chunks { .. } => 10,
             ReplyBody::Directories(_) => 11,
+            ReplyBody::Inspection(_) => 12,
         }
     }
 
@@ -1059,6 +1107,7 @@ impl ReplyBody {
             ReplyBody::Volumes(volumes) => put_json(put, volumes),
             ReplyBody::VolumeCreated(volume) => put.u32(volume.0),
             ReplyBody::Status(status) => put_json(put, status),
+            ReplyBody::Inspection(inspection) => put_json(put, inspection),
             ReplyBody::Reservations(reservations) => reservations.encode(put.0),
             ReplyBody::Volume {
                 size_bytes,
@@ -1144,6 +1193,7 @@ impl ReplyBody {
                 }
                 ReplyBody::Directories(directories)
             }
+            12 => ReplyBody::Inspection(get_json(input)?),
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "reply",

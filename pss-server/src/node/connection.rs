@@ -21,6 +21,10 @@ pub(crate) struct Connection {
     read_closed: bool,
     /// The socket took everything so far; if not, it will be reported writable.
     writable: bool,
+    /// Bytes received so far.
+    pub(crate) received: u64,
+    /// Bytes sent so far.
+    pub(crate) sent: u64,
 }
 
 /// What a read brought.
@@ -44,11 +48,18 @@ impl Connection {
             readable: connected,
             read_closed: false,
             writable: connected,
+            received: 0,
+            sent: 0,
         }
     }
 
     pub(crate) fn stream(&mut self) -> &mut TcpStream {
         &mut self.stream
+    }
+
+    /// For questions about the socket.
+    pub(crate) fn socket(&self) -> &TcpStream {
+        &self.stream
     }
 
     /// Notes what the socket was reported to be.
@@ -86,6 +97,7 @@ impl Connection {
                     // is not (epoll(7), question 9). Saves the read that would say so.
                     self.readable = count == room || self.read_closed;
                     self.reader.filled(count);
+                    self.received += count as u64;
                     return Ok(Fill::Bytes(count));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -110,6 +122,7 @@ impl Connection {
                 Ok(count) => {
                     self.writable = count == total;
                     self.out.advance(count);
+                    self.sent += count as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

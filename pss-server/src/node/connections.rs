@@ -47,6 +47,10 @@ pub(super) struct Slot {
     pub(super) dirty: bool,
     /// It is not read from until some of its requests are answered.
     pub(super) paused: bool,
+    /// Requests that a client has sent.
+    pub(super) requests: u64,
+    /// When it sent the last one.
+    pub(super) last_request: Option<Instant>,
 }
 
 /// The connections, each in a place that is used again when it has ended.
@@ -103,6 +107,8 @@ impl Connections {
             queued: false,
             dirty: false,
             paused: false,
+            requests: 0,
+            last_request: None,
         };
         match self.free.pop() {
             Some(place) => self.slots[place] = Some(slot),
@@ -115,6 +121,10 @@ impl Connections {
         self.count(&slot.kind, false);
         self.free.push(place);
         Some(slot)
+    }
+
+    pub(super) fn get(&self, place: usize) -> Option<&Slot> {
+        self.slots.get(place)?.as_ref()
     }
 
     pub(super) fn get_mut(&mut self, place: usize) -> Option<&mut Slot> {

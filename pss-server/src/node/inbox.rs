@@ -5,12 +5,13 @@ use std::sync::{Mutex, PoisonError};
 
 use mio::Waker;
 use pss_core::chunk::ReadError;
-use pss_core::engine::Fetched;
+use pss_core::engine::{ClientId, Fetched};
 use pss_core::paxos::LogRead;
 use pss_core::paxos::message::Message;
 use pss_core::paxos::output::WriteId;
 use pss_core::types::{Ballot, ServerId, Slot};
 use pss_core::wire::client::ServerStatus;
+use pss_core::wire::inspect::{EntryInfo, Inspection};
 
 use crate::node::ServerError;
 
@@ -31,6 +32,18 @@ pub(crate) enum Event {
     },
     /// A message for another server is ready: a chunk that it asked for.
     Exported { to: ServerId, message: Message },
+    /// Entries were read for someone who wants to see them, newest first.
+    EntriesRead {
+        client: ClientId,
+        tag: u64,
+        entries: Vec<EntryInfo>,
+    },
+    /// What another thread had to look for was found.
+    Inspected {
+        client: ClientId,
+        tag: u64,
+        inspection: Inspection,
+    },
     /// The base of a copy is durable.
     BaseStored,
     /// A checkpoint is durable up to this slot.

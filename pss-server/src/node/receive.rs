@@ -125,6 +125,8 @@ impl Node {
             match self.datagrams.decode(bytes) {
                 Ok(datagram) => {
                     let known = self.peers.heard(now, datagram.from, datagram.incarnation);
+                    self.peers
+                        .count(datagram.from, |counts| counts.datagrams_received += 1);
                     if known {
                         self.engine
                             .handle_message(now, datagram.from, datagram.message);
@@ -351,6 +353,8 @@ impl Node {
                     match Request::decode(frame) {
                         Ok(request) => {
                             load.begin(&request);
+                            slot.requests += 1;
+                            slot.last_request = Some(now);
                             self.engine.handle_request(now, slot.id, request);
                             let read = self.engine.finished_read_bytes();
                             if read >= READ_BYTES_PER_ANSWER {
@@ -414,7 +418,7 @@ impl Node {
             (None, _) => Ok(()),
             (Some(_), Some(server)) => {
                 self.connections.become_kind(place, Kind::Outbound(server));
-                self.peers.up(server);
+                self.peers.up(now, server);
                 Ok(())
             }
             (Some(peer), None) => self.let_in(now, place, peer),
@@ -471,6 +475,9 @@ impl Node {
             }
             Kind::Inbound(server, _) => {
                 let peer = server.0;
+                let received = slot.connection.received;
+                self.peers
+                    .count(server, |counts| counts.received_bytes += received);
                 if reason.is_usual() {
                     tracing::debug!(peer, "server {server} has disconnected: {reason}");
                 } else {
@@ -481,6 +488,8 @@ impl Node {
                 }
             }
             Kind::Calling(server, _) | Kind::Outbound(server) => {
+                let sent = slot.connection.sent;
+                self.peers.count(server, |counts| counts.sent_bytes += sent);
                 self.peers.down(now, server, &reason.to_string());
             }
             Kind::Caller(_) => {

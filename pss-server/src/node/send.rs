@@ -61,6 +61,7 @@ impl Node {
                         .checkpoint(CheckpointJob::Checkpoint(checkpoint));
                 }
                 Action::Role(change) => self.log_role(change),
+                Action::Inspect { client, tag, what } => self.inspect(now, client, tag, what),
                 Action::Shutdown => {
                     tracing::info!("a client has asked this server to stop");
                     self.stop(now);
@@ -109,7 +110,7 @@ impl Node {
 
     fn send_frame(&mut self, to: ServerId, message: &Message) {
         let Some(place) = self.peers.link(to) else {
-            return;
+            return self.peers.count(to, |counts| counts.dropped += 1);
         };
         let Some(slot) = self.connections.get_mut(place) else {
             return;
@@ -118,6 +119,7 @@ impl Node {
             encode_frame(message, &mut slot.connection.out);
             self.make_dirty(place);
         } else {
+            self.peers.count(to, |counts| counts.dropped += 1);
             tracing::debug!(
                 peer = to.0,
                 "server {to} takes nothing: a message was dropped"
@@ -199,7 +201,7 @@ impl Node {
                 continue;
             }
             match self.sockets.udp.send_to(&self.datagram, address) {
-                Ok(_) => {}
+                Ok(_) => self.peers.count(to, |counts| counts.datagrams_sent += 1),
                 // Lost, like others on the way. The agreement does without.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => tracing::debug!(peer = to.0, "sending to {address}: {error}"),

@@ -80,7 +80,7 @@ pub(super) struct Node {
     pub(super) boot: u64,
     pub(super) threads: StorageThreads,
     chosen: Arc<AtomicU64>,
-    started: Instant,
+    pub(super) started: Instant,
 
     // Coming in.
     pub(super) udp_readable: bool,
@@ -289,6 +289,16 @@ impl Node {
                 }
                 Event::Read { ticket, result } => self.engine.handle_read(now, ticket, result),
                 Event::Exported { to, message } => self.send_to_peer(to, message),
+                Event::EntriesRead {
+                    client,
+                    tag,
+                    entries,
+                } => self.entries_read(now, client, tag, entries),
+                Event::Inspected {
+                    client,
+                    tag,
+                    inspection,
+                } => self.engine.answer_inspection(client, tag, inspection),
                 Event::BaseStored => self.engine.handle_base_stored(now),
                 Event::CheckpointDone(slot) => self.checkpoint_done(slot),
                 Event::Space {

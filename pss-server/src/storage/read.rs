@@ -3,14 +3,24 @@
 use std::sync::Arc;
 
 use pss_core::chunk::ChunkStore;
-use pss_core::engine::{ChunkExport, VolumeRead};
+use pss_core::engine::{ChunkExport, ClientId, LogPage, VolumeRead};
+use pss_core::entry::Entry;
 use pss_core::log::{self, LogReadError, LogReader};
 use pss_core::paxos;
 use pss_core::types::{Ballot, ServerId, Slot};
+use pss_core::wire::inspect::{
+    EntryInfo, FilesInfo, INSPECT_CHUNKS_MAX, Inspection, OpenChunk, OpenVolume, SegmentInfo,
+};
 
 use crate::node::inbox::Event;
+use crate::process;
 use crate::storage::Reporter;
 use crate::storage::queue::Queue;
+
+/// Entries that are read at once for someone who wants to see them.
+const PAGE_STEP: u64 = 8;
+/// When so much was read for that, bytes, it is enough.
+const PAGE_BYTES_MAX: usize = 64 << 20;
 
 /// What the read threads do.
 pub(crate) enum ReadJob {
@@ -30,6 +40,24 @@ pub(crate) enum ReadJob {
         bytes_max: usize,
         /// See [`pss_core::engine::Action::ReadLog`].
         tail_for: Option<Ballot>,
+    },
+    /// Read entries for someone who wants to see them.
+    Entries {
+        /// Who.
+        client: ClientId,
+        /// Of the request.
+        tag: u64,
+        /// Which.
+        page: LogPage,
+    },
+    /// See which files are open.
+    Files {
+        /// Who wants to know.
+        client: ClientId,
+        /// Of the request.
+        tag: u64,
+        /// What the node thread knows.
+        volumes: Vec<OpenVolume>,
     },
 }
 
@@ -79,6 +107,58 @@ impl ReadThread {
                 let read = self.read_log(after, until, bytes_max)?;
                 Some(Event::LogRead { to, tail_for, read })
             }
+            ReadJob::Entries { client, tag, page } => Some(Event::EntriesRead {
+                client,
+                tag,
+                entries: self.entries(page),
+            }),
+            ReadJob::Files {
+                client,
+                tag,
+                volumes,
+            } => Some(Event::Inspected {
+                client,
+                tag,
+                inspection: Inspection::Files(self.files(volumes)),
+            }),
+        }
+    }
+
+    /// Entries of a page, newest first: all, or as many as are there and do not take too much reading.
+    fn entries(&self, page: LogPage) -> Vec<EntryInfo> {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let mut until = page.newest;
+        while until >= page.oldest && bytes < PAGE_BYTES_MAX {
+            let after = Slot(until.0.saturating_sub(PAGE_STEP)).max(Slot(page.oldest.0 - 1));
+            let read = self.log.read(after, until, usize::MAX);
+            let Ok(log::LogRead::Entries { entries: some, .. }) = read else {
+                // Damaged, or trimmed meanwhile: what is newer can be shown.
+                break;
+            };
+            bytes += some.iter().map(Entry::payload_bytes).sum::<usize>();
+            entries.extend(some.iter().rev().map(EntryInfo::of));
+            until = after;
+        }
+        entries
+    }
+
+    fn files(&self, volumes: Vec<OpenVolume>) -> FilesInfo {
+        let (chunks_open, chunks_max, open) = self.chunks.open_files(INSPECT_CHUNKS_MAX);
+        let segments = self.log.segments().into_iter();
+        let chunks = open.into_iter();
+        FilesInfo {
+            volumes,
+            chunks: chunks
+                .map(|(path, dirty)| OpenChunk { path, dirty })
+                .collect(),
+            chunks_open: chunks_open as u64,
+            chunks_max: chunks_max as u64,
+            segments: segments
+                .map(|(path, first, bytes)| SegmentInfo { path, first, bytes })
+                .collect(),
+            descriptors: process::descriptors(),
+            descriptors_max: process::descriptors_max(),
         }
     }
 

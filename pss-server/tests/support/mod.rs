@@ -1,6 +1,7 @@
 //! A cell of servers in this process, each with its own directory and loopback address.
 
 pub(crate) mod failing;
+mod inspect;
 pub(crate) mod raw;
 mod speed;
 
@@ -243,7 +244,7 @@ impl Drop for TestCell {
 
 /// A client whose calls block.
 pub(crate) struct Client {
-    runtime: Arc<Runtime>,
+    pub(crate) runtime: Arc<Runtime>,
     pub(crate) cell: Arc<Cell>,
 }
 

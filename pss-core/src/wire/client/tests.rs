@@ -6,6 +6,7 @@ use super::*;
 use crate::types::Slot;
 use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
+use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect};
 
 fn frame_of(encode: impl FnOnce(&mut SendQueue), limits: FrameLimits) -> Frame {
     let mut out = SendQueue::new();
@@ -123,6 +124,18 @@ fn body() -> impl Strategy<Value = RequestBody> {
         volume().prop_map(|volume| RequestBody::Detach { volume }),
         Just(RequestBody::Status),
         Just(RequestBody::Shutdown),
+        (0..7_u8, any::<u64>(), 0..=INSPECT_ENTRIES_MAX).prop_map(|(code, before, count)| {
+            let before = Slot(before);
+            RequestBody::Inspect(match code {
+                0 => Inspect::Process,
+                1 => Inspect::Clients,
+                2 => Inspect::Outbound,
+                3 => Inspect::Files,
+                4 => Inspect::Links,
+                5 => Inspect::Log { before, count },
+                _ => Inspect::Sockets,
+            })
+        }),
         (volume(), any::<u64>()).prop_map(|(volume, key)| reserve(volume, key)),
         volume().prop_map(|volume| RequestBody::Reservations { volume }),
         volume().prop_map(|volume| RequestBody::Look { volume }),
@@ -425,6 +438,7 @@ fn literal_requests() {
         ),
         (RequestBody::Status, 15, ""),
         (RequestBody::Shutdown, 16, ""),
+        (RequestBody::Inspect(Inspect::Sockets), 24, "06"),
         (
             reserve(VolumeId(7), 9),
             17,

@@ -1,0 +1,313 @@
+//! What a server tells of its inside to whoever looks after it: connections, queues, open files, the log.
+//!
+//! Every server answers for itself, whether it leads or not. The answers are JSON; fields may be added, and readers
+//! skip those that they do not know.
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{Ballot, ServerId, Slot, VolumeId};
+
+/// Most log entries in one answer.
+pub const INSPECT_ENTRIES_MAX: u16 = 256;
+/// Most commands of one entry in an answer; [`EntryInfo::more`] counts the others.
+pub const INSPECT_COMMANDS_MAX: usize = 16;
+/// Most chunk files in one answer; [`FilesInfo::chunks_open`] counts all.
+pub const INSPECT_CHUNKS_MAX: usize = 4096;
+
+/// What to look at.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Inspect {
+    /// The process; answered by [`Inspection::Process`].
+    Process,
+    /// Connected clients; answered by [`Inspection::Clients`].
+    Clients,
+    /// What waits to be sent to the other servers; answered by [`Inspection::Outbound`].
+    Outbound,
+    /// Open files; answered by [`Inspection::Files`].
+    Files,
+    /// Links to the other servers; answered by [`Inspection::Links`].
+    Links,
+    /// The agreement by slot, newest first; answered by [`Inspection::Log`].
+    Log {
+        /// Only slots below this one; `Slot(0)`: from the newest.
+        before: Slot,
+        /// At most so many, up to [`INSPECT_ENTRIES_MAX`].
+        count: u16,
+    },
+    /// Sockets; answered by [`Inspection::Sockets`].
+    Sockets,
+}
+
+/// What was found.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Inspection {
+    /// The process.
+    Process(ProcessInfo),
+    /// Connected clients, the longest connected first.
+    Clients(Vec<ClientInfo>),
+    /// By server.
+    Outbound(Vec<OutboundInfo>),
+    /// Open files.
+    Files(FilesInfo),
+    /// By server.
+    Links(Vec<LinkInfo>),
+    /// Log entries.
+    Log(LogInfo),
+    /// Sockets: those that listen first.
+    Sockets(Vec<SocketInfo>),
+}
+
+/// A server's process.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct ProcessInfo {
+    /// The server.
+    pub server: ServerId,
+    /// Process id.
+    pub pid: u32,
+    /// State as `ps` shows it, such as `Sl`.
+    pub state: String,
+    /// CPU time used so far, user and system, milliseconds. Of the whole process, which may hold several servers.
+    pub cpu_ms: u64,
+    /// Resident memory, bytes.
+    pub memory_bytes: u64,
+    /// Path of the program.
+    pub program: String,
+    /// Data directory.
+    pub path: String,
+    /// Seconds since the server was started.
+    pub uptime_s: u64,
+}
+
+/// A connected client.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct ClientInfo {
+    /// What it calls itself, such as `pss-iscsi@gw1`.
+    pub name: String,
+    /// Address and port.
+    pub address: String,
+    /// Milliseconds since it connected.
+    pub connected_ms: u64,
+    /// Milliseconds since its last request; none if it has sent none.
+    pub idle_ms: Option<u64>,
+    /// Requests so far.
+    pub requests: u64,
+    /// Requests that are not answered.
+    pub in_flight: u64,
+    /// Bytes received from it.
+    pub received_bytes: u64,
+    /// Bytes sent to it.
+    pub sent_bytes: u64,
+    /// Bytes of answers that it has not taken.
+    pub unsent_bytes: u64,
+}
+
+/// State of a connection to another server.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkState {
+    /// It can be used.
+    Up,
+    /// It is being set up.
+    Calling,
+    /// There is none; it will be tried again.
+    Down,
+}
+
+/// What is held for another server.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct OutboundInfo {
+    /// To which.
+    pub server: ServerId,
+    /// Its address and port.
+    pub address: String,
+    /// State of the connection on which it is sent.
+    pub link: LinkState,
+    /// Bytes that wait.
+    pub waiting_bytes: u64,
+    /// Most that may wait; what is more is dropped and asked for again.
+    pub limit_bytes: u64,
+    /// Messages that were dropped because too much waited or there was no connection, since the start.
+    pub dropped: u64,
+    /// Bytes sent on this and earlier connections since the start.
+    pub sent_bytes: u64,
+    /// Log entries that it has not acknowledged, if this server leads.
+    pub unacknowledged: Option<u64>,
+}
+
+/// Open files.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct FilesInfo {
+    /// Volumes that sessions have attached.
+    pub volumes: Vec<OpenVolume>,
+    /// Open chunk files, at most [`INSPECT_CHUNKS_MAX`].
+    pub chunks: Vec<OpenChunk>,
+    /// How many chunk files are open.
+    pub chunks_open: u64,
+    /// How many may be open.
+    pub chunks_max: u64,
+    /// Segments of the log, oldest first.
+    pub segments: Vec<SegmentInfo>,
+    /// Open descriptors of the process.
+    pub descriptors: u64,
+    /// How many it may have.
+    pub descriptors_max: u64,
+}
+
+/// A volume in use.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct OpenVolume {
+    /// Its name.
+    pub name: String,
+    /// Names of the sessions that have it attached.
+    pub attached_by: Vec<String>,
+}
+
+/// An open chunk file.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct OpenChunk {
+    /// Path below the data directory, such as `data/vol001/00/00/01`.
+    pub path: String,
+    /// It has changes that are not on the disk for sure; they are in the log.
+    pub dirty: bool,
+}
+
+/// A segment of the log.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SegmentInfo {
+    /// Path below the data directory.
+    pub path: String,
+    /// Its first slot.
+    pub first: Slot,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// How another server is connected, as one server sees it.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct LinkInfo {
+    /// The other server.
+    pub server: ServerId,
+    /// Whether it was heard of lately.
+    pub alive: bool,
+    /// Milliseconds since it was last heard of; none if never.
+    pub silent_ms: Option<u64>,
+    /// The connection that this server has opened to it.
+    pub link: LinkState,
+    /// Milliseconds since it is up.
+    pub up_ms: Option<u64>,
+    /// Why it is not, if it was tried.
+    pub trouble: Option<String>,
+    /// Whether the other server has opened one to this one.
+    pub inbound: bool,
+    /// Smoothed round trip on the connection, microseconds (RFC 6298, by the kernel).
+    pub round_trip_us: Option<u32>,
+    /// TCP segments sent on the connection.
+    pub segments_sent: u64,
+    /// Of them, those that were sent again because they were lost.
+    pub segments_lost: u64,
+    /// Bytes sent to it over TCP since the start.
+    pub sent_bytes: u64,
+    /// Bytes received from it over TCP since the start.
+    pub received_bytes: u64,
+    /// Datagrams sent to it since the start.
+    pub datagrams_sent: u64,
+    /// Datagrams received from it since the start.
+    pub datagrams_received: u64,
+    /// Newest life of its data directory that was heard of.
+    pub incarnation: Option<u64>,
+    /// The lease between the two, if one leads and the other follows.
+    pub lease: Option<LeaseInfo>,
+}
+
+/// A lease between two servers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct LeaseInfo {
+    /// Who was granted it; the other one has granted it.
+    pub holder: ServerId,
+    /// For how long it still holds, milliseconds.
+    pub left_ms: u64,
+}
+
+/// A page of the log.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct LogInfo {
+    /// The server that was asked.
+    pub server: ServerId,
+    /// Its role, as in [`crate::wire::client::ServerStatus::role`].
+    pub role: String,
+    /// Its highest promised ballot.
+    pub ballot: Ballot,
+    /// First slot of its log.
+    pub first: Slot,
+    /// Last slot of its log.
+    pub last: Slot,
+    /// Slot up to which it knows entries to be chosen.
+    pub chosen: Slot,
+    /// Slot up to which it has applied them.
+    pub applied: Slot,
+    /// The entries, newest first.
+    pub entries: Vec<EntryInfo>,
+    /// [`Inspect::Log`]`::before` of the next page; none if there are no older entries in the log.
+    pub next: Option<Slot>,
+}
+
+/// An entry of the log.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct EntryInfo {
+    /// Slot.
+    pub slot: Slot,
+    /// Ballot under which it was first proposed.
+    pub ballot: Ballot,
+    /// What it orders, at most [`INSPECT_COMMANDS_MAX`].
+    pub commands: Vec<CommandInfo>,
+    /// How many commands more it holds.
+    pub more: u64,
+    /// Bytes of payload.
+    pub payload_bytes: u64,
+    /// Core servers that are known to hold it durably. A leader knows it of all, others of themselves and of those
+    /// who have applied it.
+    pub accepted_by: Vec<ServerId>,
+    /// It is known to be chosen.
+    pub chosen: bool,
+    /// It is applied here.
+    pub applied: bool,
+}
+
+/// A command of an entry.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct CommandInfo {
+    /// What it does, such as `write`.
+    pub what: String,
+    /// Session that asked; 0: the servers themselves.
+    pub session: u64,
+    /// Number of the request in its session.
+    pub number: u64,
+    /// Number of the volume.
+    pub volume: Option<VolumeId>,
+    /// Its name, if it is there now.
+    pub volume_name: Option<String>,
+    /// Range, bytes from the start of the volume.
+    pub offset_bytes: Option<u64>,
+    /// Length of the range, bytes.
+    pub length_bytes: Option<u64>,
+    /// More about it, such as a new size.
+    pub detail: Option<String>,
+}
+
+/// A socket.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SocketInfo {
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Own address and port.
+    pub local: String,
+    /// The other end; none while it listens.
+    pub remote: Option<String>,
+    /// `LISTEN`, `ESTABLISHED`, `SYN_SENT`; empty for UDP.
+    pub state: String,
+    /// Bytes that wait to be sent.
+    pub send_queue_bytes: u64,
+    /// Who is at the other end: a client's name, `server 2`, or nothing yet.
+    pub who: Option<String>,
+}
