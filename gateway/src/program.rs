@@ -37,10 +37,24 @@ pub fn end(program: &str, result: anyhow::Result<()>) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing can be done if stderr is gone.
-            let _ = writeln!(std::io::stderr(), "{program}: {error:#}");
+            let _ = writeln!(std::io::stderr(), "{program}: {}", with_causes(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes; those whose text an error above them holds already are left out.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// Opens the cell that a server.conf describes, with the key given or the one beside the file.
@@ -130,6 +144,19 @@ pub fn parse_time(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let cause = std::io::Error::other("it is gone");
+        let error = anyhow::Error::new(cause).context("cannot read f: it is gone; look there");
+        assert_eq!(
+            with_causes(&error.context("starting")),
+            "starting: cannot read f: it is gone; look there"
+        );
+        let cause = std::io::Error::other("it is gone");
+        let error = anyhow::Error::new(cause).context("cannot read f");
+        assert_eq!(with_causes(&error), "cannot read f: it is gone");
+    }
 
     #[test]
     fn times() {

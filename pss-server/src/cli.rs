@@ -21,11 +21,17 @@ mod health;
 mod image;
 mod iscsi;
 mod key;
+mod links;
+mod manual;
+mod paxos;
+mod ports;
+mod probe;
 mod server;
 mod signals;
 mod start;
 mod status;
 mod volume;
+mod watch;
 
 pub use format::{FormatArgs, FormatError, format};
 pub use signals::on_stop_signal;
@@ -168,7 +174,10 @@ enum Verb {
     /// Creates, shows, resizes and deletes volumes
     #[command(subcommand)]
     Volume(volume::VolumeVerb),
-    /// Lists and stops servers
+    /// Shows the agreement of the servers
+    #[command(subcommand)]
+    Paxos(paxos::PaxosVerb),
+    /// Lists servers, looks into them and stops them
     #[command(subcommand)]
     Server(server::ServerVerb),
     /// Makes the cell key
@@ -213,12 +222,16 @@ struct PssUp {
     up: crate::up::UpArgs,
 }
 
-/// `pss`.
+/// `pss`, also under the names of the manual.
 pub fn pss_main() -> ExitCode {
+    if let Some(exit) = manual::main() {
+        return exit;
+    }
     let pss = Pss::parse();
     finish("pss", || match pss.verb {
         Verb::Status(args) => status::run(&pss.cell, &args),
         Verb::Volume(verb) => volume::run(&pss.cell, verb),
+        Verb::Paxos(verb) => paxos::run(&pss.cell, verb),
         Verb::Server(verb) => server::run(&pss.cell, verb),
         Verb::Key(verb) => key::run(&pss.cell, verb),
         Verb::Iscsi(args) => iscsi::run(&pss.cell, args),
@@ -268,7 +281,11 @@ pub(crate) fn print(text: &str) -> Result<(), CliError> {
 }
 
 fn print_json(value: &serde_json::Value) -> Result<(), CliError> {
-    print(&format!("{value:#}\n"))
+    print(&json_text(value))
+}
+
+fn json_text(value: &serde_json::Value) -> String {
+    format!("{value:#}\n")
 }
 
 /// Says something that is not data.

@@ -1,5 +1,7 @@
 //! Tables and numbers for people.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 /// A table with headings; columns are padded to their widest cell.
 pub struct Table {
     columns: Vec<Column>,
@@ -101,6 +103,25 @@ pub fn grouped(number: u64) -> String {
     out
 }
 
+/// A time for people, UTC, of milliseconds since the beginning of 1970: `2025-11-30 12:34:56`.
+pub fn utc(since_1970_ms: u64) -> String {
+    // Later than the year 9999 only a wrong clock can be.
+    let last = Duration::from_secs(253_402_300_799);
+    let time = UNIX_EPOCH + Duration::from_millis(since_1970_ms).min(last);
+    let text = humantime::format_rfc3339_seconds(time).to_string();
+    text.trim_end_matches('Z').replace('T', " ")
+}
+
+/// Bytes without rounding, in the largest unit that fits: `1536M`, `5000`.
+pub fn exact(bytes: u64) -> String {
+    let units = [(30, "G"), (20, "M"), (10, "K")];
+    let fits = |(shift, _): &(u32, &str)| bytes > 0 && bytes.is_multiple_of(1 << shift);
+    match units.into_iter().find(fits) {
+        Some((shift, letter)) => format!("{}{letter}", bytes >> shift),
+        None => bytes.to_string(),
+    }
+}
+
 /// A time span for people: `14 s`, `5 min`, `3 h`, `2 days`.
 pub fn span(seconds: u64) -> String {
     match seconds {
@@ -122,6 +143,23 @@ mod tests {
         table.row(["ä\u{1b}".into(), "1023.9M".into(), "x".into()]);
         let expected = "NAME        SIZE  USE\nvol001       10G\nä\\u{1b}  1023.9M  x\n";
         assert_eq!(table.render(), expected);
+    }
+
+    #[test]
+    fn times_and_exact_sizes() {
+        assert_eq!(utc(0), "1970-01-01 00:00:00");
+        assert_eq!(utc(1_764_506_096_789), "2025-11-30 12:34:56");
+        assert_eq!(utc(u64::MAX), "9999-12-31 23:59:59");
+        for (bytes, text) in [
+            (0, "0"),
+            (512, "512"),
+            (4096, "4K"),
+            (1536 << 20, "1536M"),
+            (3 << 40, "3072G"),
+            (4097, "4097"),
+        ] {
+            assert_eq!(exact(bytes), text);
+        }
     }
 
     #[test]

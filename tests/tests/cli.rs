@@ -420,7 +420,7 @@ fn configurations_are_checked() {
         "<target iqn.2001-03.jp.tritech:a>\n  backing-store vol001\n  bs-type pss\n</target>\n";
     fs::write(bench.path("targets.conf"), target).unwrap();
     let said = check("targets.conf").done().stdout();
-    assert!(said.contains("1 targets with 1 disks"), "{said}");
+    assert!(said.contains("1 target with 1 disk"), "{said}");
     fs::write(bench.path("other"), format!("{target}colour red\n")).unwrap();
     check("other").fails(2, &["other:5", "colour"]);
     fs::write(bench.path("pss.toml"), "colour = 1\n").unwrap();

@@ -13,7 +13,7 @@ use pss_core::size::{Size, parse_size};
 use pss_core::types::ServerId;
 use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::REQUEST_BYTES_MAX;
-use pss_gateway::logging::{LogLevel, LogTarget};
+use pss_gateway::logging::LogTarget;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -513,7 +513,10 @@ fn look<F: Future<Output = Result<(), CliError>>>(
     shows_images: bool,
     run: impl FnOnce(Arc<Namespace>) -> F,
 ) -> Result<(), CliError> {
-    start_log(LogTarget::Stderr, cell.log_level.unwrap_or(LogLevel::Warn))?;
+    // What fails is said once, by the command itself.
+    if let Some(level) = cell.log_level {
+        start_log(LogTarget::Stderr, level)?;
+    }
     // What is written to a slow reader blocks its thread; answers are taken by another.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

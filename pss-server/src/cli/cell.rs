@@ -5,11 +5,13 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pss_core::client::{Cell, CellConfig, ClientError, Shrink};
+use pss_core::client::{Cell, CellConfig, ClientError, ServerError, Shrink};
 use pss_core::state::{Refusal, Volume};
 use pss_core::types::{ServerId, VolumeId};
 use pss_core::wire::client::{ReplyError, VolumeStatus};
+use pss_core::wire::inspect::{Inspect, Inspection};
 use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
 
 use super::health::{Answers, Verdict};
 use super::{CellArgs, CliError, Exit};
@@ -119,12 +121,38 @@ pub(super) fn denied(answers: &Answers) -> Option<CliError> {
         .failures
         .iter()
         .find(|(_, error)| error.is_denial())?;
-    Some(CliError::new(
+    Some(turned_away(*id, error))
+}
+
+fn turned_away(id: ServerId, error: &ServerError) -> CliError {
+    CliError::new(
         Exit::Denied,
         format!(
             "server {id} does not let this client in: {error}; use the cell's own key with --key FILE or PSS_KEY"
         ),
-    ))
+    )
+}
+
+/// What it means that one server, on which everything depends, gave no answer.
+fn no_answer(id: ServerId, address: &str, error: Option<&ServerError>) -> CliError {
+    match error {
+        Some(error) if error.is_denial() => turned_away(id, error),
+        Some(ServerError::Reply(ReplyError::Invalid)) => CliError::new(
+            Exit::Unsupported,
+            format!(
+                "server {id} at {address} does not know the question: it is of an older version"
+            ),
+        ),
+        _ => {
+            let reason = error.map(|error| format!(" ({error})")).unwrap_or_default();
+            CliError::new(
+                Exit::NoQuorum,
+                format!(
+                    "server {id} does not answer at {address}{reason}; it is not running, or cannot be reached from here"
+                ),
+            )
+        }
+    }
 }
 
 /// The cell, for programs that do one thing after the other.
@@ -214,6 +242,49 @@ impl Access {
             .map_err(|error| about(&volume.name, error))
     }
 
+    /// A server that is listed.
+    ///
+    /// # Errors
+    /// [`Exit::NotFound`].
+    pub(super) fn listed(&self, id: u8) -> Result<ServerId, CliError> {
+        match self.files.file.record(id) {
+            Ok(record) => Ok(record.id),
+            Err(error) => Err(CliError::new(Exit::NotFound, error)),
+        }
+    }
+
+    /// What it means that a server gave no answer.
+    pub(super) fn no_answer(&self, id: ServerId, error: Option<&ServerError>) -> CliError {
+        no_answer(id, &self.address_text(id), error)
+    }
+
+    /// What one server tells of its inside.
+    pub(super) fn inspect(&self, id: ServerId, what: Inspect) -> Result<Inspection, CliError> {
+        self.runtime
+            .block_on(self.cell.inspect(id, what))
+            .map_err(|error| self.no_answer(id, Some(&error)))
+    }
+
+    /// What some servers tell of their inside, all asked at once.
+    pub(super) fn inspect_all(&self, ids: &[ServerId], what: Inspect) -> Vec<Told> {
+        let mut told = self.runtime.block_on(async {
+            let mut questions = JoinSet::new();
+            for &id in ids {
+                let cell = Arc::clone(&self.cell);
+                questions.spawn(async move { (id, cell.inspect(id, what).await) });
+            }
+            questions.join_all().await
+        });
+        told.sort_by_key(|(id, _)| *id);
+        told.into_iter()
+            .map(|(id, answer)| Told {
+                id,
+                address: self.address_text(id),
+                answer,
+            })
+            .collect()
+    }
+
     /// Stops a server.
     pub(super) fn shutdown(&self, id: ServerId) -> Result<(), CliError> {
         self.runtime
@@ -235,6 +306,54 @@ impl Access {
             }
         })
     }
+}
+
+/// What a server told of its inside, or why it did not.
+pub(super) struct Told {
+    pub(super) id: ServerId,
+    /// Where it was asked.
+    pub(super) address: String,
+    pub(super) answer: Result<Inspection, ServerError>,
+}
+
+impl Told {
+    /// The line that tells of a server that did not answer.
+    pub(super) fn failure(&self) -> Option<String> {
+        let error = self.answer.as_ref().err()?;
+        Some(format!("Server {} at {}: {error}", self.id, self.address))
+    }
+}
+
+/// The failure to report if no server answered.
+pub(super) fn check_any_answers(told: &[Told]) -> Result<(), CliError> {
+    if told.iter().any(|told| told.answer.is_ok()) {
+        return Ok(());
+    }
+    let errors = || {
+        told.iter()
+            .filter_map(|told| Some((told, told.answer.as_ref().err()?)))
+    };
+    if let Some((told, error)) = errors().find(|(_, error)| error.is_denial()) {
+        return Err(turned_away(told.id, error));
+    }
+    if let [one] = told {
+        return Err(no_answer(one.id, &one.address, one.answer.as_ref().err()));
+    }
+    let reasons: Vec<String> = errors()
+        .map(|(told, error)| format!("server {} at {}: {error}", told.id, told.address))
+        .collect();
+    Err(CliError::new(
+        Exit::NoQuorum,
+        format!("no server answers: {}", reasons.join("; ")),
+    ))
+}
+
+/// The failure to report if an answer fits no question; a server would have to be wrong.
+pub(super) fn unexpected(id: ServerId) -> CliError {
+    CliError::new(
+        Exit::Failed,
+        format!("server {id}: {}", ServerError::Unexpected),
+    )
 }
 
 impl Drop for Access {

@@ -77,9 +77,20 @@ fn check_targets(file: &Path) -> Result<Checked, CliError> {
     let disks: usize = targets.values().map(|target| target.luns.len()).sum();
     Ok(Checked {
         kind: "iscsi",
-        summary: format!("{} targets with {disks} disks", targets.len()),
+        summary: format!(
+            "{} with {}",
+            counted(targets.len(), "target"),
+            counted(disks, "disk")
+        ),
         warnings: loaded.warnings.iter().map(ToString::to_string).collect(),
     })
+}
+
+fn counted(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
 }
 
 fn check_servers(args: &CellArgs, file: &Path) -> Result<Checked, CliError> {

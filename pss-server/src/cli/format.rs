@@ -14,7 +14,7 @@ use pss_core::types::{Ballot, GroupId, Incarnation};
 
 use crate::config::{CellFiles, ServerConfig, Tuning};
 
-use super::{CliError, Exit, say};
+use super::{CliError, Exit, confirm, say};
 
 /// Flags of `pssd format`.
 #[derive(Args, Debug)]
@@ -101,6 +101,36 @@ pub(super) fn run(args: &FormatArgs) -> Result<(), CliError> {
         more_flags(args),
     ));
     Ok(())
+}
+
+/// Formats the directory of a listed server. If it holds something, asks before it is replaced.
+///
+/// # Errors
+/// Those of `pssd format`; also if the answer is not yes, or nobody can be asked.
+pub(super) fn run_asking(
+    servers: &Path,
+    key: Option<&Path>,
+    id: u8,
+    yes: bool,
+) -> Result<(), CliError> {
+    let args = |force| FormatArgs {
+        servers: servers.to_owned(),
+        id,
+        path: None,
+        key: key.map(Path::to_owned),
+        cell: None,
+        force,
+    };
+    let files = CellFiles::read(servers, key)?;
+    let path = files.server(id, None, None, Tuning::default())?.path;
+    let found = first_entry(&path).ok().flatten();
+    if found.is_some() && !yes {
+        confirm(&format!(
+            "{} is not empty: all data of server {id} in it will be lost.",
+            path.display()
+        ))?;
+    }
+    run(&args(found.is_some()))
 }
 
 /// The flags that `pssd start` needs as well.

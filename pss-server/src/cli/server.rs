@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::cell::Access;
 use super::health::{Answers, CopyState, Health, Verdict};
 use super::status::look;
-use super::{CellArgs, CliError, Exit, confirm, print, print_json, say};
+use super::{CellArgs, CliError, confirm, links, ports, print, print_json, probe, say};
 use crate::render::{Table, left, right, span};
 
 #[derive(Debug, Subcommand)]
@@ -24,12 +24,24 @@ pub(super) enum ServerVerb {
         #[arg(long)]
         yes: bool,
     },
+    /// Shows what a server holds open: clients, what waits for the other servers, files
+    #[command(after_help = probe::EXAMPLES)]
+    Probe(probe::ProbeArgs),
+    /// Shows how the servers are connected with each other
+    #[command(after_help = links::EXAMPLES)]
+    Links(links::LinksArgs),
+    /// Lists the sockets of the servers as netstat does
+    #[command(after_help = ports::EXAMPLES)]
+    Ports(ports::PortsArgs),
 }
 
 pub(super) fn run(args: &CellArgs, verb: ServerVerb) -> Result<(), CliError> {
     match verb {
         ServerVerb::List => list(args),
         ServerVerb::Shutdown { id, yes } => shutdown(args, id, yes),
+        ServerVerb::Probe(probe) => probe::run(args, &probe),
+        ServerVerb::Links(links) => links::run(args, &links),
+        ServerVerb::Ports(ports) => ports::run(args, &ports),
     }
 }
 
@@ -125,24 +137,12 @@ fn list_json(
     json!({ "schema": "pss.server.list/1", "servers": servers })
 }
 
-fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
+pub(super) fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
-    let file = &cell.files.file;
-    let id = file
-        .record(id)
-        .map_err(|error| CliError::new(Exit::NotFound, error))?
-        .id;
+    let id = cell.listed(id)?;
     let (answers, health) = look(&cell)?;
     if !answers.statuses.contains_key(&id) {
-        let reason = answers.failures.get(&id).map(|error| format!(" ({error})"));
-        return Err(CliError::new(
-            Exit::NoQuorum,
-            format!(
-                "server {id} does not answer at {}{}; it is not running, or cannot be reached from here",
-                cell.address_text(id),
-                reason.unwrap_or_default()
-            ),
-        ));
+        return Err(cell.no_answer(id, answers.failures.get(&id)));
     }
     if let Some(question) = objection(&health, id).filter(|_| !yes) {
         confirm(&question)?;

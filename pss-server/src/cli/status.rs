@@ -1,6 +1,5 @@
 //! `pss status`.
 
-use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use clap::Args;
@@ -10,37 +9,30 @@ use serde_json::{Value, json};
 
 use super::cell::Access;
 use super::health::{Answers, CopyState, Health, Verdict};
-use super::{CellArgs, CliError, Exit, print, print_json};
+use super::watch::WatchArgs;
+use super::{CellArgs, CliError, Exit, json_text, print};
 use crate::render::{Table, grouped, left, right};
 
 /// A server that is behind by what was written in this time is not behind.
 const SETTLE: Duration = Duration::from_millis(300);
-const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub(super) struct StatusArgs {
-    /// Look again every second until interrupted
-    #[arg(long)]
-    watch: bool,
+    #[command(flatten)]
+    watch: WatchArgs,
 }
 
 pub(super) fn run(args: &CellArgs, status: &StatusArgs) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
-    if !status.watch {
-        let (answers, health) = look(&cell)?;
-        show(args, &cell, &answers, &health)?;
-        return outcome(&health, args.json);
+    if status.watch.watch {
+        return status.watch.run(args, || {
+            let (answers, health) = look(&cell)?;
+            Ok(shown(args, &cell, &answers, &health))
+        });
     }
-    let terminal = io::stdout().is_terminal() && !args.json;
-    loop {
-        let (answers, health) = look(&cell)?;
-        if terminal {
-            // Home, and clear to the end.
-            print("\x1b[H\x1b[2J")?;
-        }
-        show(args, &cell, &answers, &health)?;
-        std::thread::sleep(WATCH_EVERY);
-    }
+    let (answers, health) = look(&cell)?;
+    print(&shown(args, &cell, &answers, &health))?;
+    outcome(&health, args.json)
 }
 
 /// Asks all servers; twice if one seems behind, because in a busy cell every answer is from another
@@ -64,22 +56,12 @@ pub(super) fn look(cell: &Access) -> Result<(Answers, Health), CliError> {
     Ok((later, health))
 }
 
-fn show(
-    args: &CellArgs,
-    cell: &Access,
-    answers: &Answers,
-    health: &Health,
-) -> Result<(), CliError> {
-    let address = |id: ServerId| {
-        let address = cell.files.servers.tcp(id);
-        address
-            .map(|address| address.to_string())
-            .unwrap_or_default()
-    };
-    if args.json {
-        return print_json(&status_json(answers, health, address));
+fn shown(args: &CellArgs, cell: &Access, answers: &Answers, health: &Health) -> String {
+    let address = |id: ServerId| cell.address_text(id);
+    match args.json {
+        true => json_text(&status_json(answers, health, address)),
+        false => status_text(answers, health, address),
     }
-    print(&status_text(answers, health, address))
 }
 
 /// Without a majority the command fails, but only after it has shown what it knows.

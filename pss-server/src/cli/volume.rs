@@ -138,7 +138,12 @@ fn check_size(size: u64, chunk_bytes: u32) -> Result<(), CliError> {
     })
 }
 
-fn create(args: &CellArgs, name: &str, size: u64, chunk_size: Option<u64>) -> Result<(), CliError> {
+pub(super) fn create(
+    args: &CellArgs,
+    name: &str,
+    size: u64,
+    chunk_size: Option<u64>,
+) -> Result<(), CliError> {
     let chunk_bytes = check_new(name, size, chunk_size)?;
     let cell = Access::connect(args)?;
     let id = cell.create_volume(name, size, chunk_bytes)?;

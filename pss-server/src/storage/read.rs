@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use pss_core::chunk::ChunkStore;
 use pss_core::engine::{ChunkExport, ClientId, LogPage, VolumeRead};
-use pss_core::entry::Entry;
 use pss_core::log::{self, LogReadError, LogReader};
 use pss_core::paxos;
 use pss_core::types::{Ballot, ServerId, Slot};
@@ -19,8 +18,6 @@ use crate::storage::queue::Queue;
 
 /// Entries that are read at once for someone who wants to see them.
 const PAGE_STEP: u64 = 8;
-/// When so much was read for that, bytes, it is enough.
-const PAGE_BYTES_MAX: usize = 64 << 20;
 
 /// What the read threads do.
 pub(crate) enum ReadJob {
@@ -124,19 +121,17 @@ impl ReadThread {
         }
     }
 
-    /// Entries of a page, newest first: all, or as many as are there and do not take too much reading.
+    /// Entries of a page, newest first: all, or those newer than one that is damaged or was cut off meanwhile. Few are in
+    /// memory at once.
     fn entries(&self, page: LogPage) -> Vec<EntryInfo> {
         let mut entries = Vec::new();
-        let mut bytes = 0;
         let mut until = page.newest;
-        while until >= page.oldest && bytes < PAGE_BYTES_MAX {
+        while until >= page.oldest {
             let after = Slot(until.0.saturating_sub(PAGE_STEP)).max(Slot(page.oldest.0 - 1));
             let read = self.log.read(after, until, usize::MAX);
             let Ok(log::LogRead::Entries { entries: some, .. }) = read else {
-                // Damaged, or trimmed meanwhile: what is newer can be shown.
                 break;
             };
-            bytes += some.iter().map(Entry::payload_bytes).sum::<usize>();
             entries.extend(some.iter().rev().map(EntryInfo::of));
             until = after;
         }
