@@ -1,6 +1,6 @@
 //! What every front end with sockets needs, whatever its protocol: [`listen`] (sockets), [`peer`] (who
 //! connects), [`sending`] (replies on their way), [`alarm`] (wake-ups), [`program`] (what the gateways'
-//! programs have in common), [`logging`] (stderr or syslog), [`throttle`] (log lines that strangers cause). [`memory`] is a volume in memory for tests.
+//! programs have in common), [`logging`] (stderr or syslog), [`throttle`] (log lines that strangers cause), [`user`] (who uses a program). [`memory`] is a volume in memory for tests.
 
 pub mod alarm;
 pub mod listen;
@@ -10,3 +10,4 @@ pub mod peer;
 pub mod program;
 pub mod sending;
 pub mod throttle;
+pub mod user;

@@ -78,6 +78,7 @@ pub fn connect(
     let name = format!("{program}@{}", host.trim());
     Ok(Cell::connect(CellConfig {
         key,
+        client_user: crate::user::user_name(),
         request_timeout,
         ..CellConfig::new(addresses.collect(), &name)
     }))

@@ -25,7 +25,8 @@ use crate::volume::device::{BlockDevice, BoxFuture, DeviceError, DeviceInfo, Vol
 use crate::wire::DecodeError;
 use crate::wire::auth::{Denial, HandshakeError};
 use crate::wire::client::{
-    Browse, ClientDecodeError, ReplyBody, ReplyError, RequestBody, ServerStatus, VolumeStatus,
+    Browse, ClientDecodeError, EventList, ReplyBody, ReplyError, RequestBody, ServerStatus,
+    VolumeStatus,
 };
 use crate::wire::frame::FrameError;
 use crate::wire::inspect::{Inspect, Inspection};
@@ -51,6 +52,8 @@ pub struct CellConfig {
     pub key: Option<CellKey>,
     /// What this client calls itself, for people: such as `pss-nbd@host`.
     pub client_name: String,
+    /// Who uses this client, for people; may be empty. The servers cannot check it.
+    pub client_user: String,
     /// A request without an answer for so long fails.
     pub request_timeout: Duration,
     /// A server that does not accept a connection, or does not answer a question about itself, for so
@@ -65,6 +68,7 @@ impl CellConfig {
             servers,
             key: None,
             client_name: client_name.to_owned(),
+            client_user: String::new(),
             request_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(1),
         }
@@ -373,6 +377,28 @@ impl Cell {
             true => RequestBody::DeleteAttachedVolume { volume },
         };
         self.change(body).await
+    }
+
+    /// Has the cell note that this client is about to do something of which its log would not know otherwise. The
+    /// text is cut to [`NOTE_BYTES_MAX`](crate::entry::NOTE_BYTES_MAX).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn note(&self, text: &str) -> Result<(), ClientError> {
+        let text = text.to_owned();
+        self.change(RequestBody::Note { text }).await
+    }
+
+    /// What was done to the cell, by whom and when: of what it still has, the oldest
+    /// [`EVENTS_ANSWERED_MAX`](crate::wire::client::EVENTS_ANSWERED_MAX) with numbers above `after`.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn events(&self, after: u64) -> Result<EventList, ClientError> {
+        match self.call(RequestBody::Events { after }).await? {
+            ReplyBody::Events(list) => Ok(*list),
+            _ => Err(ClientError::Unexpected),
+        }
     }
 
     async fn change(&self, body: RequestBody) -> Result<(), ClientError> {

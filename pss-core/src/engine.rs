@@ -14,6 +14,7 @@ mod requests;
 mod reservations;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -293,6 +294,10 @@ pub struct Engine {
     /// How often chunks of another server have begun to come.
     installs: u64,
     heard: HashMap<SessionId, Instant>,
+    /// See [`Engine::note_client`].
+    addresses: HashMap<ClientId, SocketAddr>,
+    /// Number of the newest administrative action that was logged, or that came with the state.
+    logged_event: u64,
     /// Volumes as the applied state has them, shared with reads on other threads.
     volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
     /// See [`Engine::set_wall_clock`].
@@ -366,6 +371,8 @@ impl Engine {
             reads_done_bytes: 0,
             installs: 0,
             heard: HashMap::new(),
+            addresses: HashMap::new(),
+            logged_event: 0,
             volumes: HashMap::new(),
             wall_clock_ms: 0,
             told_ms: 0,
@@ -386,6 +393,7 @@ impl Engine {
             backlog_bytes: 0,
             forgetful: false,
         };
+        engine.logged_event = engine.state.events_made();
         engine.share_volumes();
         engine.drain(now);
         engine
@@ -693,12 +701,33 @@ impl Engine {
         {
             self.share_volumes();
         }
+        self.log_events();
         self.note_reserved(entry);
         if !self.waiting.is_empty() {
             for (command, answer) in entry.commands.iter().zip(answers) {
                 self.answer_command((command.session, command.number), answer);
             }
         }
+    }
+
+    /// Logs what an entry has done to the cell. After a restart some of it is logged again, under the same number.
+    fn log_events(&mut self) {
+        if self.logged_event == self.state.events_made() {
+            return;
+        }
+        for event in self.state.events_after(self.logged_event) {
+            let address = event.by.address.map(tracing::field::display);
+            tracing::info!(
+                event = event.number,
+                slot = event.slot.0,
+                user = ?event.by.user,
+                address,
+                client = ?event.by.name,
+                "administration: {}",
+                event.to_string().escape_debug()
+            );
+        }
+        self.logged_event = self.state.events_made();
     }
 
     /// Tries again to apply the entry for which there was no space.

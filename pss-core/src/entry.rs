@@ -4,9 +4,11 @@
 //! other. The *header* of an entry says everything but the written data; the payload of its `Write`
 //! commands, whole 4 KiB blocks, travels and is stored behind it and is never copied.
 
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut, Bytes};
+use serde::{Deserialize, Serialize};
 
 use crate::types::{
     BLOCK_BYTES, Ballot, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
@@ -21,6 +23,10 @@ pub const ENTRY_HEADER_MAX: usize = 1 << 20;
 pub const WRITE_BLOCKS_MAX: usize = (1 << 20) / BLOCK_BYTES;
 /// Most bytes of a volume's name.
 pub const VOLUME_NAME_MAX: usize = 64;
+/// Most bytes of the name of a client's user.
+pub const USER_NAME_MAX: usize = 64;
+/// Most bytes of a note.
+pub const NOTE_BYTES_MAX: usize = 200;
 
 /// What one slot of the log holds.
 #[derive(Clone, Debug, Eq, PartialEq, Hash)]
@@ -73,7 +79,8 @@ pub enum Op {
         /// Keep space allocated for them (NBD's `NO_HOLE`).
         allocate: bool,
     },
-    /// Opens a session, whose id is this entry's slot and position.
+    /// Opens a session, whose id is this entry's slot and position. Leaders propose
+    /// [`Op::OpenSessionFrom`] now; logs from before hold this.
     OpenSession {
         /// Number by which the client recognises its session when it repeats the request.
         nonce: u64,
@@ -145,6 +152,71 @@ pub enum Op {
         /// Milliseconds since the beginning of 1970, UTC.
         unix_ms: u64,
     },
+    /// Opens a session as [`Op::OpenSession`] does, and says for whom.
+    OpenSessionFrom {
+        /// As there.
+        nonce: u64,
+        /// Who opens it.
+        origin: Box<Origin>,
+    },
+    /// Changes nothing: a client says what it is about to do outside of the state, so that it is known who did it.
+    Note {
+        /// What; at most [`NOTE_BYTES_MAX`].
+        text: String,
+    },
+}
+
+/// Where the requests of a session come from, for people.
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    /// What the client calls itself, such as `pss@host`.
+    pub name: String,
+    /// Its user, as it says; empty if it does not.
+    pub user: String,
+    /// Whence it was connected when it opened the session, as its server saw it.
+    pub address: Option<SocketAddr>,
+}
+
+impl Origin {
+    /// Layout: name and user as strings, family of the address u8 (0: none, 4, 6) and if there is one, its 4 or
+    /// 16 bytes as they are written, and the port u16.
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        put_string(out, &self.name);
+        put_string(out, &self.user);
+        match self.address.map(|it| (it.ip(), it.port())) {
+            None => out.put_u8(0),
+            Some((IpAddr::V4(ip), port)) => {
+                out.put_u8(4);
+                out.put_slice(&ip.octets());
+                out.put_u16_le(port);
+            }
+            Some((IpAddr::V6(ip), port)) => {
+                out.put_u8(6);
+                out.put_slice(&ip.octets());
+                out.put_u16_le(port);
+            }
+        }
+    }
+
+    pub(crate) fn decode(input: &mut &[u8]) -> Result<Origin, EntryError> {
+        let name = get_string(input)?;
+        let user = get_string(input)?;
+        let ip = match get_u8(input)? {
+            0 => None,
+            4 => Some(IpAddr::from(get_array::<4>(input)?)),
+            6 => Some(IpAddr::from(get_array::<16>(input)?)),
+            family => return Err(EntryError::UnknownFamily(family)),
+        };
+        let address = match ip {
+            Some(ip) => Some(SocketAddr::new(ip, u16::from_le_bytes(get_array(input)?))),
+            None => None,
+        };
+        Ok(Origin {
+            name,
+            user,
+            address,
+        })
+    }
 }
 
 impl Command {
@@ -217,6 +289,9 @@ pub enum EntryError {
     /// A request about reservations is malformed.
     #[error("entry holds a request about reservations that is none")]
     Reservation,
+    /// An address is of a family that this version does not know.
+    #[error("entry has an address of unknown family {0}")]
+    UnknownFamily(u8),
 }
 
 /// Header layout, little-endian: slot u64, ballot (u64, u8), previous ballot (u64, u8), number of
@@ -372,6 +447,8 @@ impl Op {
             Op::ShrinkVolume { .. } => 11,
             Op::DeleteAttachedVolume { .. } => 12,
             Op::Clock { .. } => 13,
+            Op::OpenSessionFrom { .. } => 14,
+            Op::Note { .. } => 15,
         }
     }
 
@@ -448,6 +525,11 @@ impl Op {
                 request.encode(out);
             }
             Op::Clock { unix_ms } => out.put_u64_le(*unix_ms),
+            Op::OpenSessionFrom { nonce, origin } => {
+                out.put_u64_le(*nonce);
+                origin.encode(out);
+            }
+            Op::Note { text } => put_string(out, text),
         }
     }
 
@@ -523,6 +605,13 @@ impl Op {
             },
             13 => Op::Clock {
                 unix_ms: get_u64(input)?,
+            },
+            14 => Op::OpenSessionFrom {
+                nonce: get_u64(input)?,
+                origin: Box::new(Origin::decode(input)?),
+            },
+            15 => Op::Note {
+                text: get_string(input)?,
             },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })
@@ -628,9 +717,59 @@ mod tests {
                         action: ReservationAction::Clear { key: 7 },
                     }),
                 }),
+                command(opened("[2001:db8::1]:7")),
+                command(Op::Note {
+                    text: "stop server 2".into(),
+                }),
             ]
             .into(),
         }
+    }
+
+    fn opened(address: &str) -> Op {
+        Op::OpenSessionFrom {
+            nonce: 9,
+            origin: Box::new(Origin {
+                name: "é".into(),
+                user: "al".into(),
+                address: address.parse().ok(),
+            }),
+        }
+    }
+
+    /// Made from docs/formats.md apart from this program.
+    #[test]
+    fn literal_commands_of_people() {
+        let bytes = |op: &Op| {
+            let mut out = vec![op.code()];
+            op.encode(&mut out);
+            out.iter().map(|it| format!("{it:02x}")).collect::<String>()
+        };
+        let common = "0e0900000000000000" /* nonce */.to_owned()
+            + "02000000c3a9" /* name */
+            + "02000000616c" /* user */;
+        let v6 = "0620010db8000000000000000000000001aa0f";
+        for (address, end) in [
+            ("none", "00"),
+            ("10.0.0.5:4010", "040a000005aa0f"),
+            ("[2001:db8::1]:4010", v6),
+        ] {
+            assert_eq!(bytes(&opened(address)), common.clone() + end, "{address}");
+        }
+        let note = Op::Note {
+            text: "stop".into(),
+        };
+        assert_eq!(bytes(&note), "0f0400000073746f70");
+    }
+
+    #[test]
+    fn an_address_of_another_family_is_an_error() {
+        let mut bytes = Vec::new();
+        Origin::default().encode(&mut bytes);
+        assert_eq!(Origin::decode(&mut &bytes[..]), Ok(Origin::default()));
+        *bytes.last_mut().unwrap() = 5;
+        let error = Origin::decode(&mut &bytes[..]);
+        assert_eq!(error, Err(EntryError::UnknownFamily(5)));
     }
 
     #[test]

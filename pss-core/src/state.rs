@@ -3,19 +3,27 @@
 //! [`State::apply`] decides, in log order, what each command does; what it does to blocks is handed
 //! back as an [`Effect`] for the chunk store. Nothing else may change the state.
 
+mod events;
+
 use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
 
 use bytes::{Buf, BufMut};
 use serde::{Deserialize, Serialize};
 
-use crate::entry::{Command, Op, VOLUME_NAME_MAX};
+use crate::entry::{Command, NOTE_BYTES_MAX, Op, Origin, USER_NAME_MAX, VOLUME_NAME_MAX};
+use crate::state::events::Events;
+pub use crate::state::events::{AdminAction, AdminEvent, EVENTS_MAX};
 use crate::types::{BLOCK_BYTES, RequestNumber, SessionId, Slot, VolumeId};
 use crate::volume::reservation::{
     ReservationAction, ReservationRefusal, ReservationRequest, Reservations,
 };
+use crate::wire::codec::shortened;
 
 /// Most requests of a session between the oldest that is not settled and the newest.
 pub const SESSION_WINDOW: u64 = 4096;
+/// Most characters of a session's name that are kept.
+const SESSION_NAME_MAX: usize = 256;
 /// Most sessions at once.
 pub const SESSIONS_MAX: usize = 4096;
 /// Most volumes.
@@ -202,7 +210,10 @@ pub enum Effect<'a> {
 #[derive(Clone, Debug, Eq, PartialEq, Hash)]
 struct Session {
     nonce: u64,
-    name: String,
+    origin: Origin,
+    /// Opened by [`Op::OpenSessionFrom`], so that what it does to the cell is recorded. Not so before: a server that
+    /// applies an old log from its checkpoint on would record what others, with later checkpoints, do not.
+    told: bool,
     opened: Slot,
     /// First request number in `answers`.
     floor: RequestNumber,
@@ -236,6 +247,8 @@ pub struct State {
     clock_ms: u64,
     /// Of volumes that were made or changed since the log tells the time.
     times: BTreeMap<VolumeId, VolumeTimes>,
+    /// What was done to the cell.
+    events: Events,
 }
 
 /// When a volume was made and changed, by the clocks of those who led: milliseconds since the beginning of 1970,
@@ -312,6 +325,112 @@ impl State {
         self.times.get(&volume).copied().unwrap_or_default()
     }
 
+    /// How many administrative actions were ever recorded: the number of the last.
+    pub fn events_made(&self) -> u64 {
+        self.events.made()
+    }
+
+    /// Number of the oldest administrative action that is kept, or of the next if there is none.
+    pub fn first_event(&self) -> u64 {
+        self.events.first()
+    }
+
+    /// The administrative actions that are kept, oldest first: those behind the one of this number.
+    pub fn events_after(&self, number: u64) -> impl Iterator<Item = &AdminEvent> {
+        self.events.after(number)
+    }
+
+    /// What a command asks to be done to the cell, seen before it is carried out; `None` for commands that are no
+    /// administrative actions.
+    fn action(&self, op: &Op) -> Option<AdminAction> {
+        let before = |volume: &VolumeId| match self.volumes.get(volume) {
+            Some(volume) => (volume.name.clone(), volume.size_bytes),
+            None => (String::new(), 0),
+        };
+        let resize = |volume: &VolumeId, to_bytes: &u64, forced| {
+            let (name, from_bytes) = before(volume);
+            AdminAction::ResizeVolume {
+                volume: *volume,
+                name,
+                from_bytes,
+                to_bytes: *to_bytes,
+                forced,
+            }
+        };
+        let delete = |volume: &VolumeId, forced| {
+            let (name, size_bytes) = before(volume);
+            AdminAction::DeleteVolume {
+                volume: *volume,
+                name,
+                size_bytes,
+                forced,
+            }
+        };
+        Some(match op {
+            Op::CreateVolume {
+                name,
+                size_bytes,
+                chunk_bytes,
+                ..
+            } => AdminAction::CreateVolume {
+                volume: None,
+                // One that is refused may be longer.
+                name: shortened(name, VOLUME_NAME_MAX).to_owned(),
+                size_bytes: *size_bytes,
+                chunk_bytes: *chunk_bytes,
+            },
+            Op::ResizeVolume {
+                volume,
+                size_bytes,
+                allow_shrink,
+            } => resize(volume, size_bytes, *allow_shrink),
+            Op::ShrinkVolume { volume, size_bytes } => resize(volume, size_bytes, false),
+            Op::DeleteVolume { volume } => delete(volume, false),
+            Op::DeleteAttachedVolume { volume } => delete(volume, true),
+            Op::Note { text } => AdminAction::Note {
+                text: shortened(text, NOTE_BYTES_MAX).to_owned(),
+            },
+            Op::Noop
+            | Op::Write { .. }
+            | Op::Zero { .. }
+            | Op::OpenSession { .. }
+            | Op::OpenSessionFrom { .. }
+            | Op::EndSessions { .. }
+            | Op::Attach { .. }
+            | Op::Detach { .. }
+            | Op::Reserve { .. }
+            | Op::Clock { .. } => return None,
+        })
+    }
+
+    /// Keeps an administrative action with who asked for it and what came of it.
+    fn record(
+        &mut self,
+        slot: Slot,
+        session: SessionId,
+        mut action: AdminAction,
+        result: Result<Answer, Refusal>,
+    ) {
+        if let (AdminAction::CreateVolume { volume, .. }, Ok(Answer::Created(id))) =
+            (&mut action, result)
+        {
+            *volume = Some(VolumeId(id as u32));
+        }
+        let session = self.sessions.get(&session);
+        if !session.is_some_and(|it| it.told) && !matches!(action, AdminAction::Note { .. }) {
+            return;
+        }
+        let by = session.map(|it| it.origin.clone()).unwrap_or_default();
+        self.events.push(AdminEvent {
+            number: 0,
+            slot,
+            time_ms: self.clock_ms,
+            by,
+            action,
+            refused: result.err(),
+        });
+    }
+
     fn note_change(&mut self, slot: Slot, op: &Op, answer: Answer) {
         if self.clock_ms == 0 {
             return;
@@ -353,7 +472,7 @@ impl State {
     pub fn sessions(&self) -> impl Iterator<Item = SessionInfo> + '_ {
         self.sessions.iter().map(|(id, session)| SessionInfo {
             id: *id,
-            name: session.name.clone(),
+            name: session.origin.name.clone(),
             volumes: session.attached.keys().copied().collect(),
         })
     }
@@ -431,6 +550,7 @@ impl State {
 
     /// Changes volumes and sessions; says what the answer is.
     fn decide(&mut self, slot: Slot, position: u32, command: &Command) -> Answer {
+        let action = self.action(&command.op);
         let result = match &command.op {
             Op::Noop => Ok(Answer::Done),
             Op::Write {
@@ -445,7 +565,18 @@ impl State {
                 blocks,
                 ..
             } => self.check_range(*volume, *first_block, *blocks),
-            Op::OpenSession { nonce, name } => self.open_session(slot, position, *nonce, name),
+            Op::OpenSession { nonce, name } => {
+                let name = name.clone();
+                let origin = Origin {
+                    name,
+                    ..Origin::default()
+                };
+                self.open_session(slot, position, *nonce, &origin, false)
+            }
+            Op::OpenSessionFrom { nonce, origin } => {
+                self.open_session(slot, position, *nonce, origin, true)
+            }
+            Op::Note { .. } => Ok(Answer::Done),
             Op::EndSessions { sessions } => {
                 for session in sessions {
                     self.sessions.remove(session);
@@ -488,6 +619,9 @@ impl State {
                 Ok(Answer::Done)
             }
         };
+        if let Some(action) = action {
+            self.record(slot, command.session, action, result);
+        }
         let answer = result.unwrap_or_else(Answer::Refused);
         self.note_change(slot, &command.op, answer);
         answer
@@ -555,7 +689,8 @@ impl State {
         slot: Slot,
         position: u32,
         nonce: u64,
-        name: &str,
+        origin: &Origin,
+        told: bool,
     ) -> Result<Answer, Refusal> {
         if let Some((id, _)) = self
             .sessions
@@ -571,7 +706,13 @@ impl State {
         let id = (slot.0 << 16) | u64::from(position);
         let session = Session {
             nonce,
-            name: name.chars().take(256).collect(),
+            origin: Origin {
+                name: origin.name.chars().take(SESSION_NAME_MAX).collect(),
+                user: shortened(&origin.user, USER_NAME_MAX).to_owned(),
+                // Without what the log does not hold: the scope of an address of IPv6.
+                address: origin.address.map(|it| SocketAddr::new(it.ip(), it.port())),
+            },
+            told,
             opened: slot,
             floor: RequestNumber(1),
             answers: VecDeque::new(),
@@ -745,6 +886,9 @@ const STATE_VERSION_RESERVATIONS: u16 = 2;
 /// With reservations, even if there are none, the clock, and the volumes' times.
 const STATE_VERSION_CLOCK: u16 = 3;
 
+/// With all of that, where sessions come from, and what was done to the cell.
+const STATE_VERSION_EVENTS: u16 = 4;
+
 /// The bytes are no state, or one of a newer version.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[error("the bytes are not a replicated state of a version that this program knows")]
@@ -756,7 +900,9 @@ impl State {
     /// The state as bytes; equal states give equal bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
+        let people = self.events.made() > 0 || self.origins().next().is_some();
         let version = match (self.clock_ms, self.reservations.is_empty()) {
+            _ if people => STATE_VERSION_EVENTS,
             (0, true) => STATE_VERSION,
             (0, false) => STATE_VERSION_RESERVATIONS,
             _ => STATE_VERSION_CLOCK,
@@ -796,7 +942,21 @@ impl State {
                 out.put_u64_le(times.changed_ms);
             }
         }
+        if version >= STATE_VERSION_EVENTS {
+            out.put_u32_le(self.origins().count() as u32);
+            for (id, origin) in self.origins() {
+                out.put_u64_le(id.0);
+                origin.encode(&mut out);
+            }
+            self.events.encode(&mut out);
+        }
         out
+    }
+
+    /// The sessions of which more is told than their name.
+    fn origins(&self) -> impl Iterator<Item = (SessionId, &Origin)> {
+        let told = self.sessions.iter().filter(|(_, session)| session.told);
+        told.map(|(id, session)| (*id, &session.origin))
     }
 
     /// Reads what [`State::encode`] made.
@@ -806,7 +966,7 @@ impl State {
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
         let version = input.try_get_u16_le().map_err(|_| BadState)?;
-        if !(STATE_VERSION..=STATE_VERSION_CLOCK).contains(&version) {
+        if !(STATE_VERSION..=STATE_VERSION_EVENTS).contains(&version) {
             return Err(BadState);
         }
         let mut state = State {
@@ -853,6 +1013,15 @@ impl State {
                 state.times.insert(volume, times);
             }
         }
+        if version >= STATE_VERSION_EVENTS {
+            for _ in 0..u32_of(input)? {
+                let id = SessionId(u64_of(input)?);
+                let origin = Origin::decode(input).map_err(|_| BadState)?;
+                let session = state.sessions.get_mut(&id).ok_or(BadState)?;
+                (session.origin, session.told) = (origin, true);
+            }
+            state.events = Events::decode(input)?;
+        }
         if input.is_empty() {
             Ok(state)
         } else {
@@ -864,7 +1033,7 @@ impl State {
 impl Session {
     fn encode(&self, out: &mut Vec<u8>) {
         out.put_u64_le(self.nonce);
-        put_string(out, &self.name);
+        put_string(out, &self.origin.name);
         out.put_u64_le(self.opened.0);
         out.put_u64_le(self.floor.0);
         out.put_u32_le(self.answers.len() as u32);
@@ -889,7 +1058,11 @@ impl Session {
     fn decode(input: &mut &[u8]) -> Result<Session, BadState> {
         let mut session = Session {
             nonce: u64_of(input)?,
-            name: string_of(input)?,
+            origin: Origin {
+                name: string_of(input)?,
+                ..Origin::default()
+            },
+            told: false,
             opened: Slot(u64_of(input)?),
             floor: RequestNumber(u64_of(input)?),
             answers: VecDeque::new(),

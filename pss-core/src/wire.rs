@@ -5,7 +5,7 @@
 
 pub mod auth;
 pub mod client;
-mod codec;
+pub(crate) mod codec;
 pub mod frame;
 pub mod inspect;
 pub mod peer;

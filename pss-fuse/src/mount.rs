@@ -88,6 +88,21 @@ struct Place {
     id: u64,
 }
 
+/// Finds out at once, before a cell is asked, that there is nothing to mount on.
+///
+/// # Errors
+/// [`MountError::NoDirectory`] or [`MountError::NotDirectory`].
+pub fn check_place(directory: &Path) -> Result<(), MountError> {
+    match std::fs::metadata(directory) {
+        Ok(facts) if !facts.is_dir() => Err(MountError::NotDirectory(directory.to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(MountError::NoDirectory(directory.to_owned()))
+        }
+        // What else is in the way, a dead mount for example, is seen when it is mounted.
+        _ => Ok(()),
+    }
+}
+
 /// Mounts on a directory and serves in a thread of its own.
 ///
 /// # Errors

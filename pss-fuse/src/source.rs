@@ -226,6 +226,7 @@ fn unexpected(body: &ReplyBody) -> FsError {
         ReplyBody::Volumes(_) => "volumes",
         ReplyBody::VolumeCreated(_) | ReplyBody::Volume { .. } => "a volume",
         ReplyBody::Status(_) => "a status",
+        ReplyBody::Events(_) => "events",
         ReplyBody::Reservations(_) => "reservations",
         ReplyBody::Inspection(_) => "an inspection",
     };

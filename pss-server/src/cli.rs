@@ -15,6 +15,7 @@ use crate::config::{CellFiles, ConfigError};
 
 pub(crate) mod cell;
 mod config;
+mod events;
 mod format;
 mod generate;
 mod health;
@@ -87,6 +88,12 @@ const COMPLETIONS_EXAMPLES: &str = "Examples:
   pss completions bash --out /etc/bash_completion.d         for everybody
   pss completions zsh --out /usr/local/share/zsh/site-functions
   pss completions fish --out ~/.config/fish/completions";
+
+const EVENTS_EXAMPLES: &str = "Examples:
+  pss events                                  the last 100
+  pss events --last 1000 | grep vol001
+  pss events --follow
+  pss events --follow --last 0 --json         new ones, each an object on a line of its own";
 
 const MAN_EXAMPLES: &str = "Examples:
   pss man | man -l -
@@ -180,6 +187,9 @@ enum Verb {
     /// Lists servers, looks into them and stops them
     #[command(subcommand)]
     Server(server::ServerVerb),
+    /// Shows who did what to the cell, and when
+    #[command(after_help = EVENTS_EXAMPLES)]
+    Events(events::EventsArgs),
     /// Makes the cell key
     #[command(subcommand)]
     Key(key::KeyVerb),
@@ -233,6 +243,7 @@ pub fn pss_main() -> ExitCode {
         Verb::Volume(verb) => volume::run(&pss.cell, verb),
         Verb::Paxos(verb) => paxos::run(&pss.cell, verb),
         Verb::Server(verb) => server::run(&pss.cell, verb),
+        Verb::Events(args) => events::run(&pss.cell, &args),
         Verb::Key(verb) => key::run(&pss.cell, verb),
         Verb::Iscsi(args) => iscsi::run(&pss.cell, args),
         Verb::Up(args) => crate::up::run(&args),

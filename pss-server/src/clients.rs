@@ -15,7 +15,7 @@ const REQUESTS_IN_FLIGHT_MAX: usize = 1024;
 const LARGE_REQUEST_BYTES: usize = 64 << 10;
 /// Bytes of large requests of one client that are not answered: 64 of the longest.
 const LARGE_BYTES_IN_FLIGHT_MAX: usize = 64 << 20;
-/// A list of volumes, directories or chunks counts as so much.
+/// A list of volumes, directories, chunks or events counts as so much.
 const LIST_BYTES: usize = 256 << 10;
 /// Answers that a client has not taken.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
@@ -55,6 +55,7 @@ impl ClientLoad {
                 what: Browse::Volumes | Browse::Directories { .. } | Browse::Chunks { .. },
                 ..
             }
+            | RequestBody::Events { .. }
             | RequestBody::Inspect(_) => LIST_BYTES,
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 data.len()

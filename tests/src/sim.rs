@@ -3,7 +3,7 @@
 //!
 //! The checkers are always on: one value per slot; promises only rise; one leaseholder at a time; nothing
 //! is applied that is not chosen; what was answered is never lost and reads are linearizable per half
-//! block; a block is never a mixture of two writes; and when the faults stop, every request ends, all
+//! block; a block is never a mixture of two writes; what clients have noted is there once; and when the faults stop, every request ends, all
 //! servers reach the same slot and hold the same bytes.
 
 use std::cmp::Reverse;
@@ -15,11 +15,12 @@ use std::time::Duration;
 use pss_core::engine::{
     Action, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig, VolumeRead,
 };
+use pss_core::entry::Origin;
 use pss_core::paxos::message::{Message, SyncMessage};
 use pss_core::paxos::output::{Persist, WriteId};
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
-use pss_core::state::CHUNK_BYTES_MIN;
+use pss_core::state::{AdminAction, CHUNK_BYTES_MIN};
 use pss_core::time::Instant;
 use pss_core::types::{Ballot, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
 use pss_core::wire::client::{ChunkStatus, Reply, Request, RequestBody};
@@ -452,6 +453,7 @@ impl Sim {
         self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
         self.check_history()?;
+        self.check_notes()?;
         self.check_equal_data()?;
         self.report.slots = self.chosen.len() as u64;
         self.report.leaders = self.leader_ballots.len() as u64;
@@ -1057,9 +1059,11 @@ impl Sim {
             Event::Request {
                 client, request, ..
             } => {
+                let id = ClientId(client as u64);
                 running
                     .engine
-                    .handle_request(now, ClientId(client as u64), request);
+                    .note_client(id, self.clients[client].address());
+                running.engine.handle_request(now, id, request);
             }
             Event::Timer { life, .. } if life == life_now => {
                 running.timer_at = u64::MAX;
@@ -1693,6 +1697,39 @@ impl Sim {
                     self.trace(|| format!("{operation:?}"));
                 }
                 return self.fail(format!("{register:?} is not linearizable: {operation:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What clients noted is there once, with who it was; not more than once if they got no answer.
+    fn check_notes(&self) -> Checked<()> {
+        let mut running = self.nodes.iter().filter_map(|node| node.running.as_ref());
+        let Some(running) = running.next() else {
+            return Ok(());
+        };
+        let mut found: BTreeMap<&str, u32> = BTreeMap::new();
+        for event in running.engine.state().events_after(0) {
+            let AdminAction::Note { text } = &event.action else {
+                continue;
+            };
+            *found.entry(text).or_default() += 1;
+            let Some((client, _)) = self.history.notes.get(text) else {
+                return self.fail(format!("nobody noted '{text}'"));
+            };
+            let by = Origin {
+                name: format!("client {client}"),
+                user: format!("user {client}"),
+                address: Some(self.clients[*client as usize].address()),
+            };
+            if event.by != by {
+                return self.fail(format!("'{text}' is said to be by {:?}", event.by));
+            }
+        }
+        for (text, (_, answered)) in &self.history.notes {
+            let times = found.get(&text[..]).copied().unwrap_or_default();
+            if times > 1 || *answered && times == 0 {
+                return self.fail(format!("'{text}' is there {times} times"));
             }
         }
         Ok(())

@@ -2,10 +2,11 @@
 //! of what they did and saw.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
 use pss_core::entry::block_checksums;
-use pss_core::state::Refusal;
+use pss_core::state::{CHUNK_BYTES_MIN, Refusal};
 use pss_core::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
 use pss_core::volume::device::ReadPart;
 use pss_core::wire::client::{Reply, ReplyBody, ReplyError, Request, RequestBody};
@@ -39,6 +40,8 @@ pub struct History {
     pub operations: BTreeMap<Register, Vec<Operation>>,
     /// Reads that showed a mixture, which no order of writes explains.
     pub broken: Vec<String>,
+    /// Notes that clients had the cell take, who did, and whether that was answered.
+    pub notes: BTreeMap<String, (u64, bool)>,
     next_value: Value,
     /// Values that were written to whole blocks.
     whole: std::collections::BTreeSet<Value>,
@@ -69,6 +72,8 @@ struct Pending {
     writes: Vec<(Register, usize)>,
     /// First register and count of a read.
     reads: Option<(Register, u64)>,
+    /// The note that it is.
+    note: Option<String>,
 }
 
 /// Which part of the volumes clients use.
@@ -224,8 +229,15 @@ impl Client {
         let body = RequestBody::OpenSession {
             nonce,
             name: format!("client {}", self.id),
+            user: format!("user {}", self.id),
         };
         vec![self.request(SessionId(0), RequestNumber(0), body)]
+    }
+
+    /// Whence it is connected.
+    pub fn address(&self) -> SocketAddr {
+        let [.., high, low] = self.id.to_be_bytes();
+        ([10, 0, high, low], 40_000).into()
     }
 
     fn request(&mut self, session: SessionId, number: RequestNumber, body: RequestBody) -> Request {
@@ -258,6 +270,7 @@ impl Client {
         let dice = rng.below(100);
         let mut writes = Vec::new();
         let mut reads = None;
+        let mut note = None;
         let body = if dice < 40 {
             let blocks = rng.between(1, 3);
             let count = blocks * 2;
@@ -304,6 +317,13 @@ impl Client {
                 checksums,
                 data: data.freeze(),
             }
+        } else if dice == 98 {
+            let text = format!("note {}-{}", self.id, self.next_tag);
+            history.notes.insert(text.clone(), (self.id, false));
+            note = Some(text.clone());
+            RequestBody::Note { text }
+        } else if dice == 99 {
+            administer(rng)
         } else {
             let blocks = rng.between(1, 2);
             for half in block * 2..(block + blocks) * 2 {
@@ -328,6 +348,7 @@ impl Client {
             sent: now,
             writes,
             reads,
+            note,
         }
     }
 
@@ -389,6 +410,15 @@ impl Client {
             return;
         };
         self.answered += 1;
+        if let Some(text) = pending.note {
+            match reply.body {
+                Ok(ReplyBody::Done) => _ = history.notes.insert(text, (self.id, true)),
+                other => history
+                    .broken
+                    .push(format!("{text} was answered {other:?}")),
+            }
+            return;
+        }
         match (reply.body, pending.reads) {
             (Ok(ReplyBody::Data(parts)), Some((first, count))) => {
                 note_read(history, &pending, now, first, count, &parts);
@@ -427,12 +457,29 @@ impl Client {
                     sent: now,
                     writes: Vec::new(),
                     reads: Some((first, 2)),
+                    note: None,
                 };
                 self.pending.insert(request.tag, pending);
                 out.push(request);
             }
         }
         Some(out)
+    }
+}
+
+/// Something that is done to the cell beside the volumes that everyone uses: of those there are never many.
+fn administer(rng: &mut Rng) -> RequestBody {
+    let volume = VolumeId(rng.between(3, 8) as u32);
+    let size_bytes = rng.between(1, 4) * u64::from(CHUNK_BYTES_MIN);
+    match rng.below(4) {
+        0 | 1 => RequestBody::CreateVolume {
+            name: format!("extra{}", rng.below(3)),
+            size_bytes,
+            chunk_bytes: CHUNK_BYTES_MIN,
+            uuid: [8; 16],
+        },
+        2 => RequestBody::ShrinkVolume { volume, size_bytes },
+        _ => RequestBody::DeleteVolume { volume },
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use pss_tests::binaries;
 use pss_tests::iscsi_client::IscsiClient;
 use pss_tests::nbd_client::{Command, NbdClient};
+use pss_tests::processes::{Cell, Layout};
 use pss_tests::programs::{Bench, Running};
 use serde_json::Value;
 
@@ -514,4 +515,134 @@ fn up_chooses_other_ports_and_says_so() {
     assert!(text.contains("Total size:2097152"), "{url}: {output:?}");
     running.signal("INT");
     assert_eq!(running.ends(SOON), Some(0), "{}", running.output());
+}
+
+/// Who did what stays known, whoever leads; it is the same on all servers and in their logs.
+#[test]
+fn events_say_who_did_what() {
+    let mut cell = Cell::started(Layout::small(3), "64M");
+    let pss = |cell: &Cell, args: &str| cell.bench.run("pss", args);
+    let mut follow = cell.bench.command("pss");
+    follow.args(["events", "--follow", "--json", "--last", "0"]);
+    let mut follow = Running::start(&mut follow);
+    // It asks the cell for the last number first.
+    std::thread::sleep(Duration::from_secs(1));
+    pss(&cell, "volume create small 1M --chunk-size 64K").done();
+    pss(&cell, "volume create small 2M").fails(4, &["exists"]);
+    pss(&cell, "volume resize small +1M").done();
+    pss(&cell, "volume resize small 1M").fails(2, &["--allow-shrink"]);
+    pss(&cell, "volume resize small 1M --allow-shrink").done();
+    // v is attached once somebody uses it.
+    let client = cell.client(0);
+    pss(&cell, "volume delete v --yes").fails(4, &["attached"]);
+    pss(&cell, "volume delete small --yes").done();
+    let leader = cell.leader();
+    let stopped = (leader + 1) % 3;
+    pss(&cell, &format!("server shutdown {stopped} --yes")).done();
+    drop(client);
+
+    let expected = [
+        "created volume v (64M)".to_owned(),
+        "created volume small (1M)".to_owned(),
+        "resized volume small from 1M to 2M".to_owned(),
+        "resized volume small from 2M to 1M".to_owned(),
+        "deleted volume small (1M)".to_owned(),
+        format!("stop server {stopped}"),
+    ];
+    let done = |cell: &Cell| -> Vec<String> {
+        let events = events(cell);
+        let done = events.iter().filter(|it| it["done"] == true);
+        done.map(|it| it["text"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(done(&cell), expected);
+    let all = events(&cell);
+    let refused: Vec<_> = all.iter().filter(|it| it["done"] == false).collect();
+    let reasons: Vec<_> = refused
+        .iter()
+        .map(|it| it["refused"].as_str().unwrap())
+        .collect();
+    assert!(
+        reasons.contains(&"a volume of that name exists"),
+        "{reasons:?}"
+    );
+    let user = all[0]["user"].as_str().unwrap().to_owned();
+    let id = std::process::Command::new("id")
+        .arg("-un")
+        .output()
+        .unwrap();
+    let name = String::from_utf8_lossy(&id.stdout).trim().to_owned();
+    assert!(user.starts_with(&name), "{user}");
+    for (event, number) in all.iter().zip(1..) {
+        assert_eq!(event["number"], number);
+        assert_eq!(event["user"], user);
+        assert!(
+            event["client"].as_str().unwrap().starts_with("pss@"),
+            "{event}"
+        );
+        let address: std::net::SocketAddr = event["address"].as_str().unwrap().parse().unwrap();
+        assert!(address.ip().is_loopback() && address.port() > 0);
+    }
+    let text = pss(&cell, "events --last 1").done().stdout();
+    let line = format!("Z  {user}@127.0.0.1  pss@");
+    assert!(text.contains(&line) && text.lines().count() == 1, "{text}");
+
+    // The one that was stopped, and the leader after it, come back; what they know is the same.
+    cell.servers.remove(&stopped);
+    cell.start(stopped);
+    cell.wait_current();
+    cell.kill(leader);
+    assert_eq!(done(&cell), expected);
+    assert_eq!(events(&cell), all);
+    pss(&cell, "volume create late 1M").done();
+    let line = follow.wait_for("created volume late", SOON);
+    let last: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(last["schema"], "pss.events/1");
+    assert_eq!(last["number"], all.len() as u64 + 1);
+    let followed = follow.output().lines().count();
+    assert_eq!(
+        followed,
+        all.len(),
+        "all but the first, and the last: {}",
+        follow.output()
+    );
+    follow.signal("INT");
+    follow.ends(SOON);
+
+    cell.start(leader);
+    cell.wait_current();
+    for id in 0..3 {
+        let log = fs::read_to_string(cell.bench.path(&format!("pssd{id}.log"))).unwrap();
+        for text in expected
+            .iter()
+            .map(String::as_str)
+            .chain(["created volume late"])
+        {
+            assert!(
+                log.contains(text),
+                "server {id} did not log '{text}':\n{log}"
+            );
+        }
+    }
+    // Without a majority a server is stopped all the same.
+    for id in [leader, stopped] {
+        cell.kill(id);
+    }
+    let left = 3 - leader - stopped;
+    let outcome = pss(&cell, &format!("server shutdown {left} --yes --timeout 2s"));
+    assert!(
+        outcome
+            .done()
+            .stderr()
+            .contains("may be missing from 'pss events'"),
+        "{}",
+        outcome.stderr()
+    );
+}
+
+fn events(cell: &Cell) -> Vec<Value> {
+    let outcome = cell.bench.run("pss", "events --json");
+    let value: Value = serde_json::from_slice(&outcome.done().0.stdout).unwrap();
+    assert_eq!(value["schema"], "pss.events/1");
+    value["events"].as_array().unwrap().clone()
 }

@@ -17,7 +17,7 @@ use pss_core::chunk::{ChunkError, ChunkParams, ChunkStore, ReadError};
 use pss_core::disk::files::FileDisk;
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
 use pss_core::engine::{Action, Engine, EngineConfig};
-use pss_core::entry::{Command, Entry, Op, block_checksums};
+use pss_core::entry::{Command, Entry, Op, Origin, block_checksums};
 use pss_core::log::{Log, LogError, LogParams, LogRead, LogReader, Recovered};
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Config, Tuning};
@@ -786,9 +786,16 @@ impl World {
                     allocate: blocks < 60 && rng.chance(300),
                 }
             }
-            6 => Op::OpenSession {
+            6 if rng.chance(500) => Op::Note {
+                text: self.tag.to_string(),
+            },
+            6 => Op::OpenSessionFrom {
                 nonce: self.tag,
-                name: "x".into(),
+                origin: Box::new(Origin {
+                    name: "x".into(),
+                    user: "y".into(),
+                    address: Some(([10, 0, 0, 1], self.tag as u16).into()),
+                }),
             },
             _ => {
                 let count = (1 + rng.below(4)).min(most) as usize;

@@ -24,12 +24,14 @@ use export_nbd::wire::PAYLOAD_BYTES_MAX;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use pss_core::disk::{Disk, OpenMode};
-use pss_core::entry::{Command, ENTRY_HEADER_MAX, ENTRY_PAYLOAD_MAX, Entry, Op, block_checksums};
+use pss_core::entry::{
+    Command, ENTRY_HEADER_MAX, ENTRY_PAYLOAD_MAX, Entry, Op, Origin, block_checksums,
+};
 use pss_core::key::{CellId, CellKey};
 use pss_core::log::{Log, LogParams, LogRead};
 use pss_core::paxos::message::{ChunkSummary, Message, Progress, SyncMessage};
 use pss_core::servers::ServersFile;
-use pss_core::state::{Volume, VolumeTimes};
+use pss_core::state::{AdminAction, AdminEvent, Refusal, Volume, VolumeTimes};
 use pss_core::time::Instant;
 use pss_core::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, RequestNumber, ServerId,
@@ -38,7 +40,7 @@ use pss_core::types::{
 use pss_core::volume::device::{BlockDevice, CompletionQueue, Extent, ReadPart};
 use pss_core::wire::auth::{Handshake, HandshakeConfig, MacKey, Role};
 use pss_core::wire::client::{
-    Browse, ChunkStatus, PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody,
+    Browse, ChunkStatus, EventList, PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody,
     ServerStatus, VolumeStatus,
 };
 use pss_core::wire::frame::{Frame, FrameKind, FrameLimits, FrameReader, SendQueue};
@@ -323,6 +325,17 @@ fn ops() -> Vec<Op> {
             volume: VolumeId(2),
         },
         Op::Clock { unix_ms: 1 << 40 },
+        Op::OpenSessionFrom {
+            nonce: 78,
+            origin: Box::new(Origin {
+                name: "pss@host".into(),
+                user: "alice".into(),
+                address: Some(([10, 0, 0, 5], 40_000).into()),
+            }),
+        },
+        Op::Note {
+            text: "stop server 2".into(),
+        },
     ]
 }
 
@@ -484,6 +497,7 @@ fn requests() -> Vec<RequestBody> {
         RequestBody::OpenSession {
             nonce: 1,
             name: "pss-nbd@host".into(),
+            user: "root (alice)".into(),
         },
         RequestBody::EndSession,
         RequestBody::KeepAlive,
@@ -561,6 +575,10 @@ fn requests() -> Vec<RequestBody> {
         },
         RequestBody::Status,
         RequestBody::Shutdown,
+        RequestBody::Events { after: 7 },
+        RequestBody::Note {
+            text: "stop server 2".into(),
+        },
     ]
 }
 
@@ -607,6 +625,27 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
             silent_ms: Some(3),
         }],
     };
+    let events = EventList {
+        first: 1,
+        last: 2,
+        events: vec![AdminEvent {
+            number: 2,
+            slot: Slot(3),
+            time_ms: 4,
+            by: Origin {
+                name: "pss@host".into(),
+                user: "alice".into(),
+                address: Some(([10, 0, 0, 5], 40_000).into()),
+            },
+            action: AdminAction::DeleteVolume {
+                volume: VolumeId(1),
+                name: "vol001".into(),
+                size_bytes: 1 << 30,
+                forced: false,
+            },
+            refused: Some(Refusal::VolumeAttached),
+        }],
+    };
     let extents = (0..100).map(|extent| Extent {
         length_bytes: 4096,
         allocated: extent % 2 == 0,
@@ -632,6 +671,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
             next: Some(ChunkIndex(9)),
         }),
         Ok(ReplyBody::Status(Box::new(status))),
+        Ok(ReplyBody::Events(Box::new(events))),
         Err(ReplyError::NotLeader {
             leader: Some(ServerId(2)),
         }),

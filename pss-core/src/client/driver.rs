@@ -236,7 +236,11 @@ impl Driver {
         let now = Instant::now();
         Driver {
             inbox,
-            session: Session::new(dialer.config.client_name.clone(), nonces),
+            session: Session::new(
+                dialer.config.client_name.clone(),
+                dialer.config.client_user.clone(),
+                nonces,
+            ),
             dialer,
             link: Link::Down,
             doubt: None,

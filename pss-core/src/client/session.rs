@@ -66,6 +66,7 @@ pub(super) enum Event<T> {
 
 pub(super) struct Session<T> {
     name: String,
+    user: String,
     nonces: Box<dyn FnMut() -> u64 + Send>,
     nonce: u64,
     id: Option<SessionId>,
@@ -104,9 +105,14 @@ struct PlainSlot<T> {
 
 impl<T> Session<T> {
     /// A session that is not open yet. `nonces` gives random numbers.
-    pub(super) fn new(name: String, mut nonces: Box<dyn FnMut() -> u64 + Send>) -> Session<T> {
+    pub(super) fn new(
+        name: String,
+        user: String,
+        mut nonces: Box<dyn FnMut() -> u64 + Send>,
+    ) -> Session<T> {
         Session {
             name,
+            user,
             nonce: nonces(),
             nonces,
             id: None,
@@ -198,6 +204,7 @@ impl<T> Session<T> {
         let body = RequestBody::OpenSession {
             nonce: self.nonce,
             name: self.name.clone(),
+            user: self.user.clone(),
         };
         envelope(TAG_OPEN, None, 0, 0).encode(&body, out);
     }

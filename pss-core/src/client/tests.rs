@@ -13,7 +13,7 @@ use tokio::sync::{Notify, broadcast};
 use tokio::time::timeout;
 
 use super::*;
-use crate::entry::{Command, Op};
+use crate::entry::{Command, Op, Origin};
 use crate::key::CellId;
 use crate::state::{Answer, CHUNK_BYTES_DEFAULT, Effect, State};
 use crate::types::{Ballot, Incarnation, RequestNumber, SessionId};
@@ -269,8 +269,13 @@ impl Store {
             })
         };
         let answer = match body {
-            RequestBody::OpenSession { nonce, name } => {
-                let open = Command::internal(Op::OpenSession { nonce, name });
+            RequestBody::OpenSession { nonce, name, user } => {
+                let origin = Box::new(Origin {
+                    name,
+                    user,
+                    address: None,
+                });
+                let open = Command::internal(Op::OpenSessionFrom { nonce, origin });
                 return match self.apply(open, |_| {}) {
                     Answer::Created(id) => Ok(ReplyBody::Session(SessionId(id))),
                     _ => Err(ReplyError::Refused(Refusal::TooMany)),
@@ -418,7 +423,9 @@ impl Store {
             }
             RequestBody::Reserve { .. }
             | RequestBody::Reservations { .. }
+            | RequestBody::Events { .. }
             | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
+            RequestBody::Note { text } => self.apply(command(Op::Note { text }), |_| {}),
             RequestBody::Status | RequestBody::Shutdown | RequestBody::Inspect(_) => Answer::Done,
         };
         match answer {

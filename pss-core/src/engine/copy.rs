@@ -528,6 +528,8 @@ impl Engine {
             return;
         }
         self.state = *state;
+        // What happened meanwhile is in the journals of those who applied it.
+        self.logged_event = self.state.events_made();
         // What waited for space is in the base.
         self.stalled = None;
         self.backlog.clear();

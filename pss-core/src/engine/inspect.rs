@@ -179,6 +179,13 @@ impl CommandInfo {
                 (what, Some(*volume), None)
             }
             Op::OpenSession { name, .. } => ("open session", None, Some(name.clone())),
+            Op::OpenSessionFrom { origin, .. } => {
+                let address = origin.address.map(|it| format!(" at {it}"));
+                let detail = format!("{} {}", origin.user, origin.name);
+                let detail = detail.trim_start().to_owned() + &address.unwrap_or_default();
+                ("open session", None, Some(detail))
+            }
+            Op::Note { text } => ("note", None, Some(text.clone())),
             Op::EndSessions { sessions } => {
                 let ids: Vec<String> = sessions.iter().take(8).map(|id| id.0.to_string()).collect();
                 let more = if sessions.len() > ids.len() {

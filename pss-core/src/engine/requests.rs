@@ -1,5 +1,6 @@
 //! Requests of clients, at the leader.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
@@ -7,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use crate::chunk::ReadError;
 use crate::engine::conflicts::BlockRange;
 use crate::engine::{Action, ClientId, CommandKey, Engine, Fetched, ReadWhat, VolumeRead, Waiting};
-use crate::entry::{Command, Op, block_checksums};
+use crate::entry::{Command, Op, Origin, block_checksums};
 use crate::paxos::RoleKind;
 use crate::state::{Refusal, Volume};
 use crate::time::Instant;
@@ -15,8 +16,8 @@ use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
 use crate::volume::device::{Extent, ReadPart};
 use crate::volume::reservation::Reservations;
 use crate::wire::client::{
-    PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request, RequestBody, ServerStatus,
-    VolumeStatus,
+    EVENTS_ANSWERED_MAX, EventList, PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request,
+    RequestBody, ServerStatus, VolumeStatus,
 };
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
@@ -140,6 +141,7 @@ impl Engine {
                 | RequestBody::Reservations { .. }
                 | RequestBody::Look { .. }
                 | RequestBody::Browse { .. }
+                | RequestBody::Events { .. }
         );
         if reads && !self.replica.may_read(now) {
             // Checked when there is a lease.
@@ -202,8 +204,16 @@ impl Engine {
         }
     }
 
+    /// Says from where a client is connected: sessions that it opens from now on come from there.
+    pub fn note_client(&mut self, client: ClientId, address: SocketAddr) {
+        // What the log holds of it, so that all servers have the same.
+        let address = SocketAddr::new(address.ip().to_canonical(), address.port());
+        self.addresses.insert(client, address);
+    }
+
     /// A connection has ended: nobody waits for its answers.
     pub fn handle_client_gone(&mut self, client: ClientId) {
+        self.addresses.remove(&client);
         self.reads_waiting.retain(|(waiting, _)| *waiting != client);
         self.queued.retain(|(waiting, _)| *waiting != client);
         self.reads_done
@@ -295,6 +305,15 @@ impl Engine {
             RequestBody::Look { volume } => {
                 let body = self.look(volume);
                 self.answer_reader(reader, body);
+            }
+            RequestBody::Events { after } => {
+                let events = self.state.events_after(after);
+                let list = EventList {
+                    first: self.state.first_event(),
+                    last: self.state.events_made(),
+                    events: events.take(EVENTS_ANSWERED_MAX).cloned().collect(),
+                };
+                self.answer_reader(reader, Ok(ReplyBody::Events(Box::new(list))));
             }
             _ => self.reply(client, request.tag, Err(ReplyError::Invalid)),
         }
@@ -582,7 +601,15 @@ impl Engine {
             _ => None,
         };
         let op = match request.body {
-            RequestBody::OpenSession { nonce, name } => Op::OpenSession { nonce, name },
+            RequestBody::OpenSession { nonce, name, user } => Op::OpenSessionFrom {
+                nonce,
+                origin: Box::new(Origin {
+                    name,
+                    user,
+                    address: self.addresses.get(&client).copied(),
+                }),
+            },
+            RequestBody::Note { text } => Op::Note { text },
             RequestBody::EndSession => Op::EndSessions {
                 sessions: vec![request.session],
             },
@@ -1005,6 +1032,7 @@ fn answer_bytes(body: &Result<ReplyBody, ReplyError>) -> usize {
         Ok(ReplyBody::Directories(directories)) => size_of_val(directories.as_slice()),
         Ok(ReplyBody::Chunks { chunks, .. }) => size_of_val(chunks.as_slice()),
         Ok(ReplyBody::Volumes(volumes)) => size_of_val(volumes.as_slice()),
+        Ok(ReplyBody::Events(list)) => size_of_val(list.events.as_slice()),
         _ => 0,
     }
 }
@@ -1093,8 +1121,9 @@ mod tests {
             engine.handle_request(now, ClientId(tag), request);
             perform(&mut engine).remove(&tag).unwrap()
         };
-        let name = "a client".to_owned();
-        let opened = ask(1, SessionId(0), RequestBody::OpenSession { nonce: 5, name });
+        let (nonce, name, user) = (5, "a client".to_owned(), String::new());
+        let open = RequestBody::OpenSession { nonce, name, user };
+        let opened = ask(1, SessionId(0), open);
         let Ok(ReplyBody::Session(session)) = opened else {
             panic!("{opened:?}");
         };
@@ -1223,8 +1252,8 @@ mod tests {
             replies.append(&mut perform(&mut engine));
             replies.remove(&1).unwrap()
         };
-        let (nonce, name) = (1, "a".to_owned());
-        ask(RequestBody::OpenSession { nonce, name }, 10).unwrap();
+        let (nonce, name, user) = (1, "a".to_owned(), String::new());
+        ask(RequestBody::OpenSession { nonce, name, user }, 10).unwrap();
         let create = RequestBody::CreateVolume {
             name: "a".to_owned(),
             size_bytes: 4 << 20,

@@ -47,6 +47,26 @@ impl Driver {
     }
 }
 
+/// The administrative actions that are kept, as people see them.
+fn told(state: &State) -> Vec<String> {
+    let events = state.events_after(0);
+    events
+        .map(|it| format!("{} {}@{:?}: {it}", it.number, it.by.user, it.by.address))
+        .collect()
+}
+
+fn opened(nonce: u64) -> Command {
+    Command::internal(Op::OpenSessionFrom {
+        nonce,
+        origin: Box::new(Origin {
+            name: "pss@host".into(),
+            user: "alice".into(),
+            // The scope is none of the log's business.
+            address: Some(std::net::SocketAddrV6::new([0; 16].into(), 7, 8, 9).into()),
+        }),
+    })
+}
+
 fn write(session: SessionId, number: u64, settled: u64, volume: VolumeId, block: u64) -> Command {
     let payload = Bytes::from(vec![1; BLOCK_BYTES]);
     Command {
@@ -395,4 +415,284 @@ fn a_state_with_a_clock_comes_back_whole() {
     let volume = VolumeId(2);
     apply(&mut state, Op::DeleteVolume { volume });
     assert_eq!(state.times(volume), VolumeTimes::default());
+}
+
+#[test]
+fn administrative_actions_are_recorded_once_with_who_asked() {
+    let mut driver = Driver::new();
+    driver.run(Command::internal(Op::Clock { unix_ms: 5000 }));
+    let Answer::Created(session) = driver.run(opened(1)).0 else {
+        panic!("a session");
+    };
+    let session = SessionId(session);
+    let create = |name: &str| Op::CreateVolume {
+        name: name.into(),
+        size_bytes: 1 << 30,
+        chunk_bytes: CHUNK_BYTES_DEFAULT,
+        uuid: [0; 16],
+    };
+    let volume = VolumeId(1);
+    let resize = |volume, size_bytes, allow_shrink| Op::ResizeVolume {
+        volume,
+        size_bytes,
+        allow_shrink,
+    };
+    let size_bytes = 1 << 20;
+    let text = "stop server 2".to_owned();
+    let ops = [
+        create("v"),
+        create("v"),
+        create(&"x".repeat(300)),
+        resize(volume, 2 << 30, false),
+        resize(volume, 1 << 30, false),
+        resize(volume, 1 << 30, true),
+        resize(VolumeId(7), 1 << 30, true),
+        Op::Attach { volume },
+        Op::ShrinkVolume { volume, size_bytes },
+        Op::DeleteVolume { volume },
+        Op::Note { text },
+        Op::DeleteAttachedVolume { volume },
+        Op::DeleteVolume { volume },
+    ];
+    for (op, number) in ops.into_iter().zip(1..) {
+        let command = numbered(session, number, op);
+        let answer = driver.run(command.clone()).0;
+        assert_eq!(driver.run(command).0, answer, "a repetition");
+    }
+    driver.run(write(session, 20, 0, volume, 0));
+    let x = "x".repeat(64);
+    let expected = [
+        "created volume v (1G)".to_owned(),
+        "could not create volume v (1G): a volume of that name exists".to_owned(),
+        format!(
+            "could not create volume {x} (1G): a volume's name has 1 to 64 bytes and no '/', NUL or leading '.'"
+        ),
+        "resized volume v from 1G to 2G".to_owned(),
+        "could not resize volume v from 2G to 1G: the volume would become smaller".to_owned(),
+        "resized volume v from 2G to 1G by force".to_owned(),
+        "could not resize volume 7 to 1G: no such volume".to_owned(),
+        "could not resize volume v from 1G to 1M: the volume is attached".to_owned(),
+        "could not delete volume v (1G): the volume is attached".to_owned(),
+        "stop server 2".to_owned(),
+        "deleted volume v (1G) by force".to_owned(),
+        "could not delete volume 1: no such volume".to_owned(),
+    ];
+    let expected: Vec<String> = expected
+        .iter()
+        .zip(1..)
+        .map(|(text, number)| format!("{number} alice@Some([::]:7): {text}"))
+        .collect();
+    assert_eq!(told(&driver.0), expected);
+    let state = driver.0;
+    assert!(
+        state
+            .events_after(0)
+            .all(|it| it.time_ms == 5000 && it.by.name == "pss@host")
+    );
+    let created = state.events_after(0).next().unwrap();
+    assert!(matches!(
+        created.action,
+        AdminAction::CreateVolume {
+            volume: Some(VolumeId(1)),
+            ..
+        }
+    ));
+    assert_eq!(created.slot, Slot(3));
+    // Who asked is known for as long as the event is kept.
+    let mut driver = Driver(state);
+    let sessions = vec![session];
+    driver.run(Command::internal(Op::EndSessions { sessions }));
+    assert_eq!(told(&driver.0), expected);
+    let bytes = driver.0.encode();
+    assert_eq!(bytes[..2], [4, 0]);
+    assert_eq!(State::decode(&bytes), Ok(driver.0));
+    for length in 0..bytes.len() {
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+    }
+}
+
+#[test]
+fn the_newest_events_are_kept() {
+    let mut driver = Driver::new();
+    assert_eq!((driver.0.first_event(), driver.0.events_made()), (1, 0));
+    let more = 10;
+    for number in 1..=EVENTS_MAX as u64 + more {
+        let text = number.to_string();
+        driver.run(Command::internal(Op::Note { text }));
+    }
+    let state = driver.0;
+    assert_eq!(state.events_made(), EVENTS_MAX as u64 + more);
+    assert_eq!(state.first_event(), more + 1);
+    let numbers = |after| -> Vec<u64> { state.events_after(after).map(|it| it.number).collect() };
+    assert_eq!(
+        numbers(0),
+        (more + 1..=state.events_made()).collect::<Vec<_>>()
+    );
+    assert_eq!(numbers(more), numbers(0));
+    assert_eq!(numbers(more + 1)[0], more + 2);
+    assert_eq!(numbers(state.events_made() - 1), [state.events_made()]);
+    assert!(numbers(state.events_made()).is_empty() && numbers(u64::MAX).is_empty());
+    for event in state.events_after(0) {
+        assert_eq!(event.to_string(), event.number.to_string());
+    }
+    assert_eq!(State::decode(&state.encode()), Ok(state));
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|it| format!("{it:02x}")).collect()
+}
+
+/// Made from docs/formats.md apart from this program.
+#[test]
+fn literal_states() {
+    let mut driver = Driver::new();
+    driver.run(Command::internal(Op::Clock { unix_ms: 5000 }));
+    let empty = "0000000000000000" /* volumes made, volumes */
+        .to_owned();
+    let clock = "00000000" /* reservations */
+        .to_owned()
+        + "881300000000000000000000";
+    let third = format!("03000100000000000000{empty}00000000{clock}");
+    assert_eq!(hex(&driver.0.encode()), third);
+    driver.run(opened(1));
+    driver.run(numbered(
+        SessionId(2 << 16),
+        1,
+        Op::Note { text: "é".into() },
+    ));
+    let name = "08000000707373406 86f7374".replace(' ', "");
+    let session = "0000020000000000" /* id */.to_owned()
+        + "0100000000000000" /* nonce */ + &name
+        + "0200000000000000" /* opened */
+        + "0100000000000000" /* first number */
+        + "01000000ff" /* answers */
+        + "00000000" /* attached */;
+    let origin = name + "05000000616c696365" + "06000000000000000000000000000000000700";
+    let event = "0300000000000000" /* slot */.to_owned()
+        + "8813000000000000" /* time */ + &origin
+        + "00" /* done */ + "0402000000c3a9";
+    let fourth = format!(
+        "04000300000000000000{empty}01000000{session}{clock}010000000000020000000000{origin}010000000000000001000000{event}"
+    );
+    assert_eq!(hex(&driver.0.encode()), fourth);
+}
+
+#[test]
+fn bytes_that_are_no_events_are_no_state() {
+    let mut driver = Driver::new();
+    driver.run(opened(1));
+    for text in ["a", "b"] {
+        driver.run(Command::internal(Op::Note { text: text.into() }));
+    }
+    let bytes = driver.0.encode();
+    let event = 8 + 8 + 4 + 4 + 1 + 1 + 1 + 4 + 1;
+    let list = bytes.len() - 2 * event;
+    let changed = |at: usize, byte: u8| {
+        let mut bytes = bytes.clone();
+        bytes[at] = byte;
+        State::decode(&bytes)
+    };
+    assert!(changed(list - 12, 2).is_ok());
+    assert_eq!(
+        changed(list - 12, 1),
+        Err(BadState),
+        "more are kept than there were"
+    );
+    assert_eq!(changed(list - 4, 3), Err(BadState), "cut short");
+    assert_eq!(
+        changed(list - 2, 1),
+        Err(BadState),
+        "more than are ever kept"
+    );
+    assert_eq!(changed(list + 24, 5), Err(BadState), "family");
+    assert_eq!(changed(list + 25, 99), Err(BadState), "refusal");
+    assert_eq!(changed(list + 26, 9), Err(BadState), "action");
+    assert_eq!(changed(bytes.len() - 1, 0xff), Err(BadState), "UTF-8");
+}
+
+/// The state is encoded for each checkpoint, on the thread that does everything else.
+#[test]
+#[ignore = "measures"]
+fn encoding_all_events_takes_no_time() {
+    for long in [false, true] {
+        let mut driver = Driver::new();
+        let text = |short: &str, most: usize| match long {
+            true => "x".repeat(most),
+            false => short.to_owned(),
+        };
+        let Answer::Created(session) = driver
+            .run(Command::internal(Op::OpenSessionFrom {
+                nonce: 1,
+                origin: Box::new(Origin {
+                    name: text("pss@storage-host-1", 256),
+                    user: text("alice", 64),
+                    address: "10.0.0.5:40100".parse().ok(),
+                }),
+            }))
+            .0
+        else {
+            panic!("a session");
+        };
+        for number in 1..=EVENTS_MAX as u64 + 1 {
+            let text = text("stop server 2", 200);
+            driver.run(numbered(SessionId(session), number, Op::Note { text }));
+        }
+        let start = std::time::Instant::now();
+        for _ in 0..100 {
+            std::hint::black_box(driver.0.encode());
+        }
+        let (took, bytes) = (start.elapsed() / 100, driver.0.encode().len());
+        println!("long {long}: {bytes} bytes, encoded in {took:?}");
+    }
+}
+
+/// Servers that apply an old log from different slots on must come to the same.
+#[test]
+fn what_sessions_of_old_logs_do_is_not_recorded() {
+    let mut driver = Driver::new();
+    let (session, volume) = (driver.open(1), driver.volume("v"));
+    driver.run(numbered(session, 1, Op::DeleteVolume { volume }));
+    driver.volume("v");
+    assert_eq!(driver.0.events_made(), 0);
+    assert_eq!(driver.0.encode()[..2], [1, 0]);
+    // A note stands in new logs only.
+    let text = "n".to_owned();
+    driver.run(numbered(session, 2, Op::Note { text }));
+    assert_eq!(told(&driver.0), ["1 @None: n"]);
+    assert_eq!(State::decode(&driver.0.encode()), Ok(driver.0));
+}
+
+#[test]
+fn changed_states_never_panic() {
+    let mut driver = Driver::new();
+    driver.run(Command::internal(Op::Clock { unix_ms: 5000 }));
+    driver.run(opened(1));
+    let (session, volume) = (SessionId(2 << 16), VolumeId(1));
+    let create = Op::CreateVolume {
+        name: "v".into(),
+        size_bytes: 1 << 30,
+        chunk_bytes: CHUNK_BYTES_DEFAULT,
+        uuid: [0; 16],
+    };
+    let (size_bytes, text) = (1 << 20, "n".to_owned());
+    let shrink = Op::ShrinkVolume { volume, size_bytes };
+    let ops = [
+        create,
+        shrink,
+        Op::Note { text },
+        Op::DeleteVolume { volume },
+    ];
+    for (op, number) in ops.into_iter().zip(1..) {
+        driver.run(numbered(session, number, op));
+    }
+    let bytes = driver.0.encode();
+    for at in 0..bytes.len() {
+        for change in [1, 2, 4, 0x7f, 0x80, 0xff] {
+            let mut changed = bytes.clone();
+            changed[at] ^= change;
+            if let Ok(state) = State::decode(&changed) {
+                assert_eq!(State::decode(&state.encode()), Ok(state));
+            }
+        }
+    }
 }

@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::state::{Refusal, Volume, VolumeTimes};
+use crate::entry::{NOTE_BYTES_MAX, USER_NAME_MAX};
+use crate::state::{AdminEvent, Refusal, Volume, VolumeTimes};
 use crate::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId,
     Slot, VolumeId,
@@ -19,6 +20,8 @@ use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection};
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Most chunks in one answer.
 pub const CHUNKS_MAX: usize = 4096;
+/// Most administrative actions in one answer.
+pub const EVENTS_ANSWERED_MAX: usize = 1000;
 /// Most extents in one answer.
 pub const EXTENTS_MAX: usize = 4096;
 
@@ -47,6 +50,8 @@ pub enum RequestBody {
         nonce: u64,
         /// For people, such as `pss-nbd@host`.
         name: String,
+        /// The client's user, for people; may be empty.
+        user: String,
     },
     /// Ends the session.
     EndSession,
@@ -194,6 +199,16 @@ pub enum RequestBody {
     },
     /// What this server tells of its inside; answered by every server.
     Inspect(Inspect),
+    /// What was done to the cell, by whom and when.
+    Events {
+        /// Only what has a number above this one; the answer has at most [`EVENTS_ANSWERED_MAX`] of it, the oldest.
+        after: u64,
+    },
+    /// Says what the client is about to do that the replicated state would not know of otherwise. Numbered.
+    Note {
+        /// At most [`NOTE_BYTES_MAX`].
+        text: String,
+    },
 }
 
 /// What [`RequestBody::Browse`] looks at.
@@ -294,6 +309,19 @@ pub enum ReplyBody {
     },
     /// What a server tells of its inside.
     Inspection(Box<Inspection>),
+    /// What was done to the cell.
+    Events(Box<EventList>),
+}
+
+/// Some of what was done to the cell.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct EventList {
+    /// Number of the oldest event that the cell still has, or of the next if it has none.
+    pub first: u64,
+    /// Number of the newest event; 0 if there never was one.
+    pub last: u64,
+    /// Those that were asked for, oldest first.
+    pub events: Vec<AdminEvent>,
 }
 
 /// Why a request failed.
@@ -503,6 +531,7 @@ impl RequestBody {
                 | RequestBody::Reserve { .. }
                 | RequestBody::ShrinkVolume { .. }
                 | RequestBody::DeleteAttachedVolume { .. }
+                | RequestBody::Note { .. }
         )
     }
 
@@ -582,14 +611,17 @@ impl RequestBody {
             RequestBody::DeleteAttachedVolume { .. } => 22,
             RequestBody::Browse { .. } => 23,
             RequestBody::Inspect(_) => 24,
+            RequestBody::Events { .. } => 25,
+            RequestBody::Note { .. } => 26,
         }
     }
 
     fn encode(&self, put: &mut Output<'_>) {
         match self {
-            RequestBody::OpenSession { nonce, name } => {
+            RequestBody::OpenSession { nonce, name, user } => {
                 put.u64(*nonce);
                 put.string(shortened(name, NAME_BYTES_MAX));
+                put.string(shortened(user, USER_NAME_MAX));
             }
             RequestBody::EndSession
             | RequestBody::KeepAlive
@@ -696,6 +728,8 @@ impl RequestBody {
                 what.encode(put);
             }
             RequestBody::Inspect(what) => what.encode(put),
+            RequestBody::Events { after } => put.u64(*after),
+            RequestBody::Note { text } => put.string(shortened(text, NOTE_BYTES_MAX)),
         }
     }
 
@@ -716,6 +750,7 @@ impl RequestBody {
             1 => RequestBody::OpenSession {
                 nonce: input.u64()?,
                 name: name(input)?,
+                user: string("user", input, USER_NAME_MAX)?,
             },
             2 => RequestBody::EndSession,
             3 => RequestBody::KeepAlive,
@@ -780,6 +815,12 @@ impl RequestBody {
                 what: Browse::decode(input)?,
             },
             24 => RequestBody::Inspect(Inspect::decode(input)?),
+            25 => RequestBody::Events {
+                after: input.u64()?,
+            },
+            26 => RequestBody::Note {
+                text: string("note", input, NOTE_BYTES_MAX)?,
+            },
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "request",
@@ -978,9 +1019,13 @@ fn aligned_first_block(offset_bytes: u64, length: usize) -> Option<u64> {
 }
 
 fn name(input: &mut Input<'_>) -> Result<String, DecodeError> {
-    let name = input.string()?;
-    at_most("name", name.len() as u32, NAME_BYTES_MAX)?;
-    Ok(name)
+    string("name", input, NAME_BYTES_MAX)
+}
+
+fn string(what: &'static str, input: &mut Input<'_>, most: usize) -> Result<String, DecodeError> {
+    let text = input.string()?;
+    at_most(what, text.len() as u32, most)?;
+    Ok(text)
 }
 
 fn at_most(what: &'static str, have: u32, most: usize) -> Result<u32, DecodeError> {
@@ -1005,7 +1050,7 @@ fn payload_length(payload: &Bytes, want: u32) -> Result<(), DecodeError> {
 }
 
 /// Header, little-endian: code u8 (from 64 on an error), tag u64, then the fields. Data that were
-/// read are the payload, with a CRC32C of each part in the header. Volumes, status and inspections are JSON.
+/// read are the payload, with a CRC32C of each part in the header. Volumes, status, inspections and events are JSON.
 impl Reply {
     /// Appends the reply as a frame; data that were read are not copied.
     pub fn encode(&self, out: &mut SendQueue) {
@@ -1078,6 +1123,7 @@ impl ReplyBody {
             ReplyBody::Chunks { .. } => 10,
             ReplyBody::Directories(_) => 11,
             ReplyBody::Inspection(_) => 12,
+            ReplyBody::Events(_) => 13,
         }
     }
 
@@ -1108,6 +1154,7 @@ impl ReplyBody {
             ReplyBody::VolumeCreated(volume) => put.u32(volume.0),
             ReplyBody::Status(status) => put_json(put, status),
             ReplyBody::Inspection(inspection) => put_json(put, inspection),
+            ReplyBody::Events(events) => put_json(put, events),
             ReplyBody::Reservations(reservations) => reservations.encode(put.0),
             ReplyBody::Volume {
                 size_bytes,
@@ -1194,6 +1241,7 @@ impl ReplyBody {
                 ReplyBody::Directories(directories)
             }
             12 => ReplyBody::Inspection(get_json(input)?),
+            13 => ReplyBody::Events(get_json(input)?),
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "reply",

@@ -109,6 +109,7 @@ timeout=10s, stale, show_volumes, key=FILE. A line of /etc/fstab:
   pss  /mnt/pss  fuse.pss  ro,_netdev,nofail,allow_other  0 0";
 
 pub(super) fn run(cell: &CellArgs, args: &MountArgs) -> Result<(), CliError> {
+    mount::check_place(&args.directory)?;
     let is_background = std::env::var_os(BACKGROUND_VARIABLE).is_some();
     if !args.foreground && !is_background {
         return run_in_background(cell.timeout);

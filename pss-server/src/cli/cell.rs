@@ -8,13 +8,13 @@ use std::time::Duration;
 use pss_core::client::{Cell, CellConfig, ClientError, ServerError, Shrink};
 use pss_core::state::{Refusal, Volume};
 use pss_core::types::{ServerId, VolumeId};
-use pss_core::wire::client::{ReplyError, VolumeStatus};
+use pss_core::wire::client::{EventList, ReplyError, VolumeStatus};
 use pss_core::wire::inspect::{Inspect, Inspection};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
 
-use super::health::{Answers, Verdict};
-use super::{CellArgs, CliError, Exit};
+use super::health::{Answers, Health, Verdict};
+use super::{CellArgs, CliError, Exit, say};
 use crate::config::CellFiles;
 use crate::render::printable;
 
@@ -31,6 +31,7 @@ pub(crate) fn connect(files: &CellFiles, program: &str, timeout: Duration) -> Ar
     let name = format!("{program}@{}", host_name());
     Cell::connect(CellConfig {
         key: files.key.clone(),
+        client_user: pss_gateway::user::user_name(),
         request_timeout: timeout,
         connect_timeout: CONNECT_TIMEOUT.min(timeout),
         ..CellConfig::new(servers, &name)
@@ -283,6 +284,27 @@ impl Access {
                 answer,
             })
             .collect()
+    }
+
+    /// Has the cell note what is about to be done outside of it. If it cannot, says so and goes on.
+    pub(super) fn note(&self, health: &Health, text: &str) {
+        let noted = match health.verdict {
+            Verdict::NoMajority => Err(health.sentence()),
+            Verdict::Works { .. } | Verdict::NoLeader => self
+                .runtime
+                .block_on(self.cell.note(text))
+                .map_err(|error| error.to_string()),
+        };
+        if let Err(reason) = noted {
+            say(format!(
+                "'{text}' may be missing from 'pss events': {reason}"
+            ));
+        }
+    }
+
+    /// What was done to the cell after the event of this number.
+    pub(super) fn events(&self, after: u64) -> Result<EventList, CliError> {
+        self.wait(self.cell.events(after))
     }
 
     /// Stops a server.

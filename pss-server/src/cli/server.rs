@@ -147,6 +147,7 @@ pub(super) fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliErro
     if let Some(question) = objection(&health, id).filter(|_| !yes) {
         confirm(&question)?;
     }
+    cell.note(&health, &format!("stop server {id}"));
     cell.shutdown(id)?;
     if args.json {
         return print_json(&json!({ "schema": "pss.server.shutdown/1", "id": id.0 }));

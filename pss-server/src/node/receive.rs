@@ -447,6 +447,11 @@ impl Node {
         };
         self.connections.become_kind(place, kind);
         if let Some(slot) = self.connections.get_mut(place) {
+            if let (Kind::Client(_), Ok(address)) =
+                (&slot.kind, slot.connection.stream().peer_addr())
+            {
+                self.engine.note_client(slot.id, address);
+            }
             slot.connection.reader.set_limits(limits);
         }
         Ok(())

@@ -21,7 +21,7 @@ impl Driver {
             next
         };
         Driver {
-            session: Session::new("test".into(), Box::new(nonces)),
+            session: Session::new("test".into(), "alice".into(), Box::new(nonces)),
             out: SendQueue::new(),
             start: Instant::now(),
         }

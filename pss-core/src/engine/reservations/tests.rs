@@ -86,6 +86,7 @@ impl Rig {
             rig.step();
         }
         let open = RequestBody::OpenSession {
+            user: String::new(),
             nonce: 5,
             name: "t".into(),
         };

@@ -3,6 +3,8 @@ use std::io::IoSlice;
 use proptest::prelude::*;
 
 use super::*;
+use crate::entry::Origin;
+use crate::state::AdminAction;
 use crate::types::Slot;
 use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
@@ -57,8 +59,10 @@ fn body() -> impl Strategy<Value = RequestBody> {
     let volume = || any::<u32>().prop_map(VolumeId);
     let offset = || prop_oneof![any::<u64>(), (0..9_u64).prop_map(|block| block * 4096)];
     prop_oneof![
-        (any::<u64>(), "[a-zé]{0,20}")
-            .prop_map(|(nonce, name)| RequestBody::OpenSession { nonce, name }),
+        (any::<u64>(), "[a-zé]{0,20}", "[a-zé]{0,20}")
+            .prop_map(|(nonce, name, user)| RequestBody::OpenSession { nonce, name, user }),
+        any::<u64>().prop_map(|after| RequestBody::Events { after }),
+        "[a-zé\\x00]{0,60}".prop_map(|text| RequestBody::Note { text }),
         Just(RequestBody::EndSession),
         Just(RequestBody::KeepAlive),
         (volume(), offset(), 0..=REQUEST_BYTES_MAX as u32).prop_map(
@@ -245,6 +249,42 @@ fn volume_status(name: &str) -> VolumeStatus {
     }
 }
 
+fn event(number: u64, text: &str) -> AdminEvent {
+    AdminEvent {
+        number,
+        slot: Slot(5),
+        time_ms: 6,
+        by: Origin {
+            name: "pss@host".into(),
+            user: text.into(),
+            address: "[2001:db8::1]:7".parse().ok(),
+        },
+        action: match number % 4 {
+            0 => AdminAction::Note { text: text.into() },
+            1 => AdminAction::CreateVolume {
+                volume: Some(VolumeId(1)),
+                name: text.into(),
+                size_bytes: u64::MAX,
+                chunk_bytes: 8,
+            },
+            2 => AdminAction::ResizeVolume {
+                volume: VolumeId(1),
+                name: text.into(),
+                from_bytes: 9,
+                to_bytes: 10,
+                forced: true,
+            },
+            _ => AdminAction::DeleteVolume {
+                volume: VolumeId(1),
+                name: text.into(),
+                size_bytes: 9,
+                forced: false,
+            },
+        },
+        refused: number.is_multiple_of(5).then_some(Refusal::NoSuchVolume),
+    }
+}
+
 fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
     let part = prop_oneof![
         data(5000).prop_map(ReadPart::Data),
@@ -262,6 +302,21 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
         prop::collection::vec("[a-z\"\\\\]{1,9}", 0..4).prop_map(|names| {
             ReplyBody::Volumes(names.iter().map(|name| volume_status(name)).collect())
         }),
+        (
+            any::<(u32, u32)>(),
+            prop::collection::vec("[a-zé\"\\x00]{0,9}", 0..6)
+        )
+            .prop_map(|((first, last), texts)| {
+                let (first, last) = (u64::from(first), u64::from(last));
+                let events = texts.iter().zip(first..);
+                let events = events.map(|(text, number)| event(number, text)).collect();
+                let list = EventList {
+                    first,
+                    last,
+                    events,
+                };
+                ReplyBody::Events(Box::new(list))
+            }),
         any::<u32>().prop_map(|id| ReplyBody::VolumeCreated(VolumeId(id))),
         Just(ReplyBody::Status(Box::new(status()))),
         any::<(u64, u64)>().prop_map(|(size_bytes, reservations)| ReplyBody::Volume {
@@ -359,9 +414,18 @@ fn literal_requests() {
             RequestBody::OpenSession {
                 nonce: 11,
                 name: "é".into(),
+                user: "al".into(),
             },
             1,
-            "0b000000000000000200c3a9",
+            "0b000000000000000200c3a90200616c",
+        ),
+        (RequestBody::Events { after: 258 }, 25, "0201000000000000"),
+        (
+            RequestBody::Note {
+                text: "stop".into(),
+            },
+            26,
+            "040073746f70",
         ),
         (RequestBody::EndSession, 2, ""),
         (RequestBody::KeepAlive, 3, ""),
@@ -586,6 +650,79 @@ fn status_is_json_behind_code_and_tag() {
     let header = reply_frame(&reply).header;
     let json: serde_json::Value = serde_json::from_slice(&header[9..]).unwrap();
     assert_eq!(json["role"], "leader");
+}
+
+/// As programs read it, `pss events --json` among them.
+#[test]
+fn events_are_json_behind_code_and_tag() {
+    let list = EventList {
+        first: 1,
+        last: 9,
+        events: vec![event(8, "stop"), event(5, "v")],
+    };
+    let body = Ok(ReplyBody::Events(Box::new(list)));
+    let header = reply_frame(&Reply { tag: 1, body }).header;
+    assert_eq!(header[0], 13);
+    let json: serde_json::Value = serde_json::from_slice(&header[9..]).unwrap();
+    let by = r#""by":{"name":"pss@host","user":"stop","address":"[2001:db8::1]:7"}"#;
+    let expected = format!(
+        r#"{{"number":8,"slot":5,"time_ms":6,{by},"action":{{"kind":"note","text":"stop"}},"refused":null}}"#
+    );
+    assert_eq!(
+        json["events"][0],
+        serde_json::from_str::<serde_json::Value>(&expected).unwrap()
+    );
+    assert_eq!(json["events"][1]["refused"], "NoSuchVolume");
+    assert_eq!(json["events"][1]["action"]["size_bytes"], u64::MAX);
+    assert_eq!((&json["first"], &json["last"]), (&1.into(), &9.into()));
+}
+
+/// The longest answer there can be fits the frame of one.
+#[test]
+fn the_longest_list_of_events_fits_a_frame() {
+    let worst = "\u{1}".repeat(NAME_BYTES_MAX);
+    let mut longest = event(8, &worst);
+    longest.by.name = worst.clone();
+    let list = EventList {
+        first: 1,
+        last: 9,
+        events: vec![longest; EVENTS_ANSWERED_MAX],
+    };
+    let body = Ok(ReplyBody::Events(Box::new(list)));
+    let reply = Reply { tag: 1, body };
+    assert_eq!(Reply::decode(reply_frame(&reply)).unwrap(), reply);
+}
+
+#[test]
+fn users_and_notes_are_bounded() {
+    let open = |user: String| RequestBody::OpenSession {
+        nonce: 1,
+        name: String::new(),
+        user,
+    };
+    let sent = request(open("é".repeat(USER_NAME_MAX)));
+    let cut = Request::decode(request_frame(&sent)).unwrap();
+    assert_eq!(cut.body, open("é".repeat(USER_NAME_MAX / 2)));
+    let header = |code: u8, fields: &[u8]| {
+        let mut header = request_frame(&request(RequestBody::Status)).header.to_vec();
+        header[0] = code;
+        header.extend(fields);
+        let frame = request_frame(&request(RequestBody::Status));
+        Request::decode(Frame {
+            header: header.into(),
+            ..frame
+        })
+    };
+    let text = |length: usize| {
+        let mut bytes = (length as u16).to_le_bytes().to_vec();
+        bytes.resize(2 + length, b'a');
+        bytes
+    };
+    assert!(header(26, &text(NOTE_BYTES_MAX)).is_ok());
+    assert!(header(26, &text(NOTE_BYTES_MAX + 1)).is_err());
+    let opened = |length| [&[0; 10][..], &text(length)].concat();
+    assert!(header(1, &opened(USER_NAME_MAX)).is_ok());
+    assert!(header(1, &opened(USER_NAME_MAX + 1)).is_err());
 }
 
 #[test]
