@@ -18,6 +18,7 @@ needed=(
     "qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so"
     "e2fsprogs mke2fs"
     "strace strace"
+    "fuse3 fusermount3"
     "rsync rsync"
     "qemu-system-x86 qemu-system-x86_64"
     "ipxe-qemu /usr/lib/ipxe/qemu/pxe-e1000.rom"

@@ -1,6 +1,7 @@
 //! What every front end with sockets needs, whatever its protocol: [`listen`] (sockets), [`peer`] (who
 //! connects), [`sending`] (replies on their way), [`alarm`] (wake-ups), [`program`] (what the gateways'
-//! programs have in common), [`logging`] (stderr or syslog), [`throttle`] (log lines that strangers cause), [`user`] (who uses a program). [`memory`] is a volume in memory for tests.
+//! programs have in common), [`user`] (who uses a program), [`progress`] (bars on a terminal), [`logging`]
+//! (stderr or syslog), [`throttle`] (log lines that strangers cause). [`memory`] is a volume in memory for tests.
 
 pub mod alarm;
 pub mod listen;
@@ -8,6 +9,7 @@ pub mod logging;
 pub mod memory;
 pub mod peer;
 pub mod program;
+pub mod progress;
 pub mod sending;
 pub mod throttle;
 pub mod user;

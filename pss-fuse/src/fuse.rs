@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::future::Future;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -31,6 +32,8 @@ const READS_MAX: usize = 64;
 const BACKGROUND_MAX: u16 = READS_MAX as u16;
 /// An operation of several questions may take so much longer than one question.
 const OPERATION_MARGIN: Duration = Duration::from_secs(1);
+/// The only kind of extended attributes that there is.
+const USER_ATTRIBUTES: &[u8] = b"user.";
 /// A number is never used for anything else.
 const GENERATION: Generation = Generation(0);
 
@@ -404,7 +407,11 @@ impl Filesystem for Fuse {
         size: u32,
         reply: ReplyXattr,
     ) {
-        // `ls -l` asks for some of other kinds, of every file.
+        // `ls -l` asks for security contexts and access lists; once it knows that there is no such thing here, it does
+        // not ask for those of every file.
+        if !name.as_bytes().starts_with(USER_ATTRIBUTES) {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
         let names = node(inode).map(|node| self.shared.namespace.attribute_names(node));
         let names = names.unwrap_or_default();
         let Some(name) = names.iter().find(|known| name == **known) else {

@@ -1,6 +1,6 @@
 //! Tables and numbers for people.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A table with headings; columns are padded to their widest cell.
 pub struct Table {
@@ -103,13 +103,28 @@ pub fn grouped(number: u64) -> String {
     out
 }
 
-/// A time for people, UTC, of milliseconds since the beginning of 1970: `2025-11-30 12:34:56`.
-pub fn utc(since_1970_ms: u64) -> String {
-    // Later than the year 9999 only a wrong clock can be.
-    let last = Duration::from_secs(253_402_300_799);
-    let time = UNIX_EPOCH + Duration::from_millis(since_1970_ms).min(last);
-    let text = humantime::format_rfc3339_seconds(time).to_string();
-    text.trim_end_matches('Z').replace('T', " ")
+/// A time for people, UTC: `2026-11-30 12:00:01Z`; `unknown` for 0.
+pub fn time_text(unix_ms: u64) -> String {
+    match time(unix_ms) {
+        Some(time) => {
+            let text = humantime::format_rfc3339_seconds(time).to_string();
+            text.replace('T', " ")
+        }
+        None => "unknown".to_owned(),
+    }
+}
+
+/// A time for programs, RFC 3339: `2026-11-30T12:00:01.250Z`; nothing for 0.
+pub fn time_iso(unix_ms: u64) -> Option<String> {
+    Some(humantime::format_rfc3339_millis(time(unix_ms)?).to_string())
+}
+
+/// The last year that can be written with four digits.
+const YEAR_9999_MS: u64 = 253_402_300_799_999;
+
+fn time(unix_ms: u64) -> Option<SystemTime> {
+    let is_known = (1..=YEAR_9999_MS).contains(&unix_ms);
+    is_known.then(|| UNIX_EPOCH + Duration::from_millis(unix_ms))
 }
 
 /// Bytes without rounding, in the largest unit that fits: `1536M`, `5000`.
@@ -137,6 +152,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn times() {
+        assert_eq!(time_text(1_796_040_001_250), "2026-11-30 12:00:01Z");
+        assert_eq!(
+            time_iso(1_796_040_001_250).as_deref(),
+            Some("2026-11-30T12:00:01.250Z")
+        );
+        assert_eq!(time_text(1), "1970-01-01 00:00:00Z");
+        assert_eq!(time_text(YEAR_9999_MS), "9999-12-31 23:59:59Z");
+        for unknown in [0, YEAR_9999_MS + 1, u64::MAX] {
+            assert_eq!(time_text(unknown), "unknown");
+            assert_eq!(time_iso(unknown), None);
+        }
+    }
+
+    #[test]
     fn tables_are_aligned() {
         let mut table = Table::new([left("NAME"), right("SIZE"), left("USE")]);
         table.row(["vol001".into(), "10G".into(), "".into()]);
@@ -147,9 +177,6 @@ mod tests {
 
     #[test]
     fn times_and_exact_sizes() {
-        assert_eq!(utc(0), "1970-01-01 00:00:00");
-        assert_eq!(utc(1_764_506_096_789), "2025-11-30 12:34:56");
-        assert_eq!(utc(u64::MAX), "9999-12-31 23:59:59");
         for (bytes, text) in [
             (0, "0"),
             (512, "512"),

@@ -1,6 +1,8 @@
 //! The namespace of a cell, mounted by `pss-fuse` in a process of its own.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -89,4 +91,70 @@ pub fn is_mounted(directory: &Path) -> bool {
         let fields: Vec<&str> = line.split(' ').collect();
         fields.get(1) == Some(&directory) && fields.get(2) == Some(&"fuse.pss")
     })
+}
+
+/// Part of a file as memory, to read from.
+pub struct Mapping {
+    start: *const u8,
+    length: usize,
+}
+
+impl Mapping {
+    /// Maps so many bytes from an offset, a multiple of the page size: `MAP_SHARED` or `MAP_PRIVATE`.
+    ///
+    /// # Errors
+    /// Of mmap(2).
+    pub fn new(file: &File, offset: u64, length: usize, is_shared: bool) -> io::Result<Mapping> {
+        let flags = match is_shared {
+            true => libc::MAP_SHARED,
+            false => libc::MAP_PRIVATE,
+        };
+        #[expect(unsafe_code, reason = "there is no safe way to map a file")]
+        // SAFETY: the kernel chooses a place where nothing is; it is only read, by copying.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ,
+                flags,
+                file.as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        match start == libc::MAP_FAILED {
+            true => Err(io::Error::last_os_error()),
+            false => Ok(Mapping {
+                start: start.cast(),
+                length,
+            }),
+        }
+    }
+
+    /// What it shows now. The file must not have become shorter: that ends the process.
+    ///
+    /// # Panics
+    /// Behind its end.
+    pub fn read(&self, from: usize, length: usize) -> Vec<u8> {
+        assert!(from + length <= self.length);
+        let mut bytes = vec![0; length];
+        #[expect(
+            unsafe_code,
+            reason = "others may change what is mapped: no reference to it may exist"
+        )]
+        // SAFETY: within the mapping, which lives as long as this.
+        unsafe {
+            std::ptr::copy(self.start.add(from), bytes.as_mut_ptr(), length);
+        }
+        bytes
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        #[expect(unsafe_code, reason = "what was mapped by hand is unmapped by hand")]
+        // SAFETY: it was mapped with this length, and nobody has a reference into it.
+        unsafe {
+            libc::munmap(self.start.cast_mut().cast(), self.length);
+        }
+    }
 }

@@ -248,6 +248,13 @@ fn volumes_from_creation_to_deletion() {
     let shown = up.json("volume show small");
     assert_eq!(shown["size_bytes"], 2 << 20);
     assert_eq!(shown["chunk_bytes"], 64 << 10);
+    let (created, changed) = (&shown["created_ms"], &shown["changed_ms"]);
+    assert!(created.as_u64() > Some(1_700_000_000_000), "{shown}");
+    assert!(changed.as_u64() >= created.as_u64(), "{shown}");
+    assert!(shown["changed"].as_str().unwrap().ends_with('Z'), "{shown}");
+    let year = &shown["created"].as_str().unwrap()[..4];
+    let text = pss("volume show small").done().stdout();
+    assert!(text.contains(&format!("Created      {year}-")), "{text}");
     pss("volume resize small 1M").fails(2, &["smaller", "--allow-shrink"]);
     pss("volume resize small 65T").fails(2, &["at most"]);
     pss("volume resize small 1M --allow-shrink").done();

@@ -4,8 +4,8 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt, symlink};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,9 +14,13 @@ use pss_tests::binaries::{self, tool};
 use pss_tests::fuse::{Mount, is_mounted};
 use pss_tests::nbd_client::{self, NbdClient};
 use pss_tests::processes::{Cell, Layout, PATIENCE, Process, wait_until};
+use pss_tests::programs::terminal;
 use pss_tests::rng::Rng;
 use rustix::fs::SeekFrom;
 use serde_json::Value;
+
+#[path = "fuse/fsx.rs"]
+mod fsx;
 
 const MIB: u64 = 1 << 20;
 /// Of a volume's chunk, by default.
@@ -325,6 +329,27 @@ fn a_mount_shows_what_was_written() {
     let sum = run("sha256sum", "coreutils", &[text(&mount.path("v/00/00/01"))]);
     assert!(sum.starts_with(&digest));
     assert_eq!(attribute("user.other"), Err(rustix::io::Errno::NODATA));
+    // There are no others, and `ls -l` asks once, not for every file.
+    for name in ["security.selinux", "system.posix_acl_access"] {
+        assert_eq!(attribute(name), Err(rustix::io::Errno::OPNOTSUPP));
+    }
+    let mut names = [0; 200];
+    let length = rustix::fs::listxattr(mount.path("v/00/00/01"), &mut names).unwrap();
+    let names = String::from_utf8(names[..length].to_vec()).unwrap();
+    let known = ["slot", "digest", "allocated_bytes", "copies"];
+    assert_eq!(
+        names,
+        known.map(|name| format!("user.pss.{name}\0")).concat()
+    );
+    let calls = cell.bench.path("calls");
+    let list = ["-o", text(&calls), "-e", "getxattr,lgetxattr", "ls", "-lR"];
+    run(
+        "strace",
+        "strace",
+        &[&list[..], &[text(&mount.directory)]].concat(),
+    );
+    let calls = fs::read_to_string(calls).unwrap();
+    assert!(calls.matches("xattr(").count() <= 2, "{calls}");
 
     // Holes are known: a copy takes no time and no space.
     let file = File::open(mount.path(".volumes/v")).unwrap();
@@ -503,6 +528,292 @@ fn read_fully(file: &File, bytes: &mut [u8], from: u64) -> usize {
         }
     }
     count
+}
+
+/// Programs that copy trees go on while a third of the chunks is written to and others come and go; what is left alone
+/// arrives as it is.
+#[test]
+fn copies_of_a_changing_volume_end_and_have_what_was_left_alone() {
+    const STILL: u64 = 8;
+    const GOES_FROM: u64 = 14;
+    let cell = Cell::started(Layout::small(3), "64M");
+    let mount = Mount::start(&cell, "mnt", "");
+    let mut rng = Rng::new(5);
+    let mut client = cell.client(0);
+    let mut still = vec![0; (STILL * CHUNK) as usize];
+    for chunk in 0..16 {
+        let from = chunk * CHUNK + rng.below(CHUNK - MIB);
+        let data = random(&mut rng, MIB as usize);
+        write(&mut client, from, &data);
+        if chunk < STILL {
+            still[from as usize..][..MIB as usize].copy_from_slice(&data);
+        }
+    }
+    let names: Vec<String> = (0..STILL)
+        .map(|chunk| format!("00/00/{chunk:02x}"))
+        .collect();
+    let is_still = |tree: &Path| {
+        for (name, content) in names.iter().zip(still.chunks(CHUNK as usize)) {
+            assert!(
+                fs::read(tree.join(name)).unwrap() == content,
+                "{name} in {tree:?}"
+            );
+        }
+    };
+    let ends = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ends.load(Ordering::Relaxed) {
+                let chunk = rng.between(STILL, 15);
+                let length = rng.between(1, 200_000);
+                let offset = chunk * CHUNK + rng.below(CHUNK - length);
+                let data = random(&mut rng, length as usize);
+                write(&mut client, offset, &data);
+                if chunk >= GOES_FROM {
+                    let command = nbd_client::Command::Trim;
+                    let reply = client.request(command, chunk * CHUNK, CHUNK as u32, &[]);
+                    assert_eq!(reply.unwrap().error, 0);
+                }
+            }
+        });
+        // Whatever fails below, the writer must end.
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let path = |name: &str| cell.bench.path(name);
+            let tree = mount.path("v");
+            let image = mount.path(".volumes/v");
+            // Code and what is said; nothing may be wrong with a file that does not go away.
+            let copied = |program: &str, package: &str, args: &[&str], codes: &[i32]| {
+                let limit = HANG.as_secs().to_string();
+                let program = tool(program, package);
+                let all = [&[limit.as_str(), text(&program)], args].concat();
+                let output = Command::new("timeout").args(all).output().unwrap();
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                let code = output.status.code().unwrap();
+                assert!(codes.contains(&code), "{args:?} {code}: {said}");
+                assert!(!said.contains("Input/output error"), "{args:?}: {said}");
+                for name in &names {
+                    assert!(!said.contains(name), "{args:?}: {said}");
+                }
+                String::from_utf8_lossy(&output.stdout).into_owned()
+            };
+            let to = path("copied");
+            copied(
+                "cp",
+                "coreutils",
+                &["-a", "--sparse=always", text(&tree), text(&to)],
+                &[0, 1],
+            );
+            is_still(&to);
+
+            let to = path("image");
+            copied(
+                "cp",
+                "coreutils",
+                &["-a", "--sparse=always", text(&image), text(&to)],
+                &[0],
+            );
+            let bytes = fs::read(&to).unwrap();
+            assert_eq!(bytes.len() as u64, 64 * MIB);
+            assert!(bytes[..still.len()] == still);
+            fs::remove_file(&to).unwrap();
+
+            // It says so, by code 1, if a file changes under it.
+            let tar = path("v.tar");
+            copied(
+                "tar",
+                "tar",
+                &["cSf", text(&tar), "-C", text(&mount.directory), "v"],
+                &[0, 1],
+            );
+            let differ = copied(
+                "tar",
+                "tar",
+                &["df", text(&tar), "-C", text(&mount.directory)],
+                &[0, 1],
+            );
+            for name in &names {
+                assert!(!differ.contains(name), "{differ}");
+            }
+            let to = path("unpacked");
+            fs::create_dir(&to).unwrap();
+            copied("tar", "tar", &["xf", text(&tar), "-C", text(&to)], &[0]);
+            is_still(&to.join("v"));
+
+            // Code 24, or 23: files went away.
+            let to = path("synced");
+            let from = format!("{}/", text(&tree));
+            copied(
+                "rsync",
+                "rsync",
+                &["-aS", "--delete", &from, text(&to)],
+                &[0, 23, 24],
+            );
+            is_still(&to);
+
+            let files: Vec<_> = names.iter().map(|name| tree.join(name)).collect();
+            let copies = names.iter().map(|name| to.join(name));
+            let digests = |files: &mut dyn Iterator<Item = &Path>| -> Vec<String> {
+                let files: Vec<&str> = files.map(text).collect();
+                let lines = copied("sha256sum", "coreutils", &files, &[0]);
+                lines.lines().map(|line| line[..64].to_owned()).collect()
+            };
+            let copies: Vec<_> = copies.collect();
+            assert_eq!(
+                digests(&mut files.iter().map(PathBuf::as_path)),
+                digests(&mut copies.iter().map(PathBuf::as_path))
+            );
+        }));
+        ends.store(true, Ordering::Relaxed);
+        if let Err(panic) = result {
+            std::panic::resume_unwind(panic);
+        }
+    });
+    mount.stop();
+}
+
+/// What a user who is not root does with a mount, from the start to every end. /dev/fuse may be root's alone: then it is
+/// another one, in a place that nobody else sees.
+const AS_USER: &str = r#"
+set -eu
+if [ "${1:-}" != user ]; then
+    if ! setpriv --reuid 65534 --regid 65534 --clear-groups sh -c 'exec 3<>/dev/fuse' 2>/dev/null; then
+        mknod fuse c 10 229
+        chmod 666 fuse
+        mount --bind fuse /dev/fuse
+    fi
+    exec setpriv --reuid 65534 --regid 65534 --clear-groups sh "$0" user
+fi
+trap 'if [ -f pid ]; then kill -KILL "$(cat pid)"; fi' EXIT
+gone() {
+    for try in $(seq 100); do
+        if ! grep -q "$PWD/mnt" /proc/mounts && [ ! -f pid ]; then return; fi
+        sleep 0.1
+    done
+    echo "the mount is still there after $1" >&2
+    exit 1
+}
+mounted() {
+    ./pss-fuse mount mnt --pid-file pid
+    grep "$PWD/mnt fuse.pss" /proc/mounts
+    stat -c '%u %g %a' mnt/v/00/00/01
+    sha256sum mnt/v/00/00/01
+}
+mkdir mnt
+mounted
+sleep 60 < mnt/.volumes/v &
+! ./pss-fuse umount mnt 2> busy
+kill $!
+wait $! || true
+grep 'in use' busy
+./pss-fuse umount mnt
+gone 'pss-fuse umount'
+mounted
+fusermount3 -u mnt
+gone 'fusermount3 -u'
+mounted
+kill -TERM "$(cat pid)"
+gone SIGTERM
+mounted
+kill -KILL "$(cat pid)"
+rm pid
+gone SIGKILL
+! ./pss-fuse umount mnt 2> none
+grep 'no mounted namespace' none
+"#;
+
+#[test]
+fn a_user_mounts_and_unmounts() {
+    let helper = tool("fusermount3", "fuse3");
+    let mode = fs::metadata(&helper).unwrap().mode();
+    assert!(
+        mode & 0o4000 != 0,
+        "{} is not setuid root: install it again with 'apt-get install --reinstall fuse3'",
+        helper.display()
+    );
+    assert!(
+        Path::new("/dev/fuse").exists(),
+        "/dev/fuse is missing: modprobe fuse"
+    );
+    let (cell, data) = with_data(1);
+    // The test's own directory, and the program's, may be closed to others.
+    let home = tempfile::tempdir().unwrap();
+    let path = |name: &str| home.path().join(name);
+    fs::copy(binaries::path("pss-fuse"), path("pss-fuse")).unwrap();
+    for name in ["server.conf", "cell.key"] {
+        fs::copy(cell.bench.path(name), path(name)).unwrap();
+        std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
+    }
+    fs::write(path("script"), AS_USER).unwrap();
+    fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    std::os::unix::fs::chown(home.path(), Some(65534), Some(65534)).unwrap();
+    let log = path("log");
+    let mut command = Command::new(tool("unshare", "util-linux"));
+    command
+        .args(["--mount", "--propagation", "private", "sh", "script"])
+        .env("PSS_SERVERS", path("server.conf"))
+        .current_dir(home.path())
+        .stdin(Stdio::null());
+    let mut script = Process::start("script", &mut command, log);
+    assert_eq!(script.ends(PATIENCE), Some(0), "{}", script.text());
+    let said = script.text();
+    let content = cell.bench.path("content");
+    fs::write(&content, expected(&data, CHUNK, CHUNK as usize)).unwrap();
+    let digest = run("sha256sum", "coreutils", &[text(&content)]);
+    for part in [
+        &digest[..64],
+        "65534 65534 440",
+        "user_id=65534,",
+        "nosuid,nodev,noexec",
+    ] {
+        assert_eq!(said.matches(part).count(), 4, "{part} in {said}");
+    }
+}
+
+/// Whoever waits at a terminal sees how far it is; programs and files get nothing of that.
+#[test]
+fn long_reads_show_how_far_they_are() {
+    let cell = Cell::started(Layout::small(1), "1M");
+    // All of it is holes, which takes time enough.
+    cell.bench.run("pss", "volume create large 1T").done();
+    let verbs = [
+        ("pss-fuse", "read /.volumes/large --out out", "reading"),
+        ("pss", "volume export large exported", "exporting"),
+    ];
+    for (program, args, word) in verbs {
+        let (mut person, other) = terminal();
+        let mut command = cell.bench.command(program);
+        command
+            .args(args.split(' '))
+            .stdout(Stdio::null())
+            .stderr(other);
+        let mut child = command.spawn().unwrap();
+        drop(command);
+        let mut seen = String::new();
+        let mut bytes = [0; 4096];
+        let started = Instant::now();
+        while !(seen.contains(word) && seen.contains("of 1.00 TiB")) {
+            let count = person.read(&mut bytes).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&bytes[..count]));
+            assert!(started.elapsed() < HANG, "{program}: {seen}");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+
+        for name in ["out", "exported.part", "exported.part.json"] {
+            let _ = fs::remove_file(cell.bench.path(name));
+        }
+        let mut command = cell.bench.command(program);
+        command.args(args.split(' ')).stdout(Stdio::null());
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(2500));
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "{program} took no time"
+        );
+        child.kill().unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{program}");
+    }
 }
 
 /// A real file system in a volume is checked and read through the mount.

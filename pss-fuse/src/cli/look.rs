@@ -14,6 +14,7 @@ use pss_core::types::ServerId;
 use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::REQUEST_BYTES_MAX;
 use pss_gateway::logging::LogTarget;
+use pss_gateway::progress::Progress;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -337,6 +338,8 @@ pub(super) fn read(cell: &CellArgs, args: &ReadArgs) -> Result<(), CliError> {
         let rest = found.size_bytes - args.offset;
         let length = args.length.unwrap_or(rest).min(rest);
         let mut out = Output::open(args.file.as_deref().or(args.out.as_deref()))?;
+        // What others read may go to the same terminal.
+        let progress = out.is_file().then(|| Progress::new("reading", length));
         let mut ahead: VecDeque<(u64, Reading)> = VecDeque::new();
         let mut asked = 0;
         loop {
@@ -349,6 +352,7 @@ pub(super) fn read(cell: &CellArgs, args: &ReadArgs) -> Result<(), CliError> {
                 ahead.push_back((now as u64, tokio::spawn(read)));
             }
             let Some((wanted, next)) = ahead.pop_front() else {
+                drop(progress);
                 out.finish()?;
                 say_freshness(&namespace).await;
                 return Ok(());
@@ -362,6 +366,9 @@ pub(super) fn read(cell: &CellArgs, args: &ReadArgs) -> Result<(), CliError> {
                 if !out.write(&part)? {
                     return Ok(());
                 }
+            }
+            if let Some(progress) = &progress {
+                progress.advance(wanted);
             }
         }
     })
@@ -395,6 +402,11 @@ impl Output {
             name,
             is_regular,
         })
+    }
+
+    /// Also one that standard output was redirected to.
+    fn is_file(&self) -> bool {
+        self.file.metadata().is_ok_and(|about| about.is_file())
     }
 
     /// Gives whether anybody still takes data.

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::cell::Access;
 use super::{CellArgs, CliError, Exit, print, print_json, say};
-use crate::render::{printable, utc};
+use crate::render::{printable, time_iso, time_text};
 
 const SCHEMA: &str = "pss.events/1";
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
@@ -104,13 +104,6 @@ fn follow_on(text: &str) -> Result<bool, CliError> {
     }
 }
 
-fn time_text(event: &AdminEvent) -> String {
-    match event.time_ms {
-        0 => "at an unknown time".to_owned(),
-        time_ms => format!("{}Z", utc(time_ms)),
-    }
-}
-
 /// An event as a line for people. Names come from other people: nothing in them moves the cursor.
 fn line(event: &AdminEvent) -> String {
     let known = |name: &str| match name {
@@ -121,7 +114,7 @@ fn line(event: &AdminEvent) -> String {
     let address = by.address.map(|it| format!("@{}", it.ip()));
     format!(
         "{}  {}{}  {}  {}\n",
-        time_text(event),
+        time_text(event.time_ms),
         known(&by.user),
         address.unwrap_or_default(),
         known(&by.name),
@@ -139,7 +132,7 @@ fn event_json(event: &AdminEvent) -> Value {
     json!({
         "number": event.number,
         "slot": event.slot.0,
-        "time": (event.time_ms > 0).then(|| format!("{}Z", utc(event.time_ms))),
+        "time": time_iso(event.time_ms),
         "time_ms": event.time_ms,
         "user": event.by.user,
         "address": event.by.address,

@@ -4,18 +4,17 @@
 //! an NBD server meanwhile.
 
 use std::future::Future;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pss_core::client::{Cell, ClientError};
 use pss_core::size::parse_size;
 use pss_core::types::VolumeId;
 use pss_core::volume::device::ReadPart;
 use pss_core::wire::client::{Browse, REQUEST_BYTES_MAX, ReplyBody, VolumeStatus};
+use pss_gateway::progress::Progress;
 use sha2::{Digest, Sha256};
 
 use super::cell::{connect, explain};
@@ -31,8 +30,6 @@ mod qemu;
 const PIECE_BYTES: usize = REQUEST_BYTES_MAX;
 /// Pieces under way at a time.
 const PIECES_MAX: usize = 8;
-/// A progress bar for what takes less would only flicker.
-const PROGRESS_AFTER: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug)]
 pub(super) struct ImportArgs {
@@ -208,43 +205,6 @@ impl Drop for Reads {
         for (_, reading) in &self.under_way {
             reading.abort();
         }
-    }
-}
-
-/// How far it is, on a terminal.
-struct Progress {
-    bar: ProgressBar,
-    started: Instant,
-}
-
-impl Progress {
-    fn new(what: &'static str, bytes: u64) -> Progress {
-        let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::hidden());
-        let template = "{msg} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message(what);
-        Progress {
-            bar,
-            started: Instant::now(),
-        }
-    }
-
-    fn advance(&self, bytes: u64) {
-        if self.bar.is_hidden()
-            && self.started.elapsed() > PROGRESS_AFTER
-            && io::stderr().is_terminal()
-        {
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-        self.bar.inc(bytes);
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
     }
 }
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::cell::{Access, unexpected};
 use super::watch::WatchArgs;
 use super::{CellArgs, CliError, json_text};
-use crate::render::{Table, grouped, left, right, span, utc};
+use crate::render::{Table, grouped, left, right, span, time_text};
 
 pub(super) const EXAMPLES: &str = "Examples:
   pss server probe 1 accept             who is connected to server 1?
@@ -112,7 +112,7 @@ fn clients_text(id: ServerId, clients: &[ClientInfo], now_ms: u64) -> String {
     let mut table = Table::new([
         left("CLIENT"),
         left("ADDRESS"),
-        left("SINCE (UTC)"),
+        left("SINCE"),
         right("IDLE"),
         right("REQUESTS"),
         right("IN FLIGHT"),
@@ -124,7 +124,7 @@ fn clients_text(id: ServerId, clients: &[ClientInfo], now_ms: u64) -> String {
         table.row([
             client.name.clone(),
             client.address.clone(),
-            utc(now_ms.saturating_sub(client.connected_ms)),
+            time_text(now_ms.saturating_sub(client.connected_ms)),
             span_text(client.idle_ms),
             grouped(client.requests),
             grouped(client.in_flight),
@@ -291,7 +291,7 @@ mod tests {
         let text = probe_text(ServerId(1), &clients(), 1_764_506_096_000, false).unwrap();
         assert_eq!(
             text,
-            "CLIENT         ADDRESS              SINCE (UTC)          IDLE  REQUESTS  IN FLIGHT  RECEIVED  SENT  UNSENT\n\
+            "CLIENT         ADDRESS              SINCE          IDLE  REQUESTS  IN FLIGHT  RECEIVED  SENT  UNSENT\n\
              pss-iscsi@gw1  192.0.2.9:51000      2025-11-30 12:33:56   3 s     1,204          2      1.5G    4K       0\n\
              pss\\u{1b}[2J   [2001:db8::1]:51001  1970-01-01 00:00:00     -         0          0       100     0       0\n"
         );

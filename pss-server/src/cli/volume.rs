@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::cell::Access;
 use super::{CellArgs, CliError, Exit, confirm, image, print, print_json, say};
-use crate::render::{Table, grouped, left, printable, right};
+use crate::render::{Table, grouped, left, printable, right, time_iso, time_text};
 
 const IMPORT_EXAMPLES: &str = "Examples:
   pss volume import disk.img vol001
@@ -180,6 +180,7 @@ fn list_text(volumes: &[VolumeStatus]) -> String {
         right("SIZE"),
         right("USED"),
         right("CHUNK"),
+        left("CHANGED"),
         left("ATTACHED BY"),
     ]);
     for status in volumes {
@@ -189,6 +190,7 @@ fn list_text(volumes: &[VolumeStatus]) -> String {
             Size(volume.size_bytes).to_string(),
             Size(status.allocated_bytes).to_string(),
             Size(u64::from(volume.chunk_bytes)).to_string(),
+            time_text(status.times.changed_ms),
             status.attached_by.join(", "),
         ]);
     }
@@ -213,13 +215,15 @@ fn show_text(status: &VolumeStatus) -> String {
         false => printable(&status.attached_by.join(", ")),
     };
     format!(
-        "Name         {}\nId           {}\nUUID         {}\nSize         {}\nUsed         {}\nChunk size   {}\nAttached by  {attached}\n",
+        "Name         {}\nId           {}\nUUID         {}\nSize         {}\nUsed         {}\nChunk size   {}\nCreated      {}\nChanged      {}\nAttached by  {attached}\n",
         printable(&volume.name),
         volume.id,
         uuid(&volume.uuid),
         bytes(volume.size_bytes),
         bytes(status.allocated_bytes),
         bytes(u64::from(volume.chunk_bytes)),
+        time_text(status.times.created_ms),
+        time_text(status.times.changed_ms),
     )
 }
 
@@ -324,7 +328,9 @@ fn delete(args: &CellArgs, name: &str, yes: bool, force: bool) -> Result<(), Cli
 }
 
 fn volume_json(status: &VolumeStatus) -> Value {
-    let volume = &status.volume;
+    let (volume, times) = (&status.volume, &status.times);
+    // 0 is no time.
+    let known = |unix_ms: u64| (unix_ms > 0).then_some(unix_ms);
     json!({
         "id": volume.id.0,
         "name": volume.name,
@@ -333,6 +339,11 @@ fn volume_json(status: &VolumeStatus) -> Value {
         "allocated_bytes": status.allocated_bytes,
         "chunk_bytes": volume.chunk_bytes,
         "created_slot": volume.created.0,
+        "created_ms": known(times.created_ms),
+        "created": time_iso(times.created_ms),
+        "changed_slot": times.changed.0,
+        "changed_ms": known(times.changed_ms),
+        "changed": time_iso(times.changed_ms),
         "attached_by": status.attached_by,
     })
 }
@@ -344,7 +355,7 @@ fn uuid(bytes: &[u8; 16]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pss_core::state::Volume;
+    use pss_core::state::{Volume, VolumeTimes};
     use pss_core::types::{Slot, VolumeId};
 
     use super::*;
@@ -352,7 +363,11 @@ mod tests {
     fn status() -> VolumeStatus {
         VolumeStatus {
             chunks: 0,
-            times: Default::default(),
+            times: VolumeTimes {
+                created_ms: 0,
+                changed: Slot(9),
+                changed_ms: 1_796_040_001_250,
+            },
             reservations: 0,
             volume: Volume {
                 id: VolumeId(1),
@@ -390,13 +405,18 @@ mod tests {
     fn volumes_as_text() {
         assert_eq!(
             list_text(&[status()]),
-            "NAME    SIZE  USED  CHUNK  ATTACHED BY\nvol001   10G    3M     4M  pss-nbd@a, pss-nbd@b\n"
+            "\
+NAME    SIZE  USED  CHUNK  CHANGED               ATTACHED BY
+vol001   10G    3M     4M  2026-11-30 12:00:01Z  pss-nbd@a, pss-nbd@b
+"
         );
         let text = show_text(&status());
         assert!(
             text.contains("Size         10G (10,737,418,240 bytes)"),
             "{text}"
         );
+        let times = "Created      unknown\nChanged      2026-11-30 12:00:01Z\n";
+        assert!(text.contains(times), "{text}");
         assert!(
             text.contains("abababab-abab-abab-abab-abababababab"),
             "{text}"
@@ -408,5 +428,10 @@ mod tests {
         let value = volume_json(&status());
         assert_eq!(value["size_bytes"], json!(10u64 << 30));
         assert_eq!(value["attached_by"][1], json!("pss-nbd@b"));
+        assert_eq!(value["created_ms"], Value::Null);
+        assert_eq!(value["created"], Value::Null);
+        assert_eq!(value["changed_slot"], 9);
+        assert_eq!(value["changed_ms"], 1_796_040_001_250u64);
+        assert_eq!(value["changed"], "2026-11-30T12:00:01.250Z");
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use pss_core::size::Size;
 use pss_core::volume::device::ReadPart;
 use pss_core::wire::client::VolumeStatus;
+use pss_gateway::progress::Progress;
 use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, renameat_with};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::super::{CellArgs, CliError, Exit, print_json, say};
-use super::{Client, ExportArgs, PIECE_BYTES, Progress, Reads, failed, hash, hex, qemu};
+use super::{Client, ExportArgs, PIECE_BYTES, Reads, failed, hash, hex, qemu};
 use crate::render::printable;
 
 /// So much is made durable at once, and noted as done.

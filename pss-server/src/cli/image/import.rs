@@ -16,15 +16,14 @@ use pss_core::types::BLOCK_BYTES;
 use pss_core::volume::device::{
     BlockDevice, CompletionQueue, DeviceError, DeviceRequest, ReadPart, Volumes,
 };
+use pss_gateway::progress::Progress;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use super::super::volume::check_new;
 use super::super::{CellArgs, CliError, Exit, print_json, say};
-use super::{
-    Client, ImportArgs, PIECE_BYTES, PIECES_MAX, Progress, Reads, failed, hash_zeros, hex, qemu,
-};
+use super::{Client, ImportArgs, PIECE_BYTES, PIECES_MAX, Reads, failed, hash_zeros, hex, qemu};
 use crate::render::printable;
 
 /// Begins every qcow2 image.
