@@ -119,6 +119,9 @@ pub enum Refusal {
     /// A SCSI initiator has reserved the volume.
     #[error("the volume is reserved by a SCSI initiator")]
     Reserved = 18,
+    /// The volume would become smaller and end within a block of 4096 bytes.
+    #[error("a volume becomes smaller to a multiple of 4096 bytes only")]
+    EndWithinBlock = 19,
 }
 
 impl Refusal {
@@ -144,6 +147,7 @@ impl Refusal {
             InvalidReservation,
             ReservationsChanged,
             Reserved,
+            EndWithinBlock,
         ]
         .into_iter()
         .find(|refusal| *refusal as u8 == code)

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use pss_gateway::logging::{self, LogLevel, LogTarget};
 use pss_gateway::program::{self, parse_time};
+use pss_gateway::text::printable;
 
 use crate::error::FsError;
 use crate::mount::{self, MountError, WATCH_VERB};
@@ -248,16 +249,6 @@ fn say(text: impl Display) {
     let _ = writeln!(io::stderr(), "pss-fuse: {text}");
 }
 
-/// A name for a line of text: control characters are shown, not sent to the terminal.
-fn printable(name: &str) -> String {
-    name.chars()
-        .flat_map(|c| match c.is_control() {
-            true => c.escape_default().collect::<Vec<char>>(),
-            false => vec![c],
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -267,11 +258,5 @@ mod tests {
     #[test]
     fn commands_are_sound() {
         PssFuse::command().debug_assert();
-    }
-
-    #[test]
-    fn names_do_not_steer_the_terminal() {
-        assert_eq!(printable("größe 1"), "größe 1");
-        assert_eq!(printable("a\u{1b}[2J\n"), "a\\u{1b}[2J\\n");
     }
 }

@@ -281,13 +281,19 @@ fn finish(program: &str, run: impl FnOnce() -> Result<(), CliError>) -> ExitCode
 
 /// Writes data to stdout. A reader that went away early (`| head`) is no failure.
 pub(crate) fn print(text: &str) -> Result<(), CliError> {
+    print_on(text).map(|_| ())
+}
+
+/// Writes data to stdout; says whether there is someone who reads it.
+fn print_on(text: &str) -> Result<bool, CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CliError::new(
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(CliError::new(
             Exit::Failed,
             format!("cannot write to standard output: {error}"),
         )),
-        _ => Ok(()),
     }
 }
 

@@ -17,6 +17,8 @@ const LARGE_REQUEST_BYTES: usize = 64 << 10;
 const LARGE_BYTES_IN_FLIGHT_MAX: usize = 64 << 20;
 /// A list of volumes, directories, chunks or events counts as so much.
 const LIST_BYTES: usize = 256 << 10;
+/// Questions about the server's inside that are not answered, if a client asks nothing else.
+const INSPECTIONS_IN_FLIGHT_MAX: usize = 2;
 /// Answers that a client has not taken.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 
@@ -55,8 +57,9 @@ impl ClientLoad {
                 what: Browse::Volumes | Browse::Directories { .. } | Browse::Chunks { .. },
                 ..
             }
-            | RequestBody::Events { .. }
-            | RequestBody::Inspect(_) => LIST_BYTES,
+            | RequestBody::Events { .. } => LIST_BYTES,
+            // The node thread itself looks, and the answers are long.
+            RequestBody::Inspect(_) => LARGE_BYTES_IN_FLIGHT_MAX / INSPECTIONS_IN_FLIGHT_MAX,
             RequestBody::Write { data, .. } | RequestBody::CompareAndWrite { data, .. } => {
                 data.len()
             }

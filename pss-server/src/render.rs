@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use pss_gateway::text::printable;
+
 /// A table with headings; columns are padded to their widest cell.
 pub struct Table {
     columns: Vec<Column>,
@@ -75,19 +77,6 @@ impl Table {
         }
         out
     }
-}
-
-/// Names come from other people: what is not printable is escaped, so that no name can move the cursor.
-pub fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let escaped: Vec<char> = match c.is_control() {
-                true => c.escape_default().collect(),
-                false => vec![c],
-            };
-            escaped
-        })
-        .collect()
 }
 
 /// A number with commas: `1,204`.

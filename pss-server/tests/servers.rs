@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use pss_core::client::{Cell, CellConfig};
+use pss_core::client::{Cell, CellConfig, ClientError};
 use pss_core::key::{CellId, CellKey};
 use pss_core::servers::Servers;
+use pss_core::state::Refusal;
 use pss_core::types::ServerId;
 use pss_core::volume::device::{DeviceReply, DeviceRequest, ReadPart};
 use pss_core::wire::client::{ReplyBody, RequestBody};
@@ -54,6 +55,26 @@ fn a_cell_elects_writes_and_reads() {
     assert_eq!(status.clients, 1);
     assert!(status.total_bytes > status.free_bytes && status.free_bytes > 0);
     assert_eq!(status.peers.iter().filter(|peer| peer.alive).count(), 2);
+}
+
+/// The rest of a block behind a new end would come back when the volume grows again.
+#[test]
+fn a_volume_does_not_become_smaller_within_a_block() {
+    let cell = TestCell::started(1, small());
+    let client = cell.client();
+    client.create("v", 1 << 20);
+    let volume = client.open("v");
+    volume.write(0, &pattern(0, 9));
+    let resize = |size_bytes| client.resize("v", size_bytes);
+    for size_bytes in [512, 4096 + 512, (1 << 20) - 512] {
+        let refused = resize(size_bytes).unwrap_err();
+        let is_right = matches!(refused, ClientError::Refused(Refusal::EndWithinBlock));
+        assert!(is_right, "{size_bytes}: {refused}");
+    }
+    assert_eq!(volume.read(0, 4096), pattern(0, 9));
+    for size_bytes in [(1 << 20) + 512, 1 << 20, 4096] {
+        resize(size_bytes).unwrap();
+    }
 }
 
 #[test]

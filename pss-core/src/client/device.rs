@@ -752,6 +752,7 @@ fn device_error(error: &ReplyError) -> DeviceError {
             | Refusal::BadSize
             | Refusal::BadChunkSize
             | Refusal::WouldShrink
+            | Refusal::EndWithinBlock
             | Refusal::OutsideWindow
             | Refusal::ReservationConflict
             | Refusal::InvalidRelease

@@ -1,16 +1,18 @@
 //! What a server tells of its inside.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::engine::{ClientId, Engine};
 use crate::entry::{Command, Entry, Op};
 use crate::size::Size;
 use crate::time::Instant;
-use crate::types::{BLOCK_BYTES, ServerId, Slot, VolumeId};
+use crate::types::{BLOCK_BYTES, EntryId, ServerId, Slot, VolumeId};
 use crate::wire::client::ReplyBody;
+use crate::wire::codec::shortened;
 use crate::wire::inspect::{
-    CommandInfo, EntryInfo, INSPECT_COMMANDS_MAX, INSPECT_ENTRIES_MAX, Inspection, LeaseInfo,
-    LogInfo, OpenVolume,
+    CommandInfo, EntryInfo, INSPECT_COMMANDS_MAX, INSPECT_ENTRIES_MAX, INSPECT_NAME_MAX,
+    INSPECT_USERS_MAX, INSPECT_VOLUMES_MAX, Inspection, LeaseInfo, LogInfo, OpenVolume,
 };
 
 /// Entries of the log that someone wants to see.
@@ -29,17 +31,24 @@ impl Engine {
         self.reply(client, tag, Ok(body));
     }
 
-    /// Volumes that sessions have attached.
+    /// Volumes that sessions have attached, by number; of each at most [`INSPECT_USERS_MAX`] of those who have.
     pub fn open_volumes(&self) -> Vec<OpenVolume> {
-        let sessions: Vec<_> = self.state.sessions().collect();
-        let open = self.state.volumes().map(|volume| {
-            let users = sessions.iter().filter(|it| it.volumes.contains(&volume.id));
-            OpenVolume {
-                name: volume.name.clone(),
-                attached_by: users.map(|session| session.name.clone()).collect(),
+        let mut open: BTreeMap<VolumeId, Vec<String>> = BTreeMap::new();
+        for session in self.state.sessions() {
+            for volume in &session.volumes {
+                let users = open.entry(*volume).or_default();
+                if users.len() < INSPECT_USERS_MAX {
+                    users.push(shortened(&session.name, INSPECT_NAME_MAX).to_owned());
+                }
             }
+        }
+        let named = open.into_iter().filter_map(|(volume, attached_by)| {
+            Some(OpenVolume {
+                name: self.state.volume(volume)?.name.clone(),
+                attached_by,
+            })
         });
-        open.filter(|open| !open.attached_by.is_empty()).collect()
+        named.take(INSPECT_VOLUMES_MAX).collect()
     }
 
     /// The lease between this server and another one: who holds it, and for how long.
@@ -64,12 +73,14 @@ impl Engine {
         (oldest <= newest).then_some(LogPage { newest, oldest })
     }
 
-    /// The entries of a page, newest first, if all of them are in memory.
-    pub fn page_in_memory(&self, page: LogPage) -> Option<Vec<EntryInfo>> {
+    /// The entries of a page that are in memory, newest first, and what of the page is older than they.
+    pub fn page_in_memory(&self, page: LogPage) -> (Vec<EntryInfo>, Option<LogPage>) {
         let slots = (page.oldest.0..=page.newest.0).rev().map(Slot);
-        slots
-            .map(|slot| self.replica.entry(slot).map(EntryInfo::of))
-            .collect()
+        let entries = slots.map_while(|slot| self.replica.entry(slot));
+        let entries: Vec<EntryInfo> = entries.map(EntryInfo::of).collect();
+        let newest = Slot(page.newest.0 - entries.len() as u64);
+        let rest = (newest >= page.oldest).then_some(LogPage { newest, ..page });
+        (entries, rest)
     }
 
     /// The answer with the entries of a page, newest first, to which what this server knows of each is added. What the
@@ -130,6 +141,22 @@ impl EntryInfo {
             accepted_by: Vec::new(),
             chosen: false,
             applied: false,
+            damaged: false,
+        }
+    }
+
+    /// An entry whose record cannot be read.
+    pub fn damaged(id: EntryId) -> EntryInfo {
+        EntryInfo {
+            slot: id.slot,
+            ballot: id.ballot,
+            commands: Vec::new(),
+            more: 0,
+            payload_bytes: 0,
+            accepted_by: Vec::new(),
+            chosen: false,
+            applied: false,
+            damaged: true,
         }
     }
 }
@@ -218,7 +245,7 @@ impl CommandInfo {
         };
         self.what = what.to_owned();
         self.volume = volume;
-        self.detail = detail;
+        self.detail = detail.map(|it| shortened(&it, INSPECT_NAME_MAX).to_owned());
     }
 }
 
@@ -229,7 +256,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::types::{Ballot, EntryId, RequestNumber, SessionId};
+    use crate::types::{Ballot, RequestNumber, SessionId};
 
     fn entry(ops: Vec<Op>) -> Entry {
         let command = |op| Command {

@@ -579,6 +579,13 @@ impl Engine {
                 }
                 (span, false)
             }
+            RequestBody::ResizeVolume {
+                volume, size_bytes, ..
+            }
+            | RequestBody::ShrinkVolume { volume, size_bytes } => {
+                self.check_new_end(*volume, *size_bytes)?;
+                return Ok(None);
+            }
             _ => return Ok(None),
         };
         let needs_space = !matches!(
@@ -592,6 +599,18 @@ impl Engine {
             return Err(ReplyError::NoSpace);
         }
         Ok(Some((span, merges)))
+    }
+
+    /// A volume becomes smaller to a whole number of blocks only: a part of a block behind the end stays in the block,
+    /// and would come back when the volume grows again. What is refused here may be in logs of earlier versions, so
+    /// [`crate::state::State`] lets it through.
+    fn check_new_end(&self, volume: VolumeId, size_bytes: u64) -> Result<(), ReplyError> {
+        let volume = self.state.volume(volume);
+        let is_smaller = volume.is_some_and(|volume| size_bytes < volume.size_bytes);
+        match is_smaller && !size_bytes.is_multiple_of(BLOCK) {
+            true => Err(ReplyError::Refused(Refusal::EndWithinBlock)),
+            false => Ok(()),
+        }
     }
 
     /// Proposes a request that touches no blocks by itself.

@@ -2,12 +2,19 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
+use bytes::Bytes;
+
 use super::index::{Index, Segment, Span};
 use super::record::{Place, RecordHeader, decode_entry};
 use crate::disk::AlignedBuf;
-use crate::entry::Entry;
+use crate::entry::{ENTRY_PAYLOAD_MAX, Entry};
 pub use crate::paxos::LogRead;
 use crate::types::{EntryId, Slot};
+
+/// Of an entry's header so much is read at first; most are shorter.
+const HEADER_BYTES_USUAL: u64 = 8 << 10;
+/// Stands for payloads that are not read.
+static ZEROS: [u8; ENTRY_PAYLOAD_MAX] = [0; ENTRY_PAYLOAD_MAX];
 
 /// Reads a log that another thread appends to and trims. Cheap to clone.
 #[derive(Clone)]
@@ -72,6 +79,53 @@ impl LogReader {
             }
         }
         Ok(LogRead::Entries { prev, entries })
+    }
+
+    /// The entries from `newest` down to `oldest`, as far as the log has them, for people: only the headers are read,
+    /// and payloads are zeros of their lengths. `None` where a header is damaged or cannot be read.
+    pub fn headers(&self, newest: Slot, oldest: Slot) -> Vec<(EntryId, Option<Entry>)> {
+        let mut headers = Vec::new();
+        let mut slot = newest;
+        while slot >= oldest.max(Slot(1))
+            && let Some((id, segment, span)) = self.place_of(slot)
+        {
+            headers.push((id, self.read_header(id, &segment, span)));
+            slot = Slot(slot.0 - 1);
+        }
+        headers
+    }
+
+    /// Where an entry is that the log holds.
+    fn place_of(&self, slot: Slot) -> Option<(EntryId, Segment, Span)> {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        if slot <= index.base.slot {
+            return None;
+        }
+        let id = index.id_at(slot)?;
+        let (segment, position) = index.locate(slot)?;
+        Some((id, segment.handle(), *segment.spans.get(position)?))
+    }
+
+    fn read_header(&self, id: EntryId, segment: &Segment, span: Span) -> Option<Entry> {
+        let place = Place {
+            cell: self.cell,
+            sequence: segment.sequence,
+            offset: span.offset(),
+        };
+        let read = |bytes: u64| -> Option<AlignedBuf> {
+            let mut buffer = AlignedBuf::zeroed(bytes.min(span.bytes()) as usize);
+            let read = segment.file.read_at(buffer.as_mut_slice(), span.offset());
+            (read.ok()? == buffer.len()).then_some(buffer)
+        };
+        let mut area = read(HEADER_BYTES_USUAL)?;
+        let header = RecordHeader::decode(area.as_slice(), &place)?;
+        if area.len() < header.area_bytes as usize {
+            area = read(u64::from(header.area_bytes))?;
+        }
+        let entry = header.verify(area.as_slice(), &place)?;
+        let payload = ZEROS.get(..usize::try_from(header.payload_bytes).ok()?)?;
+        let entry = Entry::decode(entry, Bytes::from_static(payload)).ok()?;
+        (header.is_entry && entry.id == id).then_some(entry)
     }
 
     /// The segments, oldest first: path, first slot and length of each file, bytes.

@@ -126,7 +126,8 @@ impl Events {
     pub(super) fn decode(input: &mut &[u8]) -> Result<Events, BadState> {
         let made = u64_of(input)?;
         let count = u32_of(input)? as usize;
-        if count > EVENTS_MAX || count as u64 > made {
+        // Nobody counts so far; one more must have a number.
+        if count > EVENTS_MAX || count as u64 > made || made == u64::MAX {
             return Err(BadState);
         }
         let mut events = Events {

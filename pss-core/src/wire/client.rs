@@ -750,7 +750,11 @@ impl RequestBody {
             1 => RequestBody::OpenSession {
                 nonce: input.u64()?,
                 name: name(input)?,
-                user: string("user", input, USER_NAME_MAX)?,
+                // Clients of before do not say.
+                user: match input.0.is_empty() {
+                    true => String::new(),
+                    false => string("user", input, USER_NAME_MAX)?,
+                },
             },
             2 => RequestBody::EndSession,
             3 => RequestBody::KeepAlive,

@@ -14,6 +14,13 @@ pub const INSPECT_COMMANDS_MAX: usize = 16;
 /// Most chunk files in one answer; [`FilesInfo::chunks_open`] counts all.
 pub const INSPECT_CHUNKS_MAX: usize = 4096;
 
+/// Most attached volumes in one answer.
+pub const INSPECT_VOLUMES_MAX: usize = 1024;
+/// Most bytes of a name of a session, or of the detail of a command.
+pub const INSPECT_NAME_MAX: usize = 96;
+/// Most sessions that an answer names of one volume.
+pub const INSPECT_USERS_MAX: usize = 16;
+
 /// What to look at.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Inspect {
@@ -138,7 +145,7 @@ pub struct OutboundInfo {
 /// Open files.
 #[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
 pub struct FilesInfo {
-    /// Volumes that sessions have attached.
+    /// Volumes that sessions have attached, at most [`INSPECT_VOLUMES_MAX`].
     pub volumes: Vec<OpenVolume>,
     /// Open chunk files, at most [`INSPECT_CHUNKS_MAX`].
     pub chunks: Vec<OpenChunk>,
@@ -159,7 +166,7 @@ pub struct FilesInfo {
 pub struct OpenVolume {
     /// Its name.
     pub name: String,
-    /// Names of the sessions that have it attached.
+    /// Names of the sessions that have it attached, at most [`INSPECT_USERS_MAX`].
     pub attached_by: Vec<String>,
 }
 
@@ -272,6 +279,9 @@ pub struct EntryInfo {
     pub chosen: bool,
     /// It is applied here.
     pub applied: bool,
+    /// Its record in the log of this server is damaged, so that nothing more is known of it here.
+    #[serde(default)]
+    pub damaged: bool,
 }
 
 /// A command of an entry.

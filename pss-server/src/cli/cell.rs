@@ -73,9 +73,11 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
         ClientError::Refused(refusal) => match refusal {
             Refusal::NoSuchVolume => Exit::NotFound,
             Refusal::VolumeExists | Refusal::VolumeAttached => Exit::Busy,
-            Refusal::BadName | Refusal::BadSize | Refusal::BadChunkSize | Refusal::WouldShrink => {
-                Exit::Usage
-            }
+            Refusal::BadName
+            | Refusal::BadSize
+            | Refusal::BadChunkSize
+            | Refusal::WouldShrink
+            | Refusal::EndWithinBlock => Exit::Usage,
             Refusal::StaleSession
             | Refusal::OutOfRange
             | Refusal::TooMany

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::cell::{Access, unexpected};
 use super::watch::WatchArgs;
 use super::{CellArgs, CliError, Exit, json_text};
-use crate::render::{Table, exact, grouped, left, right};
+use crate::render::{Table, exact, grouped, left, printable, right};
 
 const LOG_EXAMPLES: &str = "Examples:
   pss paxos log                     the newest entries of the leader's log
@@ -137,7 +137,11 @@ fn slots(log: &LogInfo) -> String {
 }
 
 fn pages(log: &LogInfo, count: u16) -> u64 {
-    let entries = (log.last.0 + 1).saturating_sub(log.first.0.max(1));
+    let entries = log
+        .last
+        .0
+        .saturating_add(1)
+        .saturating_sub(log.first.0.max(1));
     entries.div_ceil(u64::from(count))
 }
 
@@ -156,7 +160,11 @@ fn log_json(log: &LogInfo, page: u64, count: u16) -> Value {
 
 fn log_text(log: &LogInfo, page: u64, count: u16, next: &str) -> String {
     let LogInfo { server, role, .. } = log;
-    let header = format!("Server {server}, {role}, ballot {}.", log.ballot);
+    let header = format!(
+        "Server {server}, {}, ballot {}.",
+        printable(role),
+        log.ballot
+    );
     if log.entries.is_empty() {
         return format!("{header} Its log is empty.\n");
     }
@@ -194,7 +202,9 @@ fn add_entry(table: &mut Table, entry: &EntryInfo) {
     if entry.more > 0 {
         lines.push(note(format!("... {} more", grouped(entry.more))));
     }
-    if lines.is_empty() {
+    if entry.damaged {
+        lines.push(note("damaged record".to_owned()));
+    } else if lines.is_empty() {
         lines.push(note("-".to_owned()));
     }
     for (index, [what, volume, range]) in lines.into_iter().enumerate() {
@@ -282,6 +292,7 @@ mod tests {
             accepted_by: vec![ServerId(0), ServerId(1), ServerId(2)],
             chosen: true,
             applied: true,
+            damaged: false,
         }
     }
 

@@ -291,9 +291,9 @@ mod tests {
         let text = probe_text(ServerId(1), &clients(), 1_764_506_096_000, false).unwrap();
         assert_eq!(
             text,
-            "CLIENT         ADDRESS              SINCE          IDLE  REQUESTS  IN FLIGHT  RECEIVED  SENT  UNSENT\n\
-             pss-iscsi@gw1  192.0.2.9:51000      2025-11-30 12:33:56   3 s     1,204          2      1.5G    4K       0\n\
-             pss\\u{1b}[2J   [2001:db8::1]:51001  1970-01-01 00:00:00     -         0          0       100     0       0\n"
+            "CLIENT         ADDRESS              SINCE                 IDLE  REQUESTS  IN FLIGHT  RECEIVED  SENT  UNSENT\n\
+             pss-iscsi@gw1  192.0.2.9:51000      2025-11-30 12:33:56Z   3 s     1,204          2      1.5G    4K       0\n\
+             pss\\u{1b}[2J   [2001:db8::1]:51001  unknown                  -         0          0       100     0       0\n"
         );
         let nobody = Inspection::Clients(Vec::new());
         assert_eq!(

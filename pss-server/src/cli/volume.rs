@@ -7,6 +7,7 @@ use pss_core::state::{
     CHUNK_BYTES_DEFAULT, Refusal, VOLUME_BYTES_MAX, check_chunk_bytes, check_volume_name,
     check_volume_size,
 };
+use pss_core::types::BLOCK_BYTES;
 use pss_core::wire::client::VolumeStatus;
 use serde_json::{Value, json};
 
@@ -245,6 +246,14 @@ fn resize(args: &CellArgs, name: &str, change: SizeChange, shrink: Shrink) -> Re
             printable(name),
             Size(now),
             Size(size)
+        )));
+    }
+    if size < now && !size.is_multiple_of(BLOCK_BYTES as u64) {
+        return Err(CliError::usage(format!(
+            "size {} ({size} bytes): {}; use {}",
+            Size(size),
+            Refusal::EndWithinBlock,
+            size.next_multiple_of(BLOCK_BYTES as u64)
         )));
     }
     // The cell refuses this as well; it does not say by whom.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{CellArgs, CliError, Exit, print, say};
+use super::{CellArgs, CliError, Exit, print, print_on, say};
 
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
@@ -38,7 +38,9 @@ impl WatchArgs {
                 print("\x1b[H\x1b[2J")?;
             }
             match text {
-                Ok(text) => print(&text)?,
+                Ok(text) if print_on(&text)? => {}
+                // Nobody reads it any more.
+                Ok(_) => return Ok(()),
                 Err(error) if error.exit == Exit::NoQuorum => say(error),
                 Err(error) => return Err(error),
             }

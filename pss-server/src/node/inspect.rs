@@ -48,8 +48,13 @@ impl Node {
             return self.entries_read(now, client, tag, Vec::new());
         };
         match self.engine.page_in_memory(page) {
-            Some(entries) => self.entries_read(now, client, tag, entries),
-            None => self.threads.read(ReadJob::Entries { client, tag, page }),
+            (entries, None) => self.entries_read(now, client, tag, entries),
+            (newer, Some(page)) => self.threads.read(ReadJob::Entries {
+                client,
+                tag,
+                page,
+                newer,
+            }),
         }
     }
 

@@ -11,7 +11,7 @@ use pss_core::time::Instant;
 use pss_core::types::ServerId;
 use pss_core::wire::DecodeError;
 use pss_core::wire::auth::{Handshake, HandshakeConfig, HandshakeError, NONCE_BYTES, Peer, Role};
-use pss_core::wire::client::{ClientDecodeError, Reply, ReplyError, Request};
+use pss_core::wire::client::{ClientDecodeError, Reply, ReplyError, Request, RequestBody};
 use pss_core::wire::frame::{Frame, FrameError, FrameKind, FrameLimits};
 use pss_core::wire::peer::decode_frame;
 use socket2::{SockRef, TcpKeepalive};
@@ -35,6 +35,8 @@ const READ_BYTES_PER_ANSWER: usize = 256 << 10;
 /// When a client's reads have brought so much, its other requests wait for the next turn: a small request
 /// can ask for much, and a client that takes it all must not make heartbeats late.
 const READ_BYTES_PER_TURN: usize = 4 << 20;
+/// Questions of one client about the server's inside that a turn takes.
+const INSPECTIONS_PER_TURN: usize = 2;
 /// Callers that a turn accepts.
 const ACCEPTS_PER_TURN: usize = 64;
 /// After the kernel ran out of descriptors.
@@ -355,6 +357,9 @@ impl Node {
                             load.begin(&request);
                             slot.requests += 1;
                             slot.last_request = Some(now);
+                            if matches!(request.body, RequestBody::Inspect(_)) {
+                                *answered += READ_BYTES_PER_TURN / INSPECTIONS_PER_TURN;
+                            }
                             self.engine.handle_request(now, slot.id, request);
                             let read = self.engine.finished_read_bytes();
                             if read >= READ_BYTES_PER_ANSWER {

@@ -16,9 +16,6 @@ use crate::process;
 use crate::storage::Reporter;
 use crate::storage::queue::Queue;
 
-/// Entries that are read at once for someone who wants to see them.
-const PAGE_STEP: u64 = 8;
-
 /// What the read threads do.
 pub(crate) enum ReadJob {
     /// Read blocks for a client.
@@ -46,6 +43,8 @@ pub(crate) enum ReadJob {
         tag: u64,
         /// Which.
         page: LogPage,
+        /// What comes before them.
+        newer: Vec<EntryInfo>,
     },
     /// See which files are open.
     Files {
@@ -104,10 +103,15 @@ impl ReadThread {
                 let read = self.read_log(after, until, bytes_max)?;
                 Some(Event::LogRead { to, tail_for, read })
             }
-            ReadJob::Entries { client, tag, page } => Some(Event::EntriesRead {
+            ReadJob::Entries {
                 client,
                 tag,
-                entries: self.entries(page),
+                page,
+                newer,
+            } => Some(Event::EntriesRead {
+                client,
+                tag,
+                entries: self.entries(page, newer),
             }),
             ReadJob::Files {
                 client,
@@ -121,20 +125,13 @@ impl ReadThread {
         }
     }
 
-    /// Entries of a page, newest first: all, or those newer than one that is damaged or was cut off meanwhile. Few are in
-    /// memory at once.
-    fn entries(&self, page: LogPage) -> Vec<EntryInfo> {
-        let mut entries = Vec::new();
-        let mut until = page.newest;
-        while until >= page.oldest {
-            let after = Slot(until.0.saturating_sub(PAGE_STEP)).max(Slot(page.oldest.0 - 1));
-            let read = self.log.read(after, until, usize::MAX);
-            let Ok(log::LogRead::Entries { entries: some, .. }) = read else {
-                break;
-            };
-            entries.extend(some.iter().rev().map(EntryInfo::of));
-            until = after;
-        }
+    /// Adds the entries of a page, newest first.
+    fn entries(&self, page: LogPage, mut entries: Vec<EntryInfo>) -> Vec<EntryInfo> {
+        let older = self.log.headers(page.newest, page.oldest).into_iter();
+        entries.extend(older.map(|(id, entry)| match entry {
+            Some(entry) => EntryInfo::of(&entry),
+            None => EntryInfo::damaged(id),
+        }));
         entries
     }
 

@@ -14,7 +14,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pss_core::client::{Cell, CellConfig};
+use pss_core::client::{Cell, CellConfig, ClientError, Shrink};
 use pss_core::disk::Disk;
 use pss_core::disk::files::FileDisk;
 use pss_core::key::{CellId, CellKey};
@@ -253,6 +253,19 @@ impl Client {
         self.runtime
             .block_on(self.cell.create_volume(name, size_bytes, 1 << 20))
             .unwrap();
+    }
+
+    /// Whoever has it open, and whether it becomes smaller or not.
+    pub(crate) fn resize(&self, name: &str, size_bytes: u64) -> Result<(), ClientError> {
+        let resized = async {
+            let volumes = self.cell.volumes().await.unwrap();
+            let found = volumes.iter().find(|it| it.volume.name == name).unwrap();
+            let volume = found.volume.id;
+            self.cell
+                .resize_volume(volume, size_bytes, Shrink::Always)
+                .await
+        };
+        self.runtime.block_on(resized)
     }
 
     /// Nobody may have it open.
