@@ -294,6 +294,22 @@ pub enum EntryError {
     UnknownFamily(u8),
 }
 
+impl EntryError {
+    /// What a header holds that another version must have written, if it is known that its bytes are as they were
+    /// written: then nothing but a payload can be damaged. `None` for that.
+    pub fn unknown(&self) -> Option<String> {
+        Some(match self {
+            EntryError::UnknownCommand(code) => format!("command code {code}"),
+            EntryError::UnknownFamily(family) => format!("an address of family {family}"),
+            EntryError::Reservation => "a request about reservations".to_owned(),
+            EntryError::Truncated | EntryError::NotUtf8 | EntryError::PayloadLength { .. } => {
+                "a form of a command".to_owned()
+            }
+            EntryError::Checksum { .. } => return None,
+        })
+    }
+}
+
 /// Header layout, little-endian: slot u64, ballot (u64, u8), previous ballot (u64, u8), number of
 /// commands u32, then each command: code u8, session u64, number u64, settled_below u64 and the
 /// fields of the operation. Strings and lists carry a u32 count in front.

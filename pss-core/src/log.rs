@@ -24,11 +24,13 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use bytes::Bytes;
 
 use crate::disk::{ALIGN_BYTES, AlignedBuf, Disk, OpenMode};
-use crate::entry::{ENTRY_PAYLOAD_MAX, Entry};
+use crate::entry::{ENTRY_PAYLOAD_MAX, Entry, EntryError};
 use crate::types::{EntryId, GroupId, Slot};
 use index::{Index, Segment, Span};
 pub use reader::{LogRead, LogReadError, LogReader};
-use record::{Place, RECORD_BYTES_MAX, SEGMENT_HEADER_BYTES, SegmentHeader, encode_area};
+use record::{
+    LOG_VERSION, Place, RECORD_BYTES_MAX, SEGMENT_HEADER_BYTES, SegmentHeader, encode_area,
+};
 use recovery::Scan;
 
 /// Directory of the log.
@@ -123,13 +125,25 @@ pub enum LogError {
         /// What failed first.
         first: String,
     },
-    /// A segment of another format version.
-    #[error("log segment {path} has format version {found}, this program knows version 1")]
+    /// A segment of a format version that this program does not know.
+    #[error(
+        "log segment {path} has format version {found}, this program knows versions up to {LOG_VERSION}"
+    )]
     Version {
         /// Which file.
         path: String,
         /// Its version.
         found: u16,
+    },
+    /// An entry that this version cannot read, though it is as it was written: it must not be taken for damage.
+    #[error("log segment {path}: {}", newer(*.slot, .what))]
+    Newer {
+        /// Which file.
+        path: String,
+        /// Which entry.
+        slot: Slot,
+        /// What is not known.
+        what: EntryError,
     },
     /// A segment of another cell or group.
     #[error("log segment {path}: belongs to another cell or group")]
@@ -159,6 +173,14 @@ impl LogError {
             source,
         }
     }
+}
+
+/// What is said of an entry that this version cannot read.
+fn newer(slot: Slot, what: &EntryError) -> String {
+    let unknown = what.unknown().unwrap_or_else(|| what.to_string());
+    format!(
+        "the entry in slot {slot} has {unknown}, which this version does not know: it was written by a newer version; start that one"
+    )
 }
 
 /// A log, for the one thread that appends.

@@ -5,9 +5,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use bytes::Bytes;
 
 use super::index::{Index, Segment, Span};
+use super::newer;
 use super::record::{Place, RecordHeader, decode_entry};
 use crate::disk::AlignedBuf;
-use crate::entry::{ENTRY_PAYLOAD_MAX, Entry};
+use crate::entry::{ENTRY_PAYLOAD_MAX, Entry, EntryError};
 pub use crate::paxos::LogRead;
 use crate::types::{EntryId, Slot};
 
@@ -33,6 +34,16 @@ pub enum LogReadError {
         slot: Slot,
         /// Where.
         path: String,
+    },
+    /// This version cannot read the entry, though it is as it was written. Final: see `LogError::Newer`.
+    #[error("log segment {path}: {}", newer(*.slot, .what))]
+    Newer {
+        /// Which entry.
+        slot: Slot,
+        /// Where.
+        path: String,
+        /// What is not known.
+        what: EntryError,
     },
     /// The disk failed.
     #[error("log segment {path}: read failed")]
@@ -214,26 +225,35 @@ impl LogReader {
             };
             let from = (span.offset() - start) as usize;
             let until = (span.end() - start) as usize;
-            let entry = (until <= bytes.len())
-                .then(|| decode_record(bytes.slice(from..until), &place))
-                .flatten()
-                .filter(|entry| entry.id.slot == Slot(slot));
-            entries.push(entry.ok_or_else(|| LogReadError::Damaged {
-                slot: Slot(slot),
-                path: piece.segment.path.clone(),
-            })?);
+            let (slot, path) = (Slot(slot), || piece.segment.path.clone());
+            let entry = match until <= bytes.len() {
+                true => decode_record(bytes.slice(from..until), &place),
+                false => Ok(None),
+            };
+            let entry = entry.map_err(|what| LogReadError::Newer {
+                slot,
+                path: path(),
+                what,
+            })?;
+            let entry = entry.filter(|entry| entry.id.slot == slot);
+            entries.push(entry.ok_or_else(|| LogReadError::Damaged { slot, path: path() })?);
         }
         Ok(())
     }
 }
 
-fn decode_record(bytes: bytes::Bytes, place: &Place) -> Option<Entry> {
-    let header = RecordHeader::decode(&bytes, place)?;
-    let entry = header.verify(&bytes, place)?;
+/// `None` if the record is damaged; an error if it holds what this version does not know.
+fn decode_record(bytes: Bytes, place: &Place) -> Result<Option<Entry>, EntryError> {
+    let Some(header) = RecordHeader::decode(&bytes, place) else {
+        return Ok(None);
+    };
+    let Some(entry) = header.verify(&bytes, place) else {
+        return Ok(None);
+    };
     let from = header.area_bytes as usize;
     let until = from + header.payload_bytes as usize;
     if !header.is_entry || until > bytes.len() {
-        return None;
+        return Ok(None);
     }
     decode_entry(&header, entry, bytes.slice(from..until))
 }

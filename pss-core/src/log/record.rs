@@ -3,11 +3,22 @@
 use bytes::{Buf, BufMut, Bytes};
 
 use crate::disk::ALIGN_BYTES;
-use crate::entry::{ENTRY_HEADER_MAX, ENTRY_PAYLOAD_MAX, Entry};
+use crate::entry::{ENTRY_HEADER_MAX, ENTRY_PAYLOAD_MAX, Entry, EntryError};
 use crate::types::{Ballot, EntryId, GroupId, ServerId, Slot};
 
-/// Version of the log's layout.
-pub(super) const LOG_VERSION: u16 = 1;
+/// Version of the log's layout, and of what entries may hold: a program must know all commands of the version. It is
+/// raised with each command that is added, so that a program from before refuses the segment and reads none of it.
+///
+/// | version | commands (docs/formats.md, section 4) |
+/// |---------|---------------------------------------|
+/// | 1       | 0..=15                                |
+/// | 2       | 0..=15                                |
+///
+/// The two are the same: some programs write commands 10..=15 into segments of version 1, and those that do not know
+/// them take the entries for a torn tail. They refuse version 2.
+pub(super) const LOG_VERSION: u16 = 2;
+/// The oldest version that is read.
+const LOG_VERSION_MIN: u16 = 1;
 /// Bytes of a segment's header; the first record follows.
 pub(super) const SEGMENT_HEADER_BYTES: u64 = ALIGN_BYTES as u64;
 /// Bytes of a record in front of the entry's header.
@@ -56,7 +67,7 @@ pub(super) struct SegmentHeader {
 /// What the first bytes of a segment are.
 pub(super) enum SegmentStart {
     Header(SegmentHeader),
-    /// A header of another format version.
+    /// A header of a format version that is not known here.
     Version(u16),
     /// Not a header, or a damaged one.
     Unreadable,
@@ -92,7 +103,7 @@ impl SegmentHeader {
             return SegmentStart::Unreadable;
         }
         let version = input.get_u16_le();
-        if version != LOG_VERSION {
+        if !(LOG_VERSION_MIN..=LOG_VERSION).contains(&version) {
             return SegmentStart::Version(version);
         }
         let group = GroupId(input.get_u16_le());
@@ -289,10 +300,18 @@ pub(super) fn encode_area(
     Some(area_bytes)
 }
 
-/// Reads the entry of a record from its verified header and its payload, and verifies that.
-pub(super) fn decode_entry(header: &RecordHeader, entry: &[u8], payload: Bytes) -> Option<Entry> {
-    let entry = Entry::decode(entry, payload).ok()?;
-    (entry.id == header.id && entry.verify().is_ok()).then_some(entry)
+/// Reads the entry of a record from its verified header and its payload, and verifies that; `None` if the payload is
+/// damaged.
+///
+/// # Errors
+/// What this version does not know: the header is as it was written, so this is no damage.
+pub(super) fn decode_entry(
+    header: &RecordHeader,
+    entry: &[u8],
+    payload: Bytes,
+) -> Result<Option<Entry>, EntryError> {
+    let entry = Entry::decode(entry, payload)?;
+    Ok((entry.id == header.id && entry.verify().is_ok()).then_some(entry))
 }
 
 /// The ballot of the entry before, from the start of an entry's header.
@@ -384,10 +403,19 @@ mod tests {
             SegmentStart::Header(back) => assert_eq!(back, header),
             _ => panic!("not read back"),
         }
+        let mut first = out;
+        first[8..14].copy_from_slice(&SEGMENT_GOLDEN_1);
+        match SegmentHeader::decode(&first) {
+            SegmentStart::Header(back) => assert_eq!(back, header),
+            _ => panic!("version 1 is read no more"),
+        }
     }
 
+    /// Checksum and version of the same header in version 1, the rest is equal.
+    const SEGMENT_GOLDEN_1: [u8; 6] = [0xcb, 0x2d, 0x9e, 0x77, 1, 0];
+
     const SEGMENT_GOLDEN: &str = "\
-        5053534c53454731cb2d9e7701000000070707070707070707070707070707070300000000000000\
+        5053534c5345473111ba224c02000000070707070707070707070707070707070300000000000000\
         01000000000000000500000000000000020000000000000001000000000000000500000000000000\
         02000000000000000100000000000000060000000000000002000000000000000100000000000000";
 
@@ -410,7 +438,8 @@ mod tests {
         );
         let bytes = header.verify(&out, &PLACE).unwrap();
         assert_eq!(peek_prev(bytes), Some(entry().prev));
-        assert_eq!(decode_entry(&header, bytes, Bytes::new()), Some(entry()));
+        let back = decode_entry(&header, bytes, Bytes::new());
+        assert_eq!(back, Ok(Some(entry())));
     }
 
     #[test]

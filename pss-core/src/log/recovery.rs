@@ -12,6 +12,8 @@
 //!   next one, the rest of it is not read again: every start begins a segment, and may leave most of it empty.
 //! * Damage at or below the checkpoint does no harm: the log then starts behind it.
 //! * A marker that is damaged takes nothing with it.
+//! * A record that is whole and says what this version does not know is neither torn nor damaged, wherever it stands:
+//!   then the log is not opened, and nothing is cut.
 //! * Where the start of a segment is lost with its first record, nobody knows which entries it replaced. What
 //!   the rest of it may have held is doubt, and from there on no hint is believed: those that it speaks of as
 //!   chosen may be others than the ones that are left here.
@@ -480,7 +482,7 @@ impl Window {
         }))
     }
 
-    /// The entry of a record, if it is as it was written. Its payload is a copy, so that it does not
+    /// The entry of a record, if its payload is as it was written. The payload is a copy, so that it does not
     /// keep the window in memory.
     fn entry(&mut self, record: &Record) -> Result<Option<Entry>, LogError> {
         let place = self.place(record.offset);
@@ -491,7 +493,14 @@ impl Window {
         };
         let payload = Bytes::copy_from_slice(payload);
         let entry = record.header.verify(area, &place);
-        Ok(entry.and_then(|entry| decode_entry(&record.header, entry, payload)))
+        let Some(entry) = entry else {
+            return Ok(None);
+        };
+        decode_entry(&record.header, entry, payload).map_err(|what| LogError::Newer {
+            path: self.path.clone(),
+            slot: record.header.id.slot,
+            what,
+        })
     }
 
     /// The first place from `offset` on with a record whose header area is valid.

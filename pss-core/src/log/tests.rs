@@ -2,8 +2,9 @@
 
 use super::*;
 use crate::disk::files::FileDisk;
-use crate::entry::{Command, Op, block_checksums};
-use crate::types::{BLOCK_BYTES, Ballot, ServerId, VolumeId};
+use crate::entry::{Command, Op, Origin, block_checksums};
+use crate::types::{BLOCK_BYTES, Ballot, ServerId, SessionId, VolumeId};
+use crate::volume::reservation::{Nexus, ReservationAction, ReservationRequest};
 
 const SEGMENT_BYTES: u64 = 256 << 10;
 
@@ -339,16 +340,180 @@ fn other_versions_are_refused() {
     drop(fixture.open(EntryId::default()));
     let path = fixture.directory.path().join("log/0000000000000001");
     let mut bytes = std::fs::read(&path).unwrap();
-    bytes[12] = 2;
+    bytes[12] = 3;
     let crc = crc32c::crc32c(&bytes[12..128]);
     bytes[8..12].copy_from_slice(&crc.to_le_bytes());
     std::fs::write(&path, bytes).unwrap();
     let error = Log::open(Arc::clone(&fixture.disk), params(), EntryId::default());
     let error = error.err().unwrap();
     assert!(
-        matches!(error, LogError::Version { found: 2, .. }),
+        matches!(error, LogError::Version { found: 3, .. }),
         "{error}"
     );
+    assert!(error.to_string().contains("knows versions up to 2"));
+}
+
+impl Fixture {
+    fn versions(&self) -> Vec<u8> {
+        let mut files = self.contents();
+        files.retain(|(name, _)| !name.starts_with("spare"));
+        files.iter().map(|(_, bytes)| bytes[12]).collect()
+    }
+
+    /// The files of the log, by name.
+    fn contents(&self) -> Vec<(String, Vec<u8>)> {
+        let entries = std::fs::read_dir(self.directory.path().join("log")).unwrap();
+        let mut files: Vec<_> = entries
+            .map(|entry| {
+                let entry = entry.unwrap();
+                let name = entry.file_name().into_string().unwrap();
+                (name, std::fs::read(entry.path()).unwrap())
+            })
+            .collect();
+        files.sort();
+        files
+    }
+
+    /// Changes a segment; what is changed is then valid again.
+    fn edit(&self, segment: u64, at: usize, edit: impl FnOnce(&mut [u8])) {
+        let path = self.directory.path().join(segment_path(segment));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let area = &mut bytes[at..at + 4096];
+        edit(area);
+        let (seed, end) = match at {
+            0 => (0, 128),
+            _ => (crc32c::crc32c(&[5; 16]), 96 + usize::from(area[56])),
+        };
+        let crc = crc32c::crc32c_append(seed, &area[12..end]);
+        area[8..12].copy_from_slice(&crc.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+    }
+}
+
+/// New segments are of the newest version, whether their files are new, spares, or were segments of version 1.
+#[test]
+fn segments_of_version_1_are_read_and_none_is_begun() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let all = entries(EntryId::default(), 1, &[1, 2, 60, 1]);
+    log.append(None, &all[..2], Slot(1)).unwrap();
+    drop(log);
+    fixture.edit(1, 0, |header| {
+        assert_eq!(header[12..14], [2, 0]);
+        header[12] = 1;
+    });
+    assert_eq!(fixture.versions(), [1]);
+    let (mut log, recovered) = fixture.open(EntryId::default());
+    assert_eq!((recovered.last, recovered.evidence), (all[1].id, None));
+    assert_eq!(read(&log, 0), all[..2]);
+    assert_eq!(fixture.versions(), [1, 2]);
+    // The file of the first becomes a spare, and a segment again.
+    log.append(None, &all[2..3], Slot(3)).unwrap();
+    log.trim(Slot(2)).unwrap();
+    assert_eq!(fixture.files("spare-"), 1);
+    log.reset(all[2].id).unwrap();
+    log.append(None, &all[3..], Slot(3)).unwrap();
+    assert!(fixture.versions().iter().all(|version| *version == 2));
+    drop(log);
+    assert_eq!(fixture.open(all[2].id).1.last, all[3].id);
+}
+
+/// Where the code of an entry's first command stands in its record.
+const CODE: usize = 96 + 8 + 9 + 9 + 4;
+
+/// Four entries of one block, the third with another command. Each has its header area and its payload on a page of its
+/// own, and all are one write.
+fn with_third(fixture: &Fixture, op: Option<Op>) -> Vec<Entry> {
+    let (mut log, _) = fixture.open(EntryId::default());
+    let mut all = entries(EntryId::default(), 1, &[1, 1, 1, 1]);
+    let first = all[2].commands[0].clone();
+    all[2].commands = [op.map_or(first.clone(), Command::internal), first].into();
+    log.append(None, &all, Slot(1)).unwrap();
+    all
+}
+
+const THIRD: usize = 4096 + 2 * 2 * 4096;
+
+/// What another version has written is neither torn nor damaged: it is named, and nothing is changed.
+#[test]
+fn an_entry_that_is_not_known_is_named_and_never_cut() {
+    let origin = Op::OpenSessionFrom {
+        nonce: 1,
+        origin: Box::default(),
+    };
+    let family = CODE + 25 + 8 + 8;
+    let reserve = Op::Reserve {
+        volume: VolumeId(1),
+        request: Box::new(ReservationRequest {
+            nexus: Nexus {
+                initiator: "i".into(),
+                target: "t".into(),
+            },
+            action: ReservationAction::Read,
+        }),
+    };
+    let action = CODE + 25 + 4 + 5 + 5;
+    let sessions = Op::EndSessions {
+        sessions: vec![SessionId(7)],
+    };
+    assert_eq!(Origin::default().address, None);
+    let cases = [
+        (None, CODE, 200, "command code 200"),
+        (Some(origin), family, 9, "an address of family 9"),
+        (Some(reserve), action, 99, "a request about reservations"),
+        (Some(sessions), CODE, 0, "a form of a command"),
+    ];
+    for (op, at, value, what) in cases {
+        // Alone; with the record before it torn, or its own payload; with the marker at the end of the write torn.
+        for torn in [
+            None,
+            Some(THIRD - 8192),
+            Some(THIRD + 4096),
+            Some(THIRD + 4 * 4096),
+        ] {
+            let fixture = fixture();
+            let all = with_third(&fixture, op.clone());
+            fixture.edit(1, THIRD, |area| {
+                assert_eq!(area[32], 3);
+                area[at] = value;
+            });
+            if let Some(torn) = torn {
+                let path = fixture.directory.path().join(segment_path(1));
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes[torn..torn + 4096].fill(0);
+                std::fs::write(&path, bytes).unwrap();
+            }
+            let before = fixture.contents();
+            for _ in 0..2 {
+                let opened = Log::open(Arc::clone(&fixture.disk), params(), EntryId::default());
+                let error = opened.err().expect("it is not cut").to_string();
+                let text = format!(
+                    "log segment log/0000000000000001: the entry in slot 3 has {what}, which this version does not \
+                     know: it was written by a newer version; start that one"
+                );
+                assert_eq!(error, text, "{torn:?}");
+                assert_eq!(fixture.contents(), before, "{what} {torn:?}");
+            }
+            // What the checkpoint holds is not needed.
+            assert!(Log::open(Arc::clone(&fixture.disk), params(), all[2].id).is_ok());
+        }
+    }
+}
+
+#[test]
+fn a_reader_does_not_call_damaged_what_is_not_known() {
+    let fixture = fixture();
+    let all = with_third(&fixture, None);
+    let (log, _) = fixture.open(EntryId::default());
+    fixture.edit(1, THIRD, |area| area[CODE] = 200);
+    let error = log.reader().read(Slot(1), Slot(4), usize::MAX).unwrap_err();
+    let newer = matches!(error, LogReadError::Newer { slot: Slot(3), .. });
+    assert!(newer, "{error}");
+    assert!(error.to_string().contains("command code 200, which"));
+    match log.reader().read(Slot(1), Slot(2), usize::MAX).unwrap() {
+        LogRead::Entries { entries, .. } => assert_eq!(entries, all[1..2]),
+        gone => panic!("{gone:?}"),
+    }
 }
 
 #[test]
