@@ -893,10 +893,16 @@ const STATE_VERSION_CLOCK: u16 = 3;
 /// With all of that, where sessions come from, and what was done to the cell.
 const STATE_VERSION_EVENTS: u16 = 4;
 
-/// The bytes are no state, or one of a newer version.
+/// Why bytes are no state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("the bytes are not a replicated state of a version that this program knows")]
-pub struct BadState;
+pub enum BadState {
+    /// They are not what [`State::encode`] makes.
+    #[error("the bytes are not a replicated state")]
+    Malformed,
+    /// A newer program has written it.
+    #[error("replicated state of version {0}, this program knows up to {STATE_VERSION_EVENTS}")]
+    Version(u16),
+}
 
 /// Layout, little-endian: version u16, applied u64, volumes made u32, volumes, sessions; lists and
 /// strings with a u32 count in front. See docs/formats.md.
@@ -969,9 +975,12 @@ impl State {
     /// [`BadState`].
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
-        let version = input.try_get_u16_le().map_err(|_| BadState)?;
-        if !(STATE_VERSION..=STATE_VERSION_EVENTS).contains(&version) {
-            return Err(BadState);
+        let version = input.try_get_u16_le().map_err(|_| BadState::Malformed)?;
+        if version > STATE_VERSION_EVENTS {
+            return Err(BadState::Version(version));
+        }
+        if version < STATE_VERSION {
+            return Err(BadState::Malformed);
         }
         let mut state = State {
             applied: Slot(u64_of(input)?),
@@ -988,7 +997,7 @@ impl State {
                 uuid: array_of(input)?,
                 created: Slot(u64_of(input)?),
             };
-            check_chunk_bytes(volume.chunk_bytes).map_err(|_| BadState)?;
+            check_chunk_bytes(volume.chunk_bytes).map_err(|_| BadState::Malformed)?;
             state.volumes.insert(id, volume);
         }
         for _ in 0..u32_of(input)? {
@@ -1000,7 +1009,7 @@ impl State {
                 let volume = VolumeId(u32_of(input)?);
                 let reservations = VolumeReservations {
                     unit_session: SessionId(u64_of(input)?),
-                    now: Reservations::decode(input).map_err(|_| BadState)?,
+                    now: Reservations::decode(input).map_err(|_| BadState::Malformed)?,
                 };
                 state.reservations.insert(volume, reservations);
             }
@@ -1020,8 +1029,8 @@ impl State {
         if version >= STATE_VERSION_EVENTS {
             for _ in 0..u32_of(input)? {
                 let id = SessionId(u64_of(input)?);
-                let origin = Origin::decode(input).map_err(|_| BadState)?;
-                let session = state.sessions.get_mut(&id).ok_or(BadState)?;
+                let origin = Origin::decode(input).map_err(|_| BadState::Malformed)?;
+                let session = state.sessions.get_mut(&id).ok_or(BadState::Malformed)?;
                 (session.origin, session.told) = (origin, true);
             }
             state.events = Events::decode(input)?;
@@ -1029,7 +1038,7 @@ impl State {
         if input.is_empty() {
             Ok(state)
         } else {
-            Err(BadState)
+            Err(BadState::Malformed)
         }
     }
 }
@@ -1077,7 +1086,9 @@ impl Session {
                 0 => None,
                 255 => Some(Answer::Done),
                 254 => Some(Answer::Created(u64_of(input)?)),
-                code => Some(Answer::Refused(Refusal::from_code(code).ok_or(BadState)?)),
+                code => Some(Answer::Refused(
+                    Refusal::from_code(code).ok_or(BadState::Malformed)?,
+                )),
             };
             session.answers.push_back(answer);
         }
@@ -1096,7 +1107,7 @@ fn put_string(out: &mut Vec<u8>, text: &str) {
 }
 
 fn array_of<const N: usize>(input: &mut &[u8]) -> Result<[u8; N], BadState> {
-    let (array, rest) = input.split_first_chunk::<N>().ok_or(BadState)?;
+    let (array, rest) = input.split_first_chunk::<N>().ok_or(BadState::Malformed)?;
     *input = rest;
     Ok(*array)
 }
@@ -1111,9 +1122,9 @@ fn u64_of(input: &mut &[u8]) -> Result<u64, BadState> {
 
 fn string_of(input: &mut &[u8]) -> Result<String, BadState> {
     let length = u32_of(input)? as usize;
-    let (text, rest) = input.split_at_checked(length).ok_or(BadState)?;
+    let (text, rest) = input.split_at_checked(length).ok_or(BadState::Malformed)?;
     *input = rest;
-    String::from_utf8(text.to_vec()).map_err(|_| BadState)
+    String::from_utf8(text.to_vec()).map_err(|_| BadState::Malformed)
 }
 
 #[cfg(test)]

@@ -128,7 +128,7 @@ impl Events {
         let count = u32_of(input)? as usize;
         // Nobody counts so far; one more must have a number.
         if count > EVENTS_MAX || count as u64 > made || made == u64::MAX {
-            return Err(BadState);
+            return Err(BadState::Malformed);
         }
         let mut events = Events {
             made: made - count as u64,
@@ -197,10 +197,10 @@ impl AdminEvent {
     fn decode(input: &mut &[u8]) -> Result<AdminEvent, BadState> {
         let slot = Slot(u64_of(input)?);
         let time_ms = u64_of(input)?;
-        let by = Origin::decode(input).map_err(|_| BadState)?;
+        let by = Origin::decode(input).map_err(|_| BadState::Malformed)?;
         let refused = match array_of::<1>(input)?[0] {
             0 => None,
-            code => Some(Refusal::from_code(code).ok_or(BadState)?),
+            code => Some(Refusal::from_code(code).ok_or(BadState::Malformed)?),
         };
         let action = match array_of::<1>(input)?[0] {
             // No volume has number 0.
@@ -226,7 +226,7 @@ impl AdminEvent {
             4 => AdminAction::Note {
                 text: string_of(input)?,
             },
-            _ => return Err(BadState),
+            _ => return Err(BadState::Malformed),
         };
         Ok(AdminEvent {
             number: 0,
@@ -243,7 +243,7 @@ fn flag_of(input: &mut &[u8]) -> Result<bool, BadState> {
     match array_of::<1>(input)? {
         [0] => Ok(false),
         [1] => Ok(true),
-        _ => Err(BadState),
+        _ => Err(BadState::Malformed),
     }
 }
 

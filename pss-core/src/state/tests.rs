@@ -241,7 +241,7 @@ fn encoded_state_comes_back() {
     let bytes = driver.0.encode();
     assert_eq!(State::decode(&bytes), Ok(driver.0));
     for length in 0..bytes.len() {
-        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState::Malformed));
     }
 }
 
@@ -311,7 +311,7 @@ fn reservations_are_part_of_the_state() {
     assert_eq!(bytes[..2], [2, 0]);
     assert_eq!(State::decode(&bytes), Ok(driver.0.clone()));
     for length in 0..bytes.len() {
-        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState::Malformed));
     }
     driver.run(Command::internal(Op::DeleteVolume { volume }));
     assert_eq!(driver.0.reservations(volume), None);
@@ -507,7 +507,7 @@ fn administrative_actions_are_recorded_once_with_who_asked() {
     assert_eq!(bytes[..2], [4, 0]);
     assert_eq!(State::decode(&bytes), Ok(driver.0));
     for length in 0..bytes.len() {
-        assert_eq!(State::decode(&bytes[..length]), Err(BadState));
+        assert_eq!(State::decode(&bytes[..length]), Err(BadState::Malformed));
     }
 }
 
@@ -595,19 +595,23 @@ fn bytes_that_are_no_events_are_no_state() {
     assert!(changed(list - 12, 2).is_ok());
     assert_eq!(
         changed(list - 12, 1),
-        Err(BadState),
+        Err(BadState::Malformed),
         "more are kept than there were"
     );
-    assert_eq!(changed(list - 4, 3), Err(BadState), "cut short");
+    assert_eq!(changed(list - 4, 3), Err(BadState::Malformed), "cut short");
     assert_eq!(
         changed(list - 2, 1),
-        Err(BadState),
+        Err(BadState::Malformed),
         "more than are ever kept"
     );
-    assert_eq!(changed(list + 24, 5), Err(BadState), "family");
-    assert_eq!(changed(list + 25, 99), Err(BadState), "refusal");
-    assert_eq!(changed(list + 26, 9), Err(BadState), "action");
-    assert_eq!(changed(bytes.len() - 1, 0xff), Err(BadState), "UTF-8");
+    assert_eq!(changed(list + 24, 5), Err(BadState::Malformed), "family");
+    assert_eq!(changed(list + 25, 99), Err(BadState::Malformed), "refusal");
+    assert_eq!(changed(list + 26, 9), Err(BadState::Malformed), "action");
+    assert_eq!(
+        changed(bytes.len() - 1, 0xff),
+        Err(BadState::Malformed),
+        "UTF-8"
+    );
 }
 
 /// The state is encoded for each checkpoint, on the thread that does everything else.

@@ -6,7 +6,7 @@ use bytes::{Buf, BufMut};
 
 use super::pair::{Pair, PairError};
 use crate::disk::Disk;
-use crate::state::State;
+use crate::state::{BadState, State};
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
 const NAME: &str = "checkpoint";
@@ -63,7 +63,10 @@ impl CheckpointFile {
     /// [`PairError`].
     pub fn open(disk: Arc<dyn Disk>) -> Result<(CheckpointFile, CheckpointRecord), PairError> {
         let (pair, body) = Pair::open(disk, NAME, MAGIC)?;
-        let record = decode(&body).ok_or_else(|| pair.damaged())?;
+        let record = decode(&body).map_err(|bad| match bad {
+            BadCheckpoint::Malformed => pair.damaged(),
+            BadCheckpoint::Newer(what) => pair.newer(what),
+        })?;
         Ok((CheckpointFile { pair }, record))
     }
 
@@ -101,20 +104,48 @@ fn encode(applied: EntryId, installing: Option<Slot>, state: &[u8]) -> Vec<u8> {
     body
 }
 
-fn decode(body: &[u8]) -> Option<CheckpointRecord> {
-    let (mut input, mut state) = body.split_at_checked(FIXED_BYTES)?;
+/// Why a body is no checkpoint.
+#[derive(Debug, Eq, PartialEq)]
+enum BadCheckpoint {
+    Malformed,
+    /// It holds this.
+    Newer(String),
+}
+
+impl From<BadState> for BadCheckpoint {
+    fn from(bad: BadState) -> BadCheckpoint {
+        match bad {
+            BadState::Malformed => BadCheckpoint::Malformed,
+            BadState::Version(_) => BadCheckpoint::Newer(bad.to_string()),
+        }
+    }
+}
+
+fn decode(body: &[u8]) -> Result<CheckpointRecord, BadCheckpoint> {
+    let fixed = body.split_at_checked(FIXED_BYTES);
+    let (mut input, mut state) = fixed.ok_or(BadCheckpoint::Malformed)?;
     let slot = Slot(input.get_u64_le());
     let number = input.get_u64_le();
     let server = ServerId(input.get_u8());
     let installing = match input.get_u8() {
         COMPLETE => None,
         INSTALLING => Some(ALL_PROVEN),
-        INSTALLING_PARTLY_PROVEN => Some(Slot(state.try_get_u64_le().ok()?)),
-        _ => return None,
+        INSTALLING_PARTLY_PROVEN => match state.try_get_u64_le() {
+            Ok(proven) => Some(Slot(proven)),
+            Err(_) => return Err(BadCheckpoint::Malformed),
+        },
+        kind => {
+            return Err(BadCheckpoint::Newer(format!(
+                "record of kind {kind}, which this program does not know"
+            )));
+        }
     };
-    let state = State::decode(state).ok()?;
+    let state = State::decode(state)?;
     let ballot = Ballot { number, server };
-    (state.applied() == slot).then_some(CheckpointRecord {
+    if state.applied() != slot {
+        return Err(BadCheckpoint::Malformed);
+    }
+    Ok(CheckpointRecord {
         applied: EntryId { ballot, slot },
         installing,
         state,
@@ -124,6 +155,7 @@ fn decode(body: &[u8]) -> Option<CheckpointRecord> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::files::FileDisk;
 
     #[test]
     fn literal_start_of_a_body() {
@@ -150,8 +182,37 @@ mod tests {
     fn wrong_bodies_are_refused() {
         let state = State::default().encode();
         let mut body = encode(EntryId::default(), Some(Slot(5)), &state);
-        assert!(decode(&body[..FIXED_BYTES + 7]).is_none());
+        let short = decode(&body[..FIXED_BYTES + 7]);
+        assert_eq!(short, Err(BadCheckpoint::Malformed));
         body[17] = 3;
-        assert!(decode(&body).is_none());
+        let newer =
+            BadCheckpoint::Newer("record of kind 3, which this program does not know".to_owned());
+        assert_eq!(decode(&body), Err(newer));
+    }
+
+    #[test]
+    fn a_state_of_a_newer_version_is_no_damage() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(FileDisk::open(directory.path()).unwrap());
+        let mut file = CheckpointFile::create(Arc::clone(&disk)).unwrap();
+        let mut state = State::default().encode();
+        for (version, text) in [
+            (
+                9,
+                "checkpoint holds a replicated state of version 9, this program knows up to 4: it was written by a newer version; start that one",
+            ),
+            (0, "both copies of checkpoint are damaged"),
+        ] {
+            state[..2].copy_from_slice(&u16::to_le_bytes(version));
+            file.store(EntryId::default(), None, &state).unwrap();
+            let copies = || {
+                ["checkpoint.0", "checkpoint.1"]
+                    .map(|it| std::fs::read(directory.path().join(it)).unwrap())
+            };
+            let before = copies();
+            let error = CheckpointFile::open(Arc::clone(&disk)).err().unwrap();
+            assert_eq!(error.to_string(), text);
+            assert_eq!(copies(), before);
+        }
     }
 }

@@ -36,6 +36,14 @@ pub enum PairError {
         /// Its version.
         found: u16,
     },
+    /// It is whole, and says what this version does not know.
+    #[error("{name} holds a {what}: it was written by a newer version; start that one")]
+    Newer {
+        /// Which.
+        name: &'static str,
+        /// What.
+        what: String,
+    },
     /// The disk failed.
     #[error("{name}: {action} failed")]
     Io {
@@ -208,6 +216,14 @@ impl Pair {
             name: self.name,
             action,
             source,
+        }
+    }
+
+    /// The record holds what only a newer program can have written.
+    pub(super) fn newer(&self, what: String) -> PairError {
+        PairError::Newer {
+            name: self.name,
+            what,
         }
     }
 
