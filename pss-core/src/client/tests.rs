@@ -27,6 +27,9 @@ use crate::wire::frame::{FrameKind, FrameLimits, FrameReader, SendQueue};
 /// Nobody leads.
 const NOBODY: u8 = 255;
 
+/// A volume of this name is refused for a reason that only servers of a newer version have.
+const NEWER: &str = "newer";
+
 /// What the servers of the fake cell share: it is always in agreement with itself.
 struct Fake {
     store: StdMutex<Store>,
@@ -369,6 +372,9 @@ impl Store {
                 return Ok(ReplyBody::Volumes(
                     self.state.volumes().map(status).collect(),
                 ));
+            }
+            RequestBody::CreateVolume { name, .. } if name == NEWER => {
+                return Err(ReplyError::UnknownRefusal(200));
             }
             RequestBody::CreateVolume {
                 name,
@@ -984,6 +990,21 @@ async fn a_device_that_nobody_uses_lives_on_after_its_session_was_lost() {
     }
     assert_eq!(runner.run(&unused, write(0, vec![3; 4096])).await, DONE);
     assert!(fake.sessions().iter().all(|it| it.volumes.is_empty()));
+}
+
+/// It is an answer: the client asks no more, and its connection stays.
+#[tokio::test]
+async fn a_refusal_that_is_not_known_is_one() {
+    let (_fake, cell, _device) = Fake::device().await;
+    let created = cell.create_volume(NEWER, 1 << 20, CHUNK_BYTES_DEFAULT);
+    let error = created.await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "refused for a reason that this version does not know (code 200)"
+    );
+    cell.create_volume("other", 1 << 20, CHUNK_BYTES_DEFAULT)
+        .await
+        .unwrap();
 }
 
 #[tokio::test]

@@ -337,6 +337,10 @@ pub enum ReplyError {
     /// Refused by the replicated state.
     #[error("{0}")]
     Refused(#[from] Refusal),
+    /// The same, with a code that servers of a newer version have. It is an answer like any other: to ask again would bring
+    /// the same.
+    #[error("refused for a reason that this version does not know (code {0})")]
+    UnknownRefusal(u8),
     /// The disks are full.
     #[error("no space left")]
     NoSpace,
@@ -1083,6 +1087,7 @@ impl Reply {
                 put.u8(leader.map_or(NO_SERVER, |leader| leader.0));
             }
             (_, Some(ReplyError::Refused(refusal))) => put.u8(*refusal as u8),
+            (_, Some(ReplyError::UnknownRefusal(code))) => put.u8(*code),
             (_, Some(ReplyError::Miscompare(at))) => put.u64(*at),
             (_, Some(ReplyError::NoSpace | ReplyError::Invalid | ReplyError::Io) | None) => {}
         }
@@ -1298,7 +1303,7 @@ impl ReplyError {
     fn code(&self) -> u8 {
         match self {
             ReplyError::NotLeader { .. } => 64,
-            ReplyError::Refused(_) => 65,
+            ReplyError::Refused(_) | ReplyError::UnknownRefusal(_) => 65,
             ReplyError::NoSpace => 66,
             ReplyError::Miscompare(_) => 67,
             ReplyError::Invalid => 68,
@@ -1317,11 +1322,8 @@ impl ReplyError {
             },
             65 => {
                 let code = input.u8()?;
-                let refusal = Refusal::from_code(code);
-                ReplyError::Refused(refusal.ok_or(DecodeError::UnknownCode {
-                    what: "refusal",
-                    code,
-                })?)
+                Refusal::from_code(code)
+                    .map_or(ReplyError::UnknownRefusal(code), ReplyError::Refused)
             }
             66 => ReplyError::NoSpace,
             67 => ReplyError::Miscompare(input.u64()?),

@@ -327,7 +327,9 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
     let leader = prop::option::of((0..8_u8).prop_map(ServerId));
     let bad = prop_oneof![
         leader.prop_map(|leader| ReplyError::NotLeader { leader }),
-        (1..=12_u8).prop_map(|code| ReplyError::Refused(Refusal::from_code(code).unwrap())),
+        any::<u8>().prop_map(|code| {
+            Refusal::from_code(code).map_or(ReplyError::UnknownRefusal(code), ReplyError::Refused)
+        }),
         Just(ReplyError::NoSpace),
         any::<u64>().prop_map(ReplyError::Miscompare),
         Just(ReplyError::Invalid),
@@ -403,6 +405,13 @@ fn literal_errors() {
         header(ReplyError::Refused(Refusal::StaleSession)),
         [65, 1, 0, 0, 0, 0, 0, 0, 0, 1]
     );
+    let unknown = ReplyError::UnknownRefusal(200);
+    assert_eq!(header(unknown.clone()), [65, 1, 0, 0, 0, 0, 0, 0, 0, 200]);
+    let reply = Reply {
+        tag: 1,
+        body: Err(unknown.clone()),
+    };
+    assert_eq!(Reply::decode(reply_frame(&reply)).unwrap().body, Err(unknown));
 }
 
 /// Made from docs/wire.md apart from this program, as are the replies below.
