@@ -8,10 +8,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// A server that stops when it is told to, and writes down that it was started. It fails where a file `fails-ID` is.
+/// A server that stops when it is told to, and writes down that it was started. It fails where a file `fails-ID` is;
+/// where `other-ID` is, its number soon belongs to another program, and somebody else answers at its address.
 const PSSD: &str = r#"
 echo "start $3" >>"$STAGE/calls"
 [ -e "$STAGE/fails-$3" ] && { echo "it fails" >&2; exit 1; }
+[ -e "$STAGE/other-$3" ] && exec sh -c 'touch "$STAGE/up-$0"; sleep 1; echo "it fails later"' "$3"
 trap 'rm "$STAGE/up-$3"; echo "stop $3" >>"$STAGE/calls"; exit 0' TERM
 touch "$STAGE/up-$3"
 while :; do sleep 0.05; done
@@ -102,6 +104,22 @@ impl Drop for Stage {
 fn text_of(output: Output) -> (i32, String) {
     let said = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap(), String::from_utf8(said).unwrap())
+}
+
+/// Somebody answers and a process of that number is there, or was; but no server of that list.
+#[test]
+fn a_server_that_has_ended_is_not_called_running() {
+    let stage = Stage::new(1);
+    stage.write("other-0", "");
+    let (code, said) = stage.run("start");
+    assert_eq!(code, 1, "{said}");
+    assert!(said.starts_with("pssd: server 0 did not start: it fails later; see "), "{said}");
+    assert_eq!(stage.run("status").0, 3);
+    fs::remove_file(stage.path("other-0")).unwrap();
+    stage.write("fails-0", "");
+    let (code, said) = stage.run("start");
+    assert_eq!(code, 1, "{said}");
+    assert!(said.starts_with("pssd: server 0 did not start: it fails; see "), "{said}");
 }
 
 #[test]
