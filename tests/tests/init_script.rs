@@ -122,6 +122,28 @@ fn a_server_that_has_ended_is_not_called_running() {
     assert!(said.starts_with("pssd: server 0 did not start: it fails; see "), "{said}");
 }
 
+/// Wherever it is called, and however the list is named, the servers are the same.
+#[test]
+fn a_relative_list_of_servers() {
+    let stage = Stage::new(1);
+    let at = |directory: &str, list: &str, words: &str| {
+        let mut command = stage.command(words);
+        command.current_dir(stage.path(directory)).env("PSS_SERVERS", list);
+        text_of(command.output().unwrap())
+    };
+    assert_eq!(at("", "server.conf", "start").0, 0);
+    for (directory, list) in [("bin", "../server.conf"), ("", "./server.conf"), ("", "bin/../server.conf")] {
+        let (code, said) = at(directory, list, "start");
+        assert_eq!(code, 0, "{said}");
+        assert!(said.starts_with("pssd: server 0 is running already, pid"), "{list}: {said}");
+    }
+    assert!(stage.run("stop").1.contains("server 0 has stopped"));
+    assert_eq!(stage.calls(), ["start 0", "stop 0"]);
+    let (code, said) = at("", "nowhere/server.conf", "start");
+    assert_eq!(code, 6);
+    assert!(said.starts_with("pssd: nowhere/server.conf: cannot read"), "{said}");
+}
+
 #[test]
 fn restart_waits_until_the_copies_are_current() {
     let stage = Stage::new(3);
