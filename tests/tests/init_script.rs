@@ -28,6 +28,15 @@ lag=$(cat "$STAGE/lag" 2>/dev/null || echo 0)
 cat "$STAGE/status"
 "#;
 
+/// Knows units of the servers, and carries out everything at once.
+const SYSTEMCTL: &str = r#"
+case $1 in
+    list-unit-files) echo 'pssd@.service enabled' ;;
+    is-active) [ -e "$STAGE/active-$3" ]; exit ;;
+    *) echo "systemctl $*" >>"$STAGE/calls" ;;
+esac
+"#;
+
 struct Stage {
     directory: tempfile::TempDir,
 }
@@ -38,7 +47,9 @@ impl Stage {
         let stage = Stage {
             directory: tempfile::tempdir().unwrap(),
         };
-        let lines: String = (0..servers).map(|id| format!("{id} 127.0.0.1 /p{id}\n")).collect();
+        let lines: String = (0..servers)
+            .map(|id| format!("{id} 127.0.0.1 /p{id}\n"))
+            .collect();
         stage.write("server.conf", &lines);
         stage.write("status", "{ \"all_current\": true }\n");
         fs::create_dir(stage.path("bin")).unwrap();
@@ -85,6 +96,7 @@ impl Stage {
             .env("PSS_RUN", self.path("run"))
             .env("PSS_LOG", self.path("log"))
             .env("PSS_DEFAULTS", self.path("none"))
+            .env("PSS_SYSTEMD", self.path("systemd"))
             .env("PSS_WAIT", "10");
         command
     }
@@ -103,7 +115,10 @@ impl Drop for Stage {
 /// The exit code, and what was said.
 fn text_of(output: Output) -> (i32, String) {
     let said = [output.stdout, output.stderr].concat();
-    (output.status.code().unwrap(), String::from_utf8(said).unwrap())
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(said).unwrap(),
+    )
 }
 
 /// Somebody answers and a process of that number is there, or was; but no server of that list.
@@ -113,13 +128,19 @@ fn a_server_that_has_ended_is_not_called_running() {
     stage.write("other-0", "");
     let (code, said) = stage.run("start");
     assert_eq!(code, 1, "{said}");
-    assert!(said.starts_with("pssd: server 0 did not start: it fails later; see "), "{said}");
+    assert!(
+        said.starts_with("pssd: server 0 did not start: it fails later; see "),
+        "{said}"
+    );
     assert_eq!(stage.run("status").0, 3);
     fs::remove_file(stage.path("other-0")).unwrap();
     stage.write("fails-0", "");
     let (code, said) = stage.run("start");
     assert_eq!(code, 1, "{said}");
-    assert!(said.starts_with("pssd: server 0 did not start: it fails; see "), "{said}");
+    assert!(
+        said.starts_with("pssd: server 0 did not start: it fails; see "),
+        "{said}"
+    );
 }
 
 /// Wherever it is called, and however the list is named, the servers are the same.
@@ -128,20 +149,32 @@ fn a_relative_list_of_servers() {
     let stage = Stage::new(1);
     let at = |directory: &str, list: &str, words: &str| {
         let mut command = stage.command(words);
-        command.current_dir(stage.path(directory)).env("PSS_SERVERS", list);
+        command
+            .current_dir(stage.path(directory))
+            .env("PSS_SERVERS", list);
         text_of(command.output().unwrap())
     };
     assert_eq!(at("", "server.conf", "start").0, 0);
-    for (directory, list) in [("bin", "../server.conf"), ("", "./server.conf"), ("", "bin/../server.conf")] {
+    for (directory, list) in [
+        ("bin", "../server.conf"),
+        ("", "./server.conf"),
+        ("", "bin/../server.conf"),
+    ] {
         let (code, said) = at(directory, list, "start");
         assert_eq!(code, 0, "{said}");
-        assert!(said.starts_with("pssd: server 0 is running already, pid"), "{list}: {said}");
+        assert!(
+            said.starts_with("pssd: server 0 is running already, pid"),
+            "{list}: {said}"
+        );
     }
     assert!(stage.run("stop").1.contains("server 0 has stopped"));
     assert_eq!(stage.calls(), ["start 0", "stop 0"]);
     let (code, said) = at("", "nowhere/server.conf", "start");
     assert_eq!(code, 6);
-    assert!(said.starts_with("pssd: nowhere/server.conf: cannot read"), "{said}");
+    assert!(
+        said.starts_with("pssd: nowhere/server.conf: cannot read"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -156,7 +189,8 @@ fn restart_waits_until_the_copies_are_current() {
     assert_eq!(
         stage.calls(),
         [
-            "stop 0", "start 0", status, status, status, "stop 1", "start 1", status, "stop 2", "start 2"
+            "stop 0", "start 0", status, status, status, "stop 1", "start 1", status, "stop 2",
+            "start 2"
         ]
     );
 }
@@ -166,7 +200,10 @@ fn restart_leaves_the_others_alone_where_copies_stay_behind() {
     let stage = Stage::new(2);
     assert_eq!(stage.run("start").0, 0);
     stage.calls();
-    stage.write("status", "{ \"all_current\": false, \"summary\": \"Server 7 is behind.\" }\n");
+    stage.write(
+        "status",
+        "{ \"all_current\": false, \"summary\": \"Server 7 is behind.\" }\n",
+    );
     let mut restart = stage.command("restart");
     let (code, said) = text_of(restart.env("PSS_CATCH_UP", "1").output().unwrap());
     assert_eq!(code, 1, "{said}");
@@ -175,6 +212,32 @@ fn restart_leaves_the_others_alone_where_copies_stay_behind() {
     let calls = stage.calls();
     assert!(!calls.contains(&"stop 1".to_owned()), "{calls:?}");
     assert_eq!(stage.run("status").0, 0);
+}
+
+/// With units, what runs by the script is stopped by it, and only then the units come in.
+#[test]
+fn a_server_that_the_script_has_started_is_its_own() {
+    let stage = Stage::new(2);
+    let mut start = stage.command("start");
+    assert_eq!(text_of(start.env("PSS_IDS", "1").output().unwrap()).0, 0);
+    assert_eq!(stage.calls(), ["start 1"]);
+    fs::create_dir(stage.path("systemd")).unwrap();
+    stage.program("systemctl", SYSTEMCTL);
+    let (code, said) = stage.run("status");
+    assert_eq!(code, 3);
+    assert!(said.contains("server 0 is not running (pssd@0)"), "{said}");
+    assert!(said.contains("server 1 is running, pid"), "{said}");
+    let (code, said) = stage.run("stop");
+    assert_eq!((code, said.as_str()), (0, "pssd: server 1 has stopped\n"));
+    assert_eq!(stage.calls(), ["systemctl stop pssd@0.service", "stop 1"]);
+    assert_eq!(stage.run("start").0, 0);
+    assert_eq!(
+        stage.calls(),
+        [
+            "systemctl start pssd@0.service",
+            "systemctl start pssd@1.service"
+        ]
+    );
 }
 
 /// Where nothing runs there is nothing to wait for, and the copies are current only when all do.
@@ -208,6 +271,9 @@ fn restart_ends_with_the_first_failure() {
     let last = "pssd: server 1 could not be restarted; left alone: 2\n";
     assert!(said.ends_with(last), "{said}");
     let calls = stage.calls();
-    assert_eq!(calls, ["stop 0", "start 0", "status --json", "stop 1", "start 1"]);
+    assert_eq!(
+        calls,
+        ["stop 0", "start 0", "status --json", "stop 1", "start 1"]
+    );
     assert!(stage.run("status").1.contains("server 2 is running"));
 }

@@ -411,7 +411,10 @@ fn literal_errors() {
         tag: 1,
         body: Err(unknown.clone()),
     };
-    assert_eq!(Reply::decode(reply_frame(&reply)).unwrap().body, Err(unknown));
+    assert_eq!(
+        Reply::decode(reply_frame(&reply)).unwrap().body,
+        Err(unknown)
+    );
 }
 
 /// Made from docs/wire.md apart from this program, as are the replies below.
