@@ -35,7 +35,8 @@ const READ_BYTES_PER_ANSWER: usize = 256 << 10;
 /// When a client's reads have brought so much, its other requests wait for the next turn: a small request
 /// can ask for much, and a client that takes it all must not make heartbeats late.
 const READ_BYTES_PER_TURN: usize = 4 << 20;
-/// Questions of one client about the server's inside that a turn takes.
+/// Questions about the server's inside that a turn takes, of all clients: an answer may take milliseconds, and a thousand
+/// clients may ask at once.
 const INSPECTIONS_PER_TURN: usize = 2;
 /// Callers that a turn accepts.
 const ACCEPTS_PER_TURN: usize = 64;
@@ -84,6 +85,27 @@ impl ConnectionError {
     /// Whether it is part of a connection's usual life.
     fn is_usual(&self) -> bool {
         matches!(self, ConnectionError::Closed | ConnectionError::Io(_))
+    }
+}
+
+/// What the requests of a connection have cost in a turn.
+#[derive(Debug, Default)]
+struct Cost {
+    /// Bytes that reads have brought, and what other answers cost in comparison.
+    answered: usize,
+    /// What is taken from the bytes that the turn may read from all connections.
+    of_turn: usize,
+}
+
+impl Cost {
+    fn add_inspection(&mut self) {
+        self.answered += READ_BYTES_PER_TURN / INSPECTIONS_PER_TURN;
+        self.of_turn += BYTES_PER_TURN / INSPECTIONS_PER_TURN;
+    }
+
+    /// Whether the connection waits for the next turn.
+    fn is_share_used(&self) -> bool {
+        self.answered >= READ_BYTES_PER_TURN
     }
 }
 
@@ -290,17 +312,28 @@ impl Node {
         }
     }
 
-    /// Reads from one connection and handles what that completes. Gives how many bytes were read.
+    /// Reads from one connection and handles what that completes. Gives how many bytes were read, and adds what
+    /// requests have cost.
     fn serve(&mut self, now: Instant, place: usize) -> Result<usize, ConnectionError> {
+        let mut cost = Cost::default();
+        let bytes = self.read_from(now, place, &mut cost)?;
+        Ok(bytes + cost.of_turn)
+    }
+
+    fn read_from(
+        &mut self,
+        now: Instant,
+        place: usize,
+        cost: &mut Cost,
+    ) -> Result<usize, ConnectionError> {
         let mut bytes = 0;
         let Some(slot) = self.connections.get_mut(place) else {
             return Ok(0);
         };
         slot.queued = false;
-        let mut answered = 0;
         loop {
             // Those that were left when the client was paused or had its share come first.
-            if self.handle_frames(now, place, &mut answered)? == Share::Used {
+            if self.handle_frames(now, place, cost)? == Share::Used {
                 self.come_back(place);
                 return Ok(bytes);
             }
@@ -327,12 +360,12 @@ impl Node {
         }
     }
 
-    /// Handles the frames that have come. `answered` counts the bytes that reads have brought.
+    /// Handles the frames that have come.
     fn handle_frames(
         &mut self,
         now: Instant,
         place: usize,
-        answered: &mut usize,
+        cost: &mut Cost,
     ) -> Result<Share, ConnectionError> {
         while let Some(slot) = self.connections.get_mut(place) {
             if let Kind::Client(load) = &slot.kind
@@ -341,7 +374,7 @@ impl Node {
                 slot.paused = true;
                 return Ok(Share::Left);
             }
-            if *answered >= READ_BYTES_PER_TURN {
+            if cost.is_share_used() {
                 return Ok(Share::Used);
             }
             let Some(frame) = slot.connection.reader.poll_frame()? else {
@@ -358,12 +391,12 @@ impl Node {
                             slot.requests += 1;
                             slot.last_request = Some(now);
                             if matches!(request.body, RequestBody::Inspect(_)) {
-                                *answered += READ_BYTES_PER_TURN / INSPECTIONS_PER_TURN;
+                                cost.add_inspection();
                             }
                             self.engine.handle_request(now, slot.id, request);
                             let read = self.engine.finished_read_bytes();
                             if read >= READ_BYTES_PER_ANSWER {
-                                *answered += read;
+                                cost.answered += read;
                                 self.answer_reads(now);
                             }
                         }
@@ -554,5 +587,27 @@ fn nonce() -> Option<[u8; NONCE_BYTES]> {
             tracing::error!("no random numbers: {error}");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// However many clients ask, a turn takes few of their questions; and one client alone no more.
+    #[test]
+    fn inspections_of_all_clients_are_bounded() {
+        let mut cost = Cost::default();
+        let mut turn = 0;
+        for _ in 0..INSPECTIONS_PER_TURN {
+            assert!(turn < BYTES_PER_TURN, "another client has its turn");
+            let mut other = Cost::default();
+            other.add_inspection();
+            turn += other.of_turn;
+            assert!(!cost.is_share_used());
+            cost.add_inspection();
+        }
+        assert!(turn >= BYTES_PER_TURN, "the turn is over");
+        assert!(cost.is_share_used());
     }
 }
