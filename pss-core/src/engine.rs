@@ -283,6 +283,8 @@ pub struct Engine {
     queued: VecDeque<(ClientId, Request)>,
     /// Changes of reservations that are proposed and not applied.
     reserving: HashMap<VolumeId, u32>,
+    /// New sizes of volumes that are proposed and not applied.
+    resizing: Vec<(VolumeId, u64)>,
     merging: HashMap<u64, requests::Merge>,
     slow_reads: HashMap<u64, requests::PendingRead>,
     next_ticket: u64,
@@ -362,6 +364,7 @@ impl Engine {
             held: Counts::new(),
             queued: VecDeque::new(),
             reserving: HashMap::new(),
+            resizing: Vec::new(),
             deferred: VecDeque::new(),
             merging: HashMap::new(),
             slow_reads: HashMap::new(),
@@ -703,6 +706,7 @@ impl Engine {
         }
         self.log_events();
         self.note_reserved(entry);
+        self.note_resized(entry);
         if !self.waiting.is_empty() {
             for (command, answer) in entry.commands.iter().zip(answers) {
                 self.answer_command((command.session, command.number), answer);

@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use crate::chunk::ReadError;
 use crate::engine::conflicts::BlockRange;
 use crate::engine::{Action, ClientId, CommandKey, Engine, Fetched, ReadWhat, VolumeRead, Waiting};
-use crate::entry::{Command, Op, Origin, block_checksums};
+use crate::entry::{Command, Entry, Op, Origin, block_checksums};
 use crate::paxos::RoleKind;
 use crate::state::{Refusal, Volume};
 use crate::time::Instant;
@@ -603,13 +603,28 @@ impl Engine {
 
     /// A volume becomes smaller to a whole number of blocks only: a part of a block behind the end stays in the block,
     /// and would come back when the volume grows again. What is refused here may be in logs of earlier versions, so
-    /// [`crate::state::State`] lets it through.
-    fn check_new_end(&self, volume: VolumeId, size_bytes: u64) -> Result<(), ReplyError> {
-        let volume = self.state.volume(volume);
-        let is_smaller = volume.is_some_and(|volume| size_bytes < volume.size_bytes);
+    /// [`crate::state::State`] lets it through. A size that was proposed may become the volume's before this one does.
+    fn check_new_end(&self, id: VolumeId, size_bytes: u64) -> Result<(), ReplyError> {
+        let own = self.state.volume(id).map(|volume| volume.size_bytes);
+        let proposed = self.resizing.iter().filter(|(volume, _)| *volume == id);
+        let largest = own.into_iter().chain(proposed.map(|(_, size)| *size)).max();
+        let is_smaller = largest.is_some_and(|largest| size_bytes < largest);
         match is_smaller && !size_bytes.is_multiple_of(BLOCK) {
             true => Err(ReplyError::Refused(Refusal::EndWithinBlock)),
             false => Ok(()),
+        }
+    }
+
+    /// An entry was applied: its new sizes are the volumes', or were refused.
+    pub(super) fn note_resized(&mut self, entry: &Entry) {
+        if self.resizing.is_empty() {
+            return;
+        }
+        for command in entry.commands.iter() {
+            let size = size_of(&command.op);
+            if let Some(at) = self.resizing.iter().position(|it| Some(*it) == size) {
+                self.resizing.swap_remove(at);
+            }
         }
     }
 
@@ -662,6 +677,7 @@ impl Engine {
             RequestBody::Reserve { volume, request } => Op::Reserve { volume, request },
             _ => return self.reply(client, request.tag, Err(ReplyError::Invalid)),
         };
+        let size = size_of(&op);
         let command = Command {
             session: key.0,
             number: key.1,
@@ -669,6 +685,9 @@ impl Engine {
             op,
         };
         self.propose(client, request.tag, key, command, None);
+        if self.waiting.contains_key(&key) {
+            self.resizing.extend(size);
+        }
         if let Some(volume) = reserves
             && self.waiting.contains_key(&key)
         {
@@ -917,6 +936,7 @@ impl Engine {
         self.in_flight.clear();
         self.held.clear();
         self.reserving.clear();
+        self.resizing.clear();
         let leader = self.replica.leader().filter(|it| *it != self.replica.id());
         for (client, tag) in away {
             self.reply(client, tag, Err(ReplyError::NotLeader { leader }));
@@ -990,6 +1010,17 @@ impl Engine {
             clients: 0,
             peers: replica.peers().map(peer).collect(),
         }
+    }
+}
+
+/// The size that a command gives a volume.
+fn size_of(op: &Op) -> Option<(VolumeId, u64)> {
+    match op {
+        Op::ResizeVolume {
+            volume, size_bytes, ..
+        }
+        | Op::ShrinkVolume { volume, size_bytes } => Some((*volume, *size_bytes)),
+        _ => None,
     }
 }
 
@@ -1158,6 +1189,73 @@ mod tests {
             Ok(ReplyBody::Done)
         );
         assert_eq!(ask(5, session, RequestBody::KeepAlive), stale);
+    }
+
+    /// A volume that is growing must not shrink to a part of a block behind the size that it has now.
+    #[test]
+    fn a_size_that_is_proposed_counts_for_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        create_volume(&mut engine);
+        let now = Instant(0) + Duration::from_secs(1);
+        let opened = Request {
+            tag: 1,
+            session: SessionId(0),
+            number: RequestNumber(0),
+            settled_below: RequestNumber(0),
+            body: RequestBody::OpenSession {
+                nonce: 5,
+                name: "a client".to_owned(),
+                user: String::new(),
+            },
+        };
+        engine.handle_request(now, ClientId(1), opened);
+        let opened = perform(&mut engine).remove(&1);
+        let Some(Ok(ReplyBody::Session(session))) = opened else {
+            panic!("{opened:?}");
+        };
+        let mut number = 0;
+        let mut resize = |engine: &mut Engine, size_bytes: u64, shrink: bool| {
+            number += 1;
+            let volume = VolumeId(1);
+            let body = match shrink {
+                true => RequestBody::ShrinkVolume { volume, size_bytes },
+                false => RequestBody::ResizeVolume {
+                    volume,
+                    size_bytes,
+                    allow_shrink: true,
+                },
+            };
+            let request = Request {
+                tag: 100 + number,
+                session,
+                number: RequestNumber(number),
+                settled_below: RequestNumber(0),
+                body,
+            };
+            engine.handle_request(now, ClientId(1), request);
+        };
+        let within = Err(ReplyError::Refused(Refusal::EndWithinBlock));
+        // To 8 MiB, and before that is applied to a size that is larger than 4 MiB.
+        resize(&mut engine, 8 << 20, false);
+        resize(&mut engine, (6 << 20) + 512, false);
+        resize(&mut engine, (6 << 20) + 512, true);
+        resize(&mut engine, 7 << 20, false);
+        resize(&mut engine, (8 << 20) + 512, false);
+        resize(&mut engine, (8 << 20) + 1024, false);
+        let replies = perform(&mut engine);
+        let done = Ok(ReplyBody::Done);
+        let expected = [&done, &within, &within, &done, &done, &done];
+        assert_eq!(replies.values().collect::<Vec<_>>(), expected);
+        assert_eq!(engine.resizing, []);
+        // What was proposed holds no longer than it is under way.
+        resize(&mut engine, 4 << 20, true);
+        assert!(perform(&mut engine).values().all(|it| *it == done));
+        resize(&mut engine, (4 << 20) + 512, true);
+        resize(&mut engine, (4 << 20) + 512 * 3, true);
+        assert!(perform(&mut engine).values().all(|it| *it == done));
+        let volume = engine.state.volume(VolumeId(1)).unwrap();
+        assert_eq!(volume.size_bytes, (4 << 20) + 512 * 3);
     }
 
     /// Proposes writes of the first blocks of chunks, and has them chosen.
