@@ -18,8 +18,11 @@ pub const INSPECT_CHUNKS_MAX: usize = 4096;
 pub const INSPECT_VOLUMES_MAX: usize = 1024;
 /// Most bytes of a name of a session, or of the detail of a command.
 pub const INSPECT_NAME_MAX: usize = 96;
-/// Most sessions that an answer names of one volume.
-pub const INSPECT_USERS_MAX: usize = 16;
+/// Most sessions that an answer names of one volume. In JSON a byte of a name takes up to six, and with all volumes named
+/// the answer must fit a frame.
+pub const INSPECT_USERS_MAX: usize = 8;
+/// Most segments of the log in one answer.
+pub const INSPECT_SEGMENTS_MAX: usize = 4096;
 
 /// What to look at.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -153,7 +156,7 @@ pub struct FilesInfo {
     pub chunks_open: u64,
     /// How many may be open.
     pub chunks_max: u64,
-    /// Segments of the log, oldest first.
+    /// Segments of the log, oldest first; the newest [`INSPECT_SEGMENTS_MAX`].
     pub segments: Vec<SegmentInfo>,
     /// Open descriptors of the process.
     pub descriptors: u64,

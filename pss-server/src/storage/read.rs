@@ -8,7 +8,8 @@ use pss_core::log::{self, LogReadError, LogReader};
 use pss_core::paxos;
 use pss_core::types::{Ballot, ServerId, Slot};
 use pss_core::wire::inspect::{
-    EntryInfo, FilesInfo, INSPECT_CHUNKS_MAX, Inspection, OpenChunk, OpenVolume, SegmentInfo,
+    EntryInfo, FilesInfo, INSPECT_CHUNKS_MAX, INSPECT_SEGMENTS_MAX, Inspection, OpenChunk,
+    OpenVolume, SegmentInfo,
 };
 
 use crate::node::inbox::Event;
@@ -137,7 +138,9 @@ impl ReadThread {
 
     fn files(&self, volumes: Vec<OpenVolume>) -> FilesInfo {
         let (chunks_open, chunks_max, open) = self.chunks.open_files(INSPECT_CHUNKS_MAX);
-        let segments = self.log.segments().into_iter();
+        let segments = self.log.segments();
+        let older = segments.len().saturating_sub(INSPECT_SEGMENTS_MAX);
+        let segments = segments.into_iter().skip(older);
         let chunks = open.into_iter();
         FilesInfo {
             volumes,

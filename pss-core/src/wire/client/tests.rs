@@ -3,12 +3,16 @@ use std::io::IoSlice;
 use proptest::prelude::*;
 
 use super::*;
-use crate::entry::Origin;
+use crate::entry::{Origin, VOLUME_NAME_MAX};
 use crate::state::AdminAction;
 use crate::types::Slot;
 use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
-use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect};
+use crate::wire::inspect::{
+    CommandInfo, EntryInfo, FilesInfo, INSPECT_CHUNKS_MAX, INSPECT_COMMANDS_MAX,
+    INSPECT_ENTRIES_MAX, INSPECT_NAME_MAX, INSPECT_SEGMENTS_MAX, INSPECT_USERS_MAX,
+    INSPECT_VOLUMES_MAX, Inspect, LogInfo, OpenChunk, OpenVolume, SegmentInfo,
+};
 
 fn frame_of(encode: impl FnOnce(&mut SendQueue), limits: FrameLimits) -> Frame {
     let mut out = SendQueue::new();
@@ -703,6 +707,77 @@ fn the_longest_list_of_events_fits_a_frame() {
     let body = Ok(ReplyBody::Events(Box::new(list)));
     let reply = Reply { tag: 1, body };
     assert_eq!(Reply::decode(reply_frame(&reply)).unwrap(), reply);
+}
+
+/// The same of open files and of the log.
+#[test]
+fn the_longest_inspections_fit_a_frame() {
+    // Of all that a name may hold, nothing is longer in JSON.
+    let worst = |bytes: usize| "\u{1}".repeat(bytes);
+    let volume = worst(VOLUME_NAME_MAX);
+    let open = OpenVolume {
+        name: volume.clone(),
+        attached_by: vec![worst(INSPECT_NAME_MAX); INSPECT_USERS_MAX],
+    };
+    let chunk = OpenChunk {
+        path: format!("data/{volume}/ff/ff/ff"),
+        dirty: false,
+    };
+    let segment = SegmentInfo {
+        path: format!("log/{:016x}", u64::MAX),
+        first: Slot(u64::MAX),
+        bytes: u64::MAX,
+    };
+    let files = FilesInfo {
+        volumes: vec![open; INSPECT_VOLUMES_MAX],
+        chunks: vec![chunk; INSPECT_CHUNKS_MAX],
+        chunks_open: u64::MAX,
+        chunks_max: u64::MAX,
+        segments: vec![segment; INSPECT_SEGMENTS_MAX],
+        descriptors: u64::MAX,
+        descriptors_max: u64::MAX,
+    };
+    let ballot = Ballot {
+        number: u64::MAX,
+        server: ServerId(7),
+    };
+    let command = CommandInfo {
+        what: "delete volume".to_owned(),
+        session: u64::MAX,
+        number: u64::MAX,
+        volume: Some(VolumeId(u32::MAX)),
+        volume_name: Some(volume),
+        offset_bytes: Some(u64::MAX),
+        length_bytes: Some(u64::MAX),
+        detail: Some(worst(INSPECT_NAME_MAX)),
+    };
+    let entry = EntryInfo {
+        slot: Slot(u64::MAX),
+        ballot,
+        commands: vec![command; INSPECT_COMMANDS_MAX],
+        more: u64::MAX,
+        payload_bytes: u64::MAX,
+        accepted_by: (0..5).map(ServerId).collect(),
+        chosen: false,
+        applied: false,
+        damaged: false,
+    };
+    let log = LogInfo {
+        server: ServerId(7),
+        role: "candidate".to_owned(),
+        ballot,
+        first: Slot(u64::MAX),
+        last: Slot(u64::MAX),
+        chosen: Slot(u64::MAX),
+        applied: Slot(u64::MAX),
+        entries: vec![entry; usize::from(INSPECT_ENTRIES_MAX)],
+        next: Some(Slot(u64::MAX)),
+    };
+    for inspection in [Inspection::Files(files), Inspection::Log(log)] {
+        let body = Ok(ReplyBody::Inspection(Box::new(inspection)));
+        let reply = Reply { tag: 1, body };
+        assert_eq!(Reply::decode(reply_frame(&reply)).unwrap(), reply);
+    }
 }
 
 #[test]
