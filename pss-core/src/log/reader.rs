@@ -93,7 +93,8 @@ impl LogReader {
     }
 
     /// The entries from `newest` down to `oldest`, as far as the log has them, for people: only the headers are read,
-    /// and payloads are zeros of their lengths. `None` where a header is damaged or cannot be read.
+    /// and payloads are zeros of their lengths. `None` where a header is damaged or cannot be read. What is given up while
+    /// it is read is left out: its place may hold something else already.
     pub fn headers(&self, newest: Slot, oldest: Slot) -> Vec<(EntryId, Option<Entry>)> {
         let mut headers = Vec::new();
         let mut slot = newest;
@@ -103,6 +104,8 @@ impl LogReader {
             headers.push((id, self.read_header(id, &segment, span)));
             slot = Slot(slot.0 - 1);
         }
+        let first = self.first_slot();
+        headers.retain(|(id, _)| id.slot >= first && self.id_at(id.slot) == Some(*id));
         headers
     }
 

@@ -551,6 +551,35 @@ fn readers_go_on_beside_appends_and_trims() {
     });
 }
 
+/// What is given up while it is read is not called damaged.
+#[test]
+fn headers_are_read_beside_appends_and_trims() {
+    let fixture = fixture();
+    let (mut log, _) = fixture.open(EntryId::default());
+    let reader = log.reader();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                let newest = reader.last().slot;
+                let headers = reader.headers(newest, Slot(1));
+                for ((id, entry), slot) in headers.iter().zip((0..=newest.0).rev()) {
+                    assert_eq!(id.slot, Slot(slot));
+                    assert_eq!(entry.as_ref().map(|it| it.id), Some(*id), "damaged");
+                }
+            }
+        });
+        let mut last = EntryId::default();
+        for _ in 0..500 {
+            let all = entries(last, 1, &[1, 3, 0, 2]);
+            last = all[3].id;
+            log.append(None, &all, last.slot).unwrap();
+            log.trim(last.slot).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
 #[test]
 fn arbitrary_bytes_are_no_record() {
     let mut seed = 1u64;
