@@ -29,8 +29,9 @@ use crate::entry::{Command, Entry, Op};
 use crate::paxos::message::{Message, SyncMessage};
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
-use crate::state::{Answer, State};
+use crate::state::{AdminAction, Answer, State};
 use crate::storage::{self, ApplyError, Stalled};
+use crate::throttle::Throttle;
 use crate::time::Instant;
 use crate::types::{
     Ballot, ChunkIndex, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
@@ -45,6 +46,10 @@ use crate::wire::inspect::Inspect;
 pub const SESSION_LEASE: Duration = Duration::from_secs(60);
 /// The log tells the time when it has moved by so much, in milliseconds, and something else is proposed.
 const CLOCK_STEP_MS: u64 = 100;
+/// Notes of clients that are logged each 10 s.
+const NOTE_LINES_MAX: u32 = 10;
+/// Other administrative actions that are logged each 10 s: a person's script may create many volumes.
+const EVENT_LINES_MAX: u32 = 100;
 /// How often sessions and the need for a checkpoint are looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 
@@ -300,6 +305,8 @@ pub struct Engine {
     addresses: HashMap<ClientId, SocketAddr>,
     /// Number of the newest administrative action that was logged, or that came with the state.
     logged_event: u64,
+    note_lines: Throttle,
+    event_lines: Throttle,
     /// Volumes as the applied state has them, shared with reads on other threads.
     volumes: HashMap<VolumeId, Arc<crate::state::Volume>>,
     /// See [`Engine::set_wall_clock`].
@@ -376,6 +383,8 @@ impl Engine {
             heard: HashMap::new(),
             addresses: HashMap::new(),
             logged_event: 0,
+            note_lines: Throttle::new(NOTE_LINES_MAX),
+            event_lines: Throttle::new(EVENT_LINES_MAX),
             volumes: HashMap::new(),
             wall_clock_ms: 0,
             told_ms: 0,
@@ -676,7 +685,7 @@ impl Engine {
                 storage::apply_entry(&mut self.state, &self.chunks, &entry, filter)
             };
             match applied {
-                Ok(answers) => self.entry_applied(&entry, answers),
+                Ok(answers) => self.entry_applied(now, &entry, answers),
                 Err(ApplyError::NoSpace(stalled)) => {
                     self.stalled = Some(stalled);
                     break;
@@ -695,7 +704,7 @@ impl Engine {
         self.replica.handle_applied(now, self.state.applied());
     }
 
-    fn entry_applied(&mut self, entry: &Entry, answers: Vec<Answer>) {
+    fn entry_applied(&mut self, now: Instant, entry: &Entry, answers: Vec<Answer>) {
         self.bytes_applied += entry.weight_bytes() as u64;
         if entry
             .commands
@@ -704,7 +713,7 @@ impl Engine {
         {
             self.share_volumes();
         }
-        self.log_events();
+        self.log_events(now);
         self.note_reserved(entry);
         self.note_resized(entry);
         if !self.waiting.is_empty() {
@@ -714,16 +723,26 @@ impl Engine {
         }
     }
 
-    /// Logs what an entry has done to the cell. After a restart some of it is logged again, under the same number.
-    fn log_events(&mut self) {
+    /// Logs what an entry has done to the cell. After a restart some of it is logged again, under the same number. A client
+    /// in a loop does not fill the logs of all servers: `more` counts what was left out before a line. Notes change nothing
+    /// and cost least, so they do not take the place of the others.
+    fn log_events(&mut self, now: Instant) {
         if self.logged_event == self.state.events_made() {
             return;
         }
         for event in self.state.events_after(self.logged_event) {
+            let lines = match event.action {
+                AdminAction::Note { .. } => &mut self.note_lines,
+                _ => &mut self.event_lines,
+            };
+            let Some(more) = lines.admit(now) else {
+                continue;
+            };
             let address = event.by.address.map(tracing::field::display);
             tracing::info!(
                 event = event.number,
                 slot = event.slot.0,
+                more = (more > 0).then_some(more),
                 user = ?event.by.user,
                 address,
                 client = ?event.by.name,
@@ -750,7 +769,7 @@ impl Engine {
         let resumed = stalled.resume(&mut self.state, &self.chunks, Some(&copied));
         match resumed {
             Ok((entry, answers)) => {
-                self.entry_applied(&entry, answers);
+                self.entry_applied(now, &entry, answers);
                 self.replica.handle_applied(now, self.state.applied());
                 self.apply_backlog(now);
             }

@@ -1,9 +1,8 @@
 //! Log lines that anyone on the network could cause.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use pss_core::time::Instant;
+use crate::time::Instant;
 
 /// Lines of one kind are counted over so long.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -50,30 +49,6 @@ impl Throttle {
     }
 }
 
-/// A [`Throttle`] that has a clock of its own and is shared by tasks.
-#[derive(Debug)]
-pub struct SharedThrottle {
-    started: std::time::Instant,
-    inner: Mutex<Throttle>,
-}
-
-impl SharedThrottle {
-    /// So many lines each 10 s.
-    pub fn new(lines_max: u32) -> SharedThrottle {
-        SharedThrottle {
-            started: std::time::Instant::now(),
-            inner: Mutex::new(Throttle::new(lines_max)),
-        }
-    }
-
-    /// As [`Throttle::admit`].
-    pub fn admit(&self) -> Option<u64> {
-        let now = Instant::default() + self.started.elapsed();
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.admit(now)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,7 +71,5 @@ mod tests {
         assert_eq!(throttle.admit(later), Some(2));
         assert_eq!(throttle.admit(later), Some(0));
         assert_eq!(throttle.admit(later), None);
-        let shared = SharedThrottle::new(1);
-        assert_eq!((shared.admit(), shared.admit()), (Some(0), None));
     }
 }

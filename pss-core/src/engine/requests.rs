@@ -1095,7 +1095,7 @@ mod tests {
     use super::*;
     use crate::chunk::{ChunkParams, ChunkStore};
     use crate::disk::files::FileDisk;
-    use crate::engine::EngineConfig;
+    use crate::engine::{EngineConfig, NOTE_LINES_MAX};
     use crate::paxos::quorum::Membership;
     use crate::paxos::{Config, Recovered, Tuning};
     use crate::state::State;
@@ -1191,6 +1191,90 @@ mod tests {
         assert_eq!(ask(5, session, RequestBody::KeepAlive), stale);
     }
 
+    /// Counts the lines about administration.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl tracing::Subscriber for Lines {
+        fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+            *metadata.level() == tracing::Level::INFO
+        }
+
+        fn event(&self, event: &tracing::Event<'_>) {
+            struct Text(String);
+            impl tracing::field::Visit for Text {
+                fn record_debug(
+                    &mut self,
+                    field: &tracing::field::Field,
+                    value: &dyn std::fmt::Debug,
+                ) {
+                    self.0 += &format!("{}={value:?} ", field.name());
+                }
+            }
+            let mut text = Text(String::new());
+            event.record(&mut text);
+            if text.0.contains("administration") {
+                self.0.lock().unwrap().push(text.0);
+            }
+        }
+
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[test]
+    fn notes_do_not_flood_the_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut engine = leader(&directory);
+        let session = open_session(&mut engine);
+        let mut number = 0;
+        let mut ask = |engine: &mut Engine, seconds: u64, body: RequestBody| {
+            number += 1;
+            let request = Request {
+                tag: 1,
+                session,
+                number: RequestNumber(number),
+                settled_below: RequestNumber(number),
+                body,
+            };
+            let now = Instant(0) + Duration::from_secs(seconds);
+            engine.handle_request(now, ClientId(1), request);
+            engine.finish_batch(now);
+            while let Some(action) = engine.poll_action() {
+                if let Action::Persist { write, .. } = action {
+                    engine.handle_persisted(now, write);
+                }
+            }
+            engine.apply_chosen(now);
+        };
+        let note = || RequestBody::Note {
+            text: "again".to_owned(),
+        };
+        let lines = Lines::default();
+        tracing::subscriber::with_default(lines.clone(), || {
+            for _ in 0..100 {
+                ask(&mut engine, 2, note());
+            }
+            let volume = VolumeId(9);
+            ask(&mut engine, 2, RequestBody::DeleteVolume { volume });
+            ask(&mut engine, 13, note());
+        });
+        let lines = lines.0.lock().unwrap();
+        let notes = NOTE_LINES_MAX as usize;
+        assert_eq!(lines.len(), notes + 2, "{lines:?}");
+        assert!(!lines[0].contains("more"), "{}", lines[0]);
+        assert!(!lines[notes].contains("again"), "{}", lines[notes]);
+        let left_out = format!("more={} ", 100 - notes);
+        assert!(lines[notes + 1].contains(&left_out), "{}", lines[notes + 1]);
+        assert_eq!(engine.state.events_made(), 102);
+    }
+
     /// A volume that is growing must not shrink to a part of a block behind the size that it has now.
     #[test]
     fn a_size_that_is_proposed_counts_for_the_next() {
@@ -1198,22 +1282,7 @@ mod tests {
         let mut engine = leader(&directory);
         create_volume(&mut engine);
         let now = Instant(0) + Duration::from_secs(1);
-        let opened = Request {
-            tag: 1,
-            session: SessionId(0),
-            number: RequestNumber(0),
-            settled_below: RequestNumber(0),
-            body: RequestBody::OpenSession {
-                nonce: 5,
-                name: "a client".to_owned(),
-                user: String::new(),
-            },
-        };
-        engine.handle_request(now, ClientId(1), opened);
-        let opened = perform(&mut engine).remove(&1);
-        let Some(Ok(ReplyBody::Session(session))) = opened else {
-            panic!("{opened:?}");
-        };
+        let session = open_session(&mut engine);
         let mut number = 0;
         let mut resize = |engine: &mut Engine, size_bytes: u64, shrink: bool| {
             number += 1;
@@ -1281,6 +1350,26 @@ mod tests {
                     engine.handle_persisted(now, write);
                 }
             }
+        }
+    }
+
+    fn open_session(engine: &mut Engine) -> SessionId {
+        let open = Request {
+            tag: 1,
+            session: SessionId(0),
+            number: RequestNumber(0),
+            settled_below: RequestNumber(0),
+            body: RequestBody::OpenSession {
+                nonce: 5,
+                name: "a client".to_owned(),
+                user: String::new(),
+            },
+        };
+        let now = Instant(0) + Duration::from_secs(1);
+        engine.handle_request(now, ClientId(1), open);
+        match perform(engine).remove(&1) {
+            Some(Ok(ReplyBody::Session(session))) => session,
+            other => panic!("{other:?}"),
         }
     }
 
