@@ -44,6 +44,10 @@ use pss_core::wire::client::{
     ServerStatus, VolumeStatus,
 };
 use pss_core::wire::frame::{Frame, FrameKind, FrameLimits, FrameReader, SendQueue};
+use pss_core::wire::inspect::{
+    ClientInfo, CommandInfo, EntryInfo, FilesInfo, Inspect, Inspection, LeaseInfo, LinkInfo,
+    LinkState, LogInfo, OpenChunk, OpenVolume, OutboundInfo, ProcessInfo, SegmentInfo, SocketInfo,
+};
 use pss_core::wire::peer::{Datagrams, decode_frame, encode_frame};
 use pss_tests::disk::SimDisk;
 
@@ -579,6 +583,139 @@ fn requests() -> Vec<RequestBody> {
         RequestBody::Note {
             text: "stop server 2".into(),
         },
+        RequestBody::Inspect(Inspect::Process),
+        RequestBody::Inspect(Inspect::Clients),
+        RequestBody::Inspect(Inspect::Outbound),
+        RequestBody::Inspect(Inspect::Files),
+        RequestBody::Inspect(Inspect::Links),
+        RequestBody::Inspect(Inspect::Log {
+            before: Slot(9),
+            count: 256,
+        }),
+        RequestBody::Inspect(Inspect::Sockets),
+    ]
+}
+
+/// An answer to every question about the inside of a server.
+fn inspections() -> Vec<Inspection> {
+    let address = || "10.0.0.5:40000".to_owned();
+    let process = ProcessInfo {
+        server: ServerId(1),
+        pid: 7,
+        state: "Sl".into(),
+        cpu_ms: 8,
+        memory_bytes: 9,
+        program: "/usr/bin/pssd".into(),
+        path: "/pss".into(),
+        uptime_s: 10,
+    };
+    let client = ClientInfo {
+        name: "pss-nbd@a".into(),
+        address: address(),
+        connected_ms: 1,
+        idle_ms: Some(2),
+        requests: 3,
+        in_flight: 4,
+        received_bytes: 5,
+        sent_bytes: 6,
+        unsent_bytes: 7,
+    };
+    let outbound = OutboundInfo {
+        server: ServerId(2),
+        address: address(),
+        link: LinkState::Up,
+        waiting_bytes: 1,
+        limit_bytes: 2,
+        dropped: 3,
+        sent_bytes: 4,
+        unacknowledged: Some(5),
+    };
+    let files = FilesInfo {
+        volumes: vec![OpenVolume {
+            name: "vol001".into(),
+            attached_by: vec!["pss-nbd@a".into()],
+        }],
+        chunks: vec![OpenChunk {
+            path: "data/vol001/00/00/01".into(),
+            dirty: true,
+        }],
+        chunks_open: 1,
+        chunks_max: 2,
+        segments: vec![SegmentInfo {
+            path: "log/0000000000000001".into(),
+            first: Slot(1),
+            bytes: 128 << 20,
+        }],
+        descriptors: 3,
+        descriptors_max: 4,
+    };
+    let link = LinkInfo {
+        server: ServerId(2),
+        alive: true,
+        silent_ms: Some(1),
+        link: LinkState::Down,
+        up_ms: None,
+        trouble: Some("connection refused".into()),
+        inbound: true,
+        round_trip_us: Some(2),
+        segments_sent: 3,
+        segments_lost: 4,
+        sent_bytes: 5,
+        received_bytes: 6,
+        datagrams_sent: 7,
+        datagrams_received: 8,
+        incarnation: Some(9),
+        lease: Some(LeaseInfo {
+            holder: ServerId(1),
+            left_ms: 10,
+        }),
+    };
+    let log = LogInfo {
+        server: ServerId(1),
+        role: "leader".into(),
+        ballot: ballot(3, 1),
+        first: Slot(1),
+        last: Slot(11),
+        chosen: Slot(10),
+        applied: Slot(9),
+        entries: vec![EntryInfo {
+            slot: Slot(11),
+            ballot: ballot(3, 1),
+            commands: vec![CommandInfo {
+                what: "write".into(),
+                session: 3,
+                number: 4,
+                volume: Some(VolumeId(1)),
+                volume_name: Some("vol001".into()),
+                offset_bytes: Some(4096),
+                length_bytes: Some(8192),
+                detail: Some("more".into()),
+            }],
+            more: 1,
+            payload_bytes: 8192,
+            accepted_by: vec![ServerId(0), ServerId(1)],
+            chosen: true,
+            applied: false,
+            damaged: false,
+        }],
+        next: Some(Slot(11)),
+    };
+    let socket = SocketInfo {
+        protocol: "tcp".into(),
+        local: address(),
+        remote: Some(address()),
+        state: "ESTABLISHED".into(),
+        send_queue_bytes: 1,
+        who: Some("server 2".into()),
+    };
+    vec![
+        Inspection::Process(process),
+        Inspection::Clients(vec![client]),
+        Inspection::Outbound(vec![outbound]),
+        Inspection::Files(files),
+        Inspection::Links(vec![link]),
+        Inspection::Log(log),
+        Inspection::Sockets(vec![socket]),
     ]
 }
 
@@ -650,7 +787,9 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         length_bytes: 4096,
         allocated: extent % 2 == 0,
     });
-    vec![
+    let inspections = inspections().into_iter();
+    let inspections = inspections.map(|it| Ok(ReplyBody::Inspection(Box::new(it))));
+    let others = [
         Ok(ReplyBody::Done),
         Ok(ReplyBody::Session(SessionId(3))),
         Ok(ReplyBody::Data(vec![
@@ -675,11 +814,14 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         Err(ReplyError::NotLeader {
             leader: Some(ServerId(2)),
         }),
+        Err(ReplyError::Refused(Refusal::VolumeAttached)),
+        Err(ReplyError::UnknownRefusal(200)),
         Err(ReplyError::NoSpace),
         Err(ReplyError::Miscompare(5)),
         Err(ReplyError::Invalid),
         Err(ReplyError::Io),
-    ]
+    ];
+    others.into_iter().chain(inspections).collect()
 }
 
 fn client_frames() -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
