@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cell::{Access, Told};
 use super::links::{asked, failures_text, servers_json, shown};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError};
+use super::{CellArgs, CliError, parse_id};
 use crate::render::printable;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -20,7 +20,7 @@ pub(super) const EXAMPLES: &str = "Examples:
 #[derive(Args, Debug)]
 pub(super) struct PortsArgs {
     /// Of this server [default: all servers]
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = parse_id)]
     pub(super) id: Option<u8>,
     #[command(flatten)]
     pub(super) watch: WatchArgs,
