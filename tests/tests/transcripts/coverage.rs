@@ -52,13 +52,21 @@ pub(super) fn programs() -> BTreeSet<String> {
         let Ok(text) = fs::read_to_string(package.join("Cargo.toml")) else {
             continue;
         };
-        let sections = text.split("[[bin]]").skip(1).filter(|_| !is_of_tests);
+        if is_of_tests {
+            continue;
+        }
+        // What has no section of its own is called like its package.
+        let has_main = package.join("src/main.rs").exists();
+        let is_unnamed = has_main && !text.contains("src/main.rs");
+        let sections = text.split("[[bin]]").skip(usize::from(!is_unnamed));
         programs.extend(sections.map(|section| {
             let name = section.lines().find_map(|it| it.strip_prefix("name = "));
             name.unwrap().trim_matches('"').to_owned()
         }));
     }
-    assert!(programs.contains("pss"), "{programs:?}");
+    for known in ["pss", "pss-fuse", "pss-nbd", "pss-tgtadm"] {
+        assert!(programs.contains(known), "no {known} in {programs:?}");
+    }
     programs
 }
 
@@ -108,7 +116,8 @@ fn names_in(help: &str) -> Vec<String> {
             continue;
         }
         names.push(name.to_owned());
-        if let Some((_, others)) = row.split_once("[aliases: ") {
+        let marks = ["[alias: ", "[aliases: "];
+        if let Some((_, others)) = marks.iter().find_map(|it| row.split_once(it)) {
             let others = others.trim_end_matches(']').split(", ");
             names.extend(others.map(str::to_owned));
         }
@@ -192,7 +201,6 @@ fn missing_commands_are_found() {
             "pss-nbd, with a mistake",
         ]
     );
-    let help =
-        "Usage: x\n\nCommands:\n  ls    Lists [aliases: readdir, dir]\n  help  Helps\n\nOptions:\n";
-    assert_eq!(names_in(help), ["ls", "readdir", "dir"]);
+    let help = "Usage: x\n\nCommands:\n  ls    Lists [aliases: readdir, dir]\n  read  Reads [alias: cat]\n  help  Helps\n\nOptions:\n";
+    assert_eq!(names_in(help), ["ls", "readdir", "dir", "read", "cat"]);
 }
