@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::Parser;
+use pss_gateway::program::parse_log;
 
 use crate::server::CONNECTIONS_MAX;
 use crate::sessions::SESSIONS_MAX;
@@ -58,7 +59,7 @@ pub struct Args {
     #[arg(long)]
     pub check: bool,
     /// What to log: error, warn, info, debug, trace, or directives of tracing's EnvFilter
-    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL")]
+    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL", value_parser = parse_log)]
     pub log: String,
 }
 
@@ -73,6 +74,8 @@ fn portal(text: &str) -> Result<SocketAddr, String> {
         .unwrap_or(text);
     match bare.parse::<IpAddr>() {
         Ok(address) => Ok(SocketAddr::new(address, PORT)),
-        Err(_) => Err("not an ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT".to_owned()),
+        Err(_) => Err(
+            "write an ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, such as 192.0.2.1:3260".to_owned(),
+        ),
     }
 }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use pss_gateway::peer::Network;
+use pss_gateway::text::counted;
 
 use crate::auth::{Account, Accounts, Algorithm};
 use crate::keys::Wishes;
@@ -26,6 +27,18 @@ pub struct Catalog {
     pub advertised: Vec<String>,
     /// Accounts that were made while running; a target uses them once they are bound to it.
     pub accounts: Vec<Account>,
+}
+
+impl Catalog {
+    /// What there is, in a few words.
+    pub fn summary(&self) -> String {
+        let disks = self.targets.values().map(|target| target.luns.len());
+        format!(
+            "{} with {}",
+            counted(self.targets.len(), "target"),
+            counted(disks.sum(), "disk")
+        )
+    }
 }
 
 /// CHAP algorithms, the preferred one first.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::Parser;
 use export_iscsi::args::{Args, PORT};
 use export_iscsi::auth::Algorithm;
@@ -29,13 +29,12 @@ fn run(args: Args) -> anyhow::Result<()> {
     program::start_log(&args.log)?;
     program::raise_file_limit();
     // A wrong configuration is told before any socket is opened.
-    let loaded = load(&args)?;
+    let loaded = load(&args).map_err(|error| match args.config.exists() {
+        true => anyhow::Error::new(error),
+        false => anyhow!("{error}; write the targets into it, or name another file with --config"),
+    })?;
     if args.check {
-        println!(
-            "{}: {} targets",
-            args.config.display(),
-            loaded.catalog.targets.len()
-        );
+        println!("{}: {}", args.config.display(), loaded.catalog.summary());
         return Ok(());
     }
     // One thread: a connection's cost is system calls, and hand-over between threads would add to it.
@@ -106,12 +105,12 @@ fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Listener::inherited().context("sockets passed by LISTEN_FDS")?;
     for address in &args.portal {
         let listener = Listener::tcp(*address);
-        listeners.push(listener.with_context(|| format!("cannot serve on portal {address}"))?);
+        listeners.push(listener.with_context(|| refused(address))?);
     }
     if listeners.is_empty() {
         let address = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT);
         let listener = Listener::tcp(address);
-        listeners.push(listener.with_context(|| format!("cannot serve on portal {address}"))?);
+        listeners.push(listener.with_context(|| refused(&address))?);
         // A machine without IPv6 is served all the same.
         let address = SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), PORT);
         match Listener::tcp(address) {
@@ -120,6 +119,10 @@ fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
         }
     }
     Ok(listeners)
+}
+
+fn refused(portal: &SocketAddr) -> String {
+    format!("cannot serve on portal {portal} (choose another with --portal)")
 }
 
 /// The socket that was asked for, or the usual one if it can be made.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Parser;
+use pss_gateway::program::{parse_address, parse_log};
 
 use crate::server::CONNECTIONS_MAX;
 
@@ -24,7 +25,7 @@ pub struct Args {
     pub key: Option<PathBuf>,
     /// Listen on this TCP address; may be repeated [default: 127.0.0.1:10809, unless --unix or
     /// --stdio is given or a service manager passed sockets]
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse_address)]
     pub listen: Vec<SocketAddr>,
     /// Listen on this unix socket; may be repeated
     #[arg(long, visible_alias = "listen-unix", value_name = "PATH")]
@@ -49,7 +50,7 @@ pub struct Args {
     #[arg(long, default_value_t = 30, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: u64,
     /// What to log: error, warn, info, debug, trace, or directives of tracing's EnvFilter
-    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL")]
+    #[arg(long, env = "PSS_LOG", default_value = "info", value_name = "LEVEL", value_parser = parse_log)]
     pub log: String,
 }
 

@@ -67,7 +67,10 @@ fn listeners(args: &Args) -> anyhow::Result<Vec<Listener>> {
     let mut listeners = Listener::inherited().context("sockets passed by LISTEN_FDS")?;
     for path in &args.unix {
         let listener = Listener::unix(path);
-        listeners.push(listener.with_context(|| format!("cannot listen on {}", path.display()))?);
+        listeners.push(listener.with_context(|| {
+            let path = path.display();
+            format!("cannot listen on {path} (choose another with --unix)")
+        })?);
     }
     let default = listeners.is_empty() && args.listen.is_empty();
     for address in args.listen.iter().chain(default.then_some(&DEFAULT_LISTEN)) {

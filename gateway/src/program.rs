@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// Starts to log to standard error; `level` is a level or directives of tracing's EnvFilter.
 ///
@@ -118,6 +120,36 @@ pub fn tell_manager(state: NotifyState<'_>) {
     }
 }
 
+/// Parses what to log: a level, or directives of tracing's EnvFilter.
+///
+/// A word that is no level would be taken for the name of a module, of which nothing else is logged then.
+///
+/// # Errors
+/// What to write instead, for the person who wrote it.
+pub fn parse_log(text: &str) -> Result<String, String> {
+    let is_directive = |part: &str| {
+        let is_level = || !part.is_empty() && part.parse::<LevelFilter>().is_ok();
+        part.contains(['=', '[']) || is_level()
+    };
+    let is_right = text.split(',').all(is_directive) && EnvFilter::try_new(text).is_ok();
+    match is_right {
+        true => Ok(text.to_owned()),
+        false => Err(
+            "write error, warn, info, debug or trace, or directives such as info,export_nbd=debug"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Parses an address with a port.
+///
+/// # Errors
+/// What to write instead, for the person who wrote it.
+pub fn parse_address(text: &str) -> Result<SocketAddr, String> {
+    let example = "write ADDRESS:PORT, such as 127.0.0.1:10809 or [::1]:10809";
+    text.parse().map_err(|_| example.to_owned())
+}
+
 /// Parses a time to wait: a number with `ms`, `s` or `m`; a bare number is seconds.
 ///
 /// # Errors
@@ -157,6 +189,22 @@ mod tests {
         let cause = std::io::Error::other("it is gone");
         let error = anyhow::Error::new(cause).context("cannot read f");
         assert_eq!(with_causes(&error), "cannot read f: it is gone");
+    }
+
+    #[test]
+    fn what_to_log() {
+        for right in [
+            "info",
+            "off",
+            "DEBUG",
+            "info,export_nbd=debug",
+            "[request]=trace",
+        ] {
+            assert_eq!(parse_log(right).as_deref(), Ok(right));
+        }
+        for wrong in ["", "loud", "info,loud", "info,", "export_nbd=loud"] {
+            assert!(parse_log(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

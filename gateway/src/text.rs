@@ -21,9 +21,24 @@ fn is_invisible(c: char) -> bool {
     )
 }
 
+/// A number of things: `1 target`, `2 targets`.
+pub fn counted(count: usize, what: &str) -> String {
+    match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_thing_is_not_several() {
+        assert_eq!(counted(0, "disk"), "0 disks");
+        assert_eq!(counted(1, "disk"), "1 disk");
+        assert_eq!(counted(2, "disk"), "2 disks");
+    }
 
     #[test]
     fn names_do_not_steer_the_terminal() {

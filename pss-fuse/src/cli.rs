@@ -1,7 +1,7 @@
 //! The command line. Data go to stdout, talk to stderr; exit codes are those of [`Exit`].
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -193,20 +193,36 @@ pub fn command() -> clap::Command {
     <PssFuse as clap::CommandFactory>::command()
 }
 
-/// The programs of this binary, by the name that it is called by.
-pub fn main() -> ExitCode {
+/// `mount -t fuse.pss` calls this; see mount(8).
+const HELPER_NAME: &str = "mount.fuse.pss";
+/// What the manual of 2011 calls it.
+const MANUAL_NAME: &str = "PFSClient";
+
+/// The name that this program is called by, if it is one that means something.
+fn program_name() -> &'static str {
     let program = std::env::args_os().next().map(PathBuf::from);
     let name = program.as_deref().and_then(Path::file_name);
-    let result = match name.and_then(|name| name.to_str()) {
-        // `mount -t fuse.pss` calls this; see mount(8).
-        Some("mount.fuse.pss") => mounting::run_helper(),
-        _ => run(PssFuse::parse()),
+    let called = |known: &&str| name.is_some_and(|name| name == *known);
+    let known = [HELPER_NAME, MANUAL_NAME].into_iter().find(called);
+    known.unwrap_or("pss-fuse")
+}
+
+/// The programs of this binary, by the name that it is called by.
+pub fn main() -> ExitCode {
+    let result = match program_name() {
+        HELPER_NAME => mounting::run_helper(),
+        name => {
+            let args = PssFuse::parse();
+            if name == MANUAL_NAME && io::stderr().is_terminal() {
+                let _ = writeln!(io::stderr(), "Hint: {MANUAL_NAME} is now 'pss-fuse'.");
+            }
+            run(args)
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nothing can be done about a stderr that is gone.
-            let _ = writeln!(io::stderr(), "pss-fuse: {error}");
+            say(&error);
             ExitCode::from(error.exit as u8)
         }
     }
@@ -244,9 +260,9 @@ fn print(bytes: &[u8]) -> Result<(), CliError> {
     }
 }
 
-/// Says something that is not data.
+/// Says something that is not data. Nothing can be done about a stderr that is gone.
 fn say(text: impl Display) {
-    let _ = writeln!(io::stderr(), "pss-fuse: {text}");
+    let _ = writeln!(io::stderr(), "{}: {text}", program_name());
 }
 
 #[cfg(test)]

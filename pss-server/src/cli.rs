@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use pss_core::types::SERVERS_MAX;
 use pss_gateway::program::parse_time;
 
 use crate::config::{CellFiles, ConfigError};
@@ -195,7 +196,7 @@ enum Verb {
     Key(key::KeyVerb),
     /// Sees and steers the iSCSI gateway (pss-iscsi) of this machine
     Iscsi(iscsi::IscsiArgs),
-    /// Runs a whole cell with its NBD server in this process, to try it out
+    /// Runs a whole cell with its NBD and iSCSI servers in this process, to try it out
     Up(crate::up::UpArgs),
     /// Checks configuration files
     #[command(subcommand)]
@@ -224,7 +225,7 @@ enum PssdVerb {
     Start(Box<StartArgs>),
 }
 
-/// A whole PSS cell with its NBD server in one process, to try it out
+/// A whole PSS cell with its NBD and iSCSI servers in one process, to try it out
 #[derive(Debug, Parser)]
 #[command(name = "pss-up", version)]
 struct PssUp {
@@ -305,6 +306,17 @@ fn json_text(value: &serde_json::Value) -> String {
     format!("{value:#}\n")
 }
 
+/// A server's id as an argument.
+fn parse_id(text: &str) -> Result<u8, String> {
+    match text.parse::<u8>() {
+        Ok(id) if usize::from(id) < SERVERS_MAX => Ok(id),
+        _ => Err(format!(
+            "a server's id is a number from 0 to {}",
+            SERVERS_MAX - 1
+        )),
+    }
+}
+
 /// Says something that is not data.
 fn say(text: impl Display) {
     let _ = writeln!(io::stderr(), "{text}");
@@ -331,6 +343,16 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn ids_of_servers() {
+        assert_eq!(parse_id("0"), Ok(0));
+        assert_eq!(parse_id("7"), Ok(7));
+        for wrong in ["8", "256", "-1", "x", ""] {
+            let error = parse_id(wrong).unwrap_err();
+            assert_eq!(error, "a server's id is a number from 0 to 7");
+        }
+    }
 
     #[test]
     fn commands_are_sound() {

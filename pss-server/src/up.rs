@@ -34,6 +34,8 @@ use pss_core::types::ServerId;
 use pss_core::volume::device::Volumes;
 use pss_gateway::listen::Listener;
 use pss_gateway::logging::{self, LogLevel};
+use pss_gateway::program::parse_address;
+use pss_gateway::text::counted;
 use tokio::sync::watch;
 
 use crate::cli::cell::{connect, explain};
@@ -54,10 +56,10 @@ pub struct UpArgs {
     #[arg(long, value_name = "DIR", default_value = "./pss-data")]
     dir: PathBuf,
     /// Where the NBD server listens [default: 127.0.0.1:10809, or the next free port]
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     nbd: Option<SocketAddr>,
     /// Where the iSCSI server listens [default: 127.0.0.1:3260, or the next free port]
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     iscsi: Option<SocketAddr>,
     /// How much is logged to stderr
     #[arg(long, value_enum, value_name = "LEVEL", default_value = "warn")]
@@ -144,7 +146,7 @@ fn failed(what: impl fmt::Display) -> CliError {
 fn open_dir(dir: &Path) -> Result<PathBuf, CliError> {
     let cannot = |error| {
         failed(format!(
-            "{}: cannot make the directory: {error}",
+            "{}: cannot make the directory: {error}; use another --dir",
             dir.display()
         ))
     };
@@ -179,8 +181,9 @@ fn plan(args: &UpArgs, dir: PathBuf) -> Result<Plan, CliError> {
             return Err(CliError::new(
                 Exit::Usage,
                 format!(
-                    "{} holds a cell of {servers} servers; use --count {servers}, or another --dir",
-                    plan.dir.display()
+                    "{} holds a cell of {}; use --count {servers}, or another --dir",
+                    plan.dir.display(),
+                    counted(usize::from(*servers), "server")
                 ),
             ));
         }
@@ -624,18 +627,16 @@ fn summary(
     for remark in remarks {
         text.push_str(&format!("{remark}\n"));
     }
-    let last = u16::from(plan.servers) - 1;
+    let ports = |first: u16| match plan.servers {
+        1 => first.to_string(),
+        servers => format!("{first}-{}", first + u16::from(servers) - 1),
+    };
     text.push_str(&format!(
-        "PSS cell of {} {} at {} (UDP {UDP_PORT_BASE}-{}, TCP {TCP_PORT_BASE}-{}), data in {}\n",
-        plan.servers,
-        if plan.servers == 1 {
-            "server"
-        } else {
-            "servers"
-        },
+        "PSS cell of {} at {} (UDP {}, TCP {}), data in {}\n",
+        counted(plan.servers.into(), "server"),
         plan.host,
-        UDP_PORT_BASE + last,
-        TCP_PORT_BASE + last,
+        ports(UDP_PORT_BASE),
+        ports(TCP_PORT_BASE),
         plan.dir.display(),
     ));
     for (lun, volume) in (1..).zip(volumes) {

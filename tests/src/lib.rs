@@ -9,6 +9,7 @@ pub mod iscsi;
 pub mod iscsi_client;
 pub mod load;
 pub mod nbd_client;
+pub mod package;
 pub mod processes;
 pub mod programs;
 pub mod proxy;

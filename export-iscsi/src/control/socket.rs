@@ -44,7 +44,7 @@ pub enum SocketError {
     #[error("control socket {}: another file is there; remove it, or give another --control PATH", .0.display())]
     NotASocket(PathBuf),
     /// The system does not let us.
-    #[error("control socket {}: {action}: {source}", .path.display())]
+    #[error("control socket {}: {action}: {source}; give another --control PATH", .path.display())]
     Io {
         /// Its file.
         path: PathBuf,

@@ -319,7 +319,10 @@ pub struct SocketInfo {
     pub remote: Option<String>,
     /// `LISTEN`, `ESTABLISHED`, `SYN_SENT`; empty for UDP.
     pub state: String,
-    /// Bytes that wait to be sent.
+    /// Bytes that have arrived and were not yet read; of UDP those of the datagram that is next.
+    #[serde(default)]
+    pub receive_queue_bytes: u64,
+    /// Bytes that wait to be sent, in the server and in the kernel, or have not been acknowledged yet.
     pub send_queue_bytes: u64,
     /// Who is at the other end: a client's name, `server 2`, or nothing yet.
     pub who: Option<String>,

@@ -15,6 +15,7 @@ use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::REQUEST_BYTES_MAX;
 use pss_gateway::logging::LogTarget;
 use pss_gateway::progress::Progress;
+use pss_gateway::text::counted;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -555,7 +556,8 @@ async fn say_freshness(namespace: &Namespace) {
     say(match freshness.behind_slots_max {
         Some(0) => format!("read from server {server}, which had everything"),
         Some(slots) => {
-            format!("read from server {server}, which may have been {slots} slots behind")
+            let slots = counted(slots as usize, "slot");
+            format!("read from server {server}, which may have been {slots} behind")
         }
         None => format!(
             "read from server {server}, which had everything up to slot {}; how much it lacked cannot be told without a majority of the servers",

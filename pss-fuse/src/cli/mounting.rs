@@ -44,10 +44,10 @@ pub(super) struct MountArgs {
     #[arg(long)]
     allow_other: bool,
     /// Owner of all files [default: who mounts]
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = parse_owner)]
     uid: Option<u32>,
     /// Group of all files [default: that of who mounts]
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = parse_owner)]
     gid: Option<u32>,
     /// Permissions of files, octal
     #[arg(long, value_name = "MODE", default_value = "0440", value_parser = parse_mode)]
@@ -299,10 +299,11 @@ pub(super) fn run_helper() -> Result<(), CliError> {
     let parsed = super::PssFuse::try_parse_from(&arguments).map_err(|error| {
         let text = error.to_string();
         let first = text.lines().next().unwrap_or_default();
+        let first = first.strip_prefix("error: ").unwrap_or(first);
         CliError::new(Exit::Usage, format!("mount options: {first}"))
     })?;
     if helper.verbose {
-        say(arguments.join(" "));
+        say(format_args!("runs '{}'", arguments.join(" ")));
     }
     match helper.fake {
         true => Ok(()),
@@ -378,6 +379,11 @@ fn translate(helper: &Helper) -> Result<Vec<String>, CliError> {
         }
     }
     Ok(arguments)
+}
+
+fn parse_owner(text: &str) -> Result<u32, String> {
+    let number = "write a number, such as 1000; 'id NAME' tells those of a user";
+    text.parse().map_err(|_| number.to_owned())
 }
 
 fn parse_mode(text: &str) -> Result<u16, String> {

@@ -73,24 +73,11 @@ fn is_of_targets(file: &Path) -> bool {
 fn check_targets(file: &Path) -> Result<Checked, CliError> {
     let loaded =
         config::load(file).map_err(|error| CliError::new(Exit::Usage, error.to_string()))?;
-    let targets = &loaded.catalog.targets;
-    let disks: usize = targets.values().map(|target| target.luns.len()).sum();
     Ok(Checked {
         kind: "iscsi",
-        summary: format!(
-            "{} with {}",
-            counted(targets.len(), "target"),
-            counted(disks, "disk")
-        ),
+        summary: loaded.catalog.summary(),
         warnings: loaded.warnings.iter().map(ToString::to_string).collect(),
     })
-}
-
-fn counted(count: usize, what: &str) -> String {
-    match count {
-        1 => format!("1 {what}"),
-        count => format!("{count} {what}s"),
-    }
 }
 
 fn check_servers(args: &CellArgs, file: &Path) -> Result<Checked, CliError> {
@@ -98,9 +85,13 @@ fn check_servers(args: &CellArgs, file: &Path) -> Result<Checked, CliError> {
     let core = files.servers.core().len();
     let others = files.servers.ids().len() - core;
     let may_fail = core - files.servers.majority();
-    let mut summary = format!("{core} servers decide");
+    let mut summary = match core {
+        1 => "1 server decides".to_owned(),
+        core => format!("{core} servers decide"),
+    };
     if others > 0 {
-        summary.push_str(&format!(", {others} more hold copies"));
+        let hold = if others == 1 { "holds" } else { "hold" };
+        summary.push_str(&format!(", {others} more {hold} copies"));
     }
     summary.push_str(&match may_fail {
         0 => "; none may fail".to_owned(),

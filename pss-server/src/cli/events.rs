@@ -19,7 +19,7 @@ pub(super) struct EventsArgs {
     #[arg(long)]
     follow: bool,
     /// Begin with so many of the newest events; the cell keeps 4096
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value = "100", value_parser = parse_count)]
     last: u64,
 }
 
@@ -62,6 +62,10 @@ pub(super) fn run(args: &CellArgs, events: &EventsArgs) -> Result<(), CliError> 
         }
         std::thread::sleep(FOLLOW_EVERY);
     }
+}
+
+fn parse_count(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "write a number".to_owned())
 }
 
 /// The events behind the one of this number, which becomes that of the last: the `whole` list, or as many as there is

@@ -14,7 +14,7 @@ use pss_core::types::{Ballot, GroupId, Incarnation};
 
 use crate::config::{CellFiles, ServerConfig, Tuning};
 
-use super::{CliError, Exit, confirm, say};
+use super::{CliError, Exit, confirm, parse_id, say};
 
 /// Flags of `pssd format`.
 #[derive(Args, Debug)]
@@ -28,7 +28,7 @@ pub struct FormatArgs {
     )]
     servers: PathBuf,
     /// Which of the listed servers this is
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_id)]
     id: u8,
     /// The data directory, instead of the one in the list of servers
     #[arg(long, value_name = "DIR")]

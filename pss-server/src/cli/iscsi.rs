@@ -44,7 +44,7 @@ enum IscsiVerb {
     /// Ends a session: asks its initiator to log out, and drops it if it does not
     Kick {
         /// Its number, as in 'pss iscsi sessions'
-        #[arg(value_name = "SESSION")]
+        #[arg(value_name = "SESSION", value_parser = parse_session)]
         session: u16,
         /// Time that the initiator has to log out
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = within)]
@@ -65,6 +65,12 @@ enum IscsiVerb {
     },
     /// Reads the configuration again; sessions of targets that are the same go on
     Reload,
+}
+
+/// The number of a session.
+fn parse_session(text: &str) -> Result<u16, String> {
+    let number = "write the session's number, as 'pss iscsi sessions' shows it";
+    text.parse().map_err(|_| number.to_owned())
 }
 
 /// A time in whole seconds that initiators can be given.
@@ -125,7 +131,19 @@ impl Asking<'_> {
             }
             _ => Duration::ZERO,
         };
-        Ok(ask(&self.control, request, self.args.timeout + waits)?)
+        ask(&self.control, request, self.args.timeout + waits).map_err(|error| {
+            let mut error = CliError::from(error);
+            if error.exit == Exit::NotFound {
+                let list = match request {
+                    Request::Kick { .. } => "sessions",
+                    _ => "targets",
+                };
+                error
+                    .message
+                    .push_str(&format!("; 'pss iscsi {list}' shows all"));
+            }
+            error
+        })
     }
 
     /// Shows a list as text or JSON.
@@ -251,7 +269,10 @@ fn reload_text(answer: &Value) -> String {
         [] => "nothing changed".to_owned(),
         names => format!("changed, came or went: {}", names.join(", ")),
     };
-    let mut text = format!("{} targets are served; {changed}.", answer["targets"]);
+    let mut text = match answer["targets"].as_u64() {
+        Some(1) => format!("1 target is served; {changed}."),
+        _ => format!("{} targets are served; {changed}.", answer["targets"]),
+    };
     for ended in texts(&answer["ended"]) {
         text.push_str(&format!(
             "\nended: {}; it has {LEAVE_SECONDS} s to log out",

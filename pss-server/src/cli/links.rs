@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cell::{Access, Told, check_any_answers};
 use super::probe::{link_word, span_text};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError, json_text, print};
+use super::{CellArgs, CliError, json_text, parse_id, print};
 use crate::render::{Table, left, right, span};
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -20,7 +20,7 @@ pub(super) const EXAMPLES: &str = "Examples:
 #[derive(Args, Debug)]
 pub(super) struct LinksArgs {
     /// As this server sees them [default: all servers]
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = parse_id)]
     pub(super) id: Option<u8>,
     #[command(flatten)]
     pub(super) watch: WatchArgs,

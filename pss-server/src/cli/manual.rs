@@ -16,10 +16,12 @@ use serde_json::{Value, json};
 
 use super::cell::{Access, Told};
 use super::links::{self, LinksArgs, servers_json, shown};
-use super::paxos::{self, COUNT_DEFAULT, LogArgs};
+use super::paxos::{self, COUNT_DEFAULT, LogArgs, parse_page};
 use super::probe::{self, Probe, ProbeArgs};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError, finish, format, ports, print, print_json, say, server, volume};
+use super::{
+    CellArgs, CliError, finish, format, parse_id, ports, print, print_json, say, server, volume,
+};
 use crate::config::CellFiles;
 use crate::render::printable;
 
@@ -64,7 +66,7 @@ enum Name {
     #[command(name = "PSSShutdown")]
     Shutdown {
         /// Its id
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = parse_id)]
         id: u8,
         /// Do not ask, even if the cell stops working without it
         #[arg(long)]
@@ -74,7 +76,7 @@ enum Name {
     #[command(name = "PFSProbe")]
     Probe {
         /// Id of the server
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = parse_id)]
         id: u8,
         /// What to look at
         #[arg(value_enum, value_name = "WHAT")]
@@ -84,13 +86,13 @@ enum Name {
     #[command(name = "PSSAdmin")]
     Admin {
         /// Id of the server
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = parse_id)]
         id: u8,
         /// What to look at
         #[arg(value_enum, value_name = "WHAT")]
         what: Admin,
         /// Which page of the log; 1 is the newest [default: 1]
-        #[arg(value_name = "PAGE", value_parser = clap::value_parser!(u64).range(1..))]
+        #[arg(value_name = "PAGE", value_parser = parse_page)]
         page: Option<u64>,
     },
     /// Lists the processes of the servers as ps does
@@ -119,7 +121,7 @@ enum Name {
     #[command(name = "pss_delper")]
     Delper {
         /// Id of the server [default: the one that server.conf has on this machine]
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = parse_id)]
         id: Option<u8>,
         /// Do not ask, even if the data of a server are lost
         #[arg(long)]

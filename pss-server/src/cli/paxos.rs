@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::cell::{Access, unexpected};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError, Exit, json_text};
+use super::{CellArgs, CliError, Exit, json_text, parse_id};
 use crate::render::{Table, exact, grouped, left, printable, right};
 
 const LOG_EXAMPLES: &str = "Examples:
@@ -28,10 +28,10 @@ pub(super) enum PaxosVerb {
 #[derive(Args, Debug)]
 pub(super) struct LogArgs {
     /// Which page; 1 is the newest
-    #[arg(value_name = "PAGE", default_value = "1", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_name = "PAGE", default_value = "1", value_parser = parse_page)]
     pub(super) page: u64,
     /// Of this server's log [default: the leader's]
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = parse_id)]
     pub(super) server: Option<u8>,
     /// Entries of a page, at most 256
     #[arg(long, value_name = "N", default_value = "20", value_parser = clap::value_parser!(u16).range(1..=i64::from(INSPECT_ENTRIES_MAX)))]
@@ -65,6 +65,14 @@ pub(super) fn show(args: &CellArgs, log: &LogArgs, next: &str) -> Result<(), Cli
             false => log_text(&found, log.page, log.count, next),
         })
     })
+}
+
+/// The number of a page.
+pub(super) fn parse_page(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(page @ 1..) => Ok(page),
+        _ => Err("pages are numbers from 1, which is the newest".to_owned()),
+    }
 }
 
 fn question(before: Slot, count: u16) -> Inspect {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cell::{Access, Told};
 use super::links::{asked, failures_text, servers_json, shown};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError};
+use super::{CellArgs, CliError, parse_id};
 use crate::render::printable;
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -20,7 +20,7 @@ pub(super) const EXAMPLES: &str = "Examples:
 #[derive(Args, Debug)]
 pub(super) struct PortsArgs {
     /// Of this server [default: all servers]
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = parse_id)]
     pub(super) id: Option<u8>,
     #[command(flatten)]
     pub(super) watch: WatchArgs,
@@ -35,7 +35,7 @@ pub(super) fn run(args: &CellArgs, ports: &PortsArgs) -> Result<(), CliError> {
     })
 }
 
-/// The lines of the sockets of all servers that listen or are connected, as `pss_lookup_port.sh` shows them.
+/// The lines of the sockets of all servers that are in use, as `pss_lookup_port.sh` shows them.
 pub(super) fn lookup(args: &CellArgs) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
     let told = cell.inspect_all(&asked(&cell, None)?, Inspect::Sockets);
@@ -76,8 +76,9 @@ fn lookup_text(told: &[Told]) -> String {
         Ok(Inspection::Sockets(sockets)) => Some(sockets),
         _ => None,
     });
-    let shown = |socket: &&SocketInfo| matches!(&*socket.state, "LISTEN" | "ESTABLISHED");
-    sockets.flatten().filter(shown).map(socket_line).collect()
+    // UDP has no state.
+    let in_use = |socket: &&SocketInfo| matches!(&*socket.state, "LISTEN" | "ESTABLISHED" | "");
+    sockets.flatten().filter(in_use).map(socket_line).collect()
 }
 
 fn socket_line(socket: &SocketInfo) -> String {
@@ -87,8 +88,7 @@ fn socket_line(socket: &SocketInfo) -> String {
         .unwrap_or_else(|| anyone(&socket.local));
     line(&[
         &socket.protocol,
-        // A server takes what arrives at once, and what waits in the kernel it does not tell.
-        "0",
+        &socket.receive_queue_bytes.to_string(),
         &socket.send_queue_bytes.to_string(),
         &socket.local,
         &remote,
@@ -126,6 +126,7 @@ mod tests {
             local: local.into(),
             remote: remote.map(Into::into),
             state: state.into(),
+            receive_queue_bytes: 0,
             send_queue_bytes: 0,
             who: None,
         }
@@ -139,12 +140,19 @@ mod tests {
             Some("192.0.2.9:51000"),
             "ESTABLISHED",
         );
+        client.receive_queue_bytes = 48;
         client.send_queue_bytes = 4096;
         client.who = Some("pss-iscsi@gw1".into());
         let datagrams = socket("udp", "192.0.2.0:4000", None, "");
+        let calling = socket("tcp", "192.0.2.0:52000", Some("192.0.2.2:4012"), "SYN_SENT");
         let six = socket("tcp", "[2001:db8::1]:4011", None, "LISTEN");
         vec![
-            told(0, Ok(Inspection::Sockets(vec![listen, client, datagrams]))),
+            told(
+                0,
+                Ok(Inspection::Sockets(vec![
+                    datagrams, listen, client, calling,
+                ])),
+            ),
             told(1, Ok(Inspection::Sockets(vec![six]))),
             told(2, Err(ServerError::Closed)),
         ]
@@ -156,9 +164,10 @@ mod tests {
             ports_text(&servers()),
             "Server 0 at 192.0.2.0:4010\n\
              Proto Recv-Q Send-Q Local Address           Foreign Address         State       Who\n\
-             tcp        0      0 192.0.2.0:4010          0.0.0.0:*               LISTEN\n\
-             tcp        0   4096 192.0.2.0:4010          192.0.2.9:51000         ESTABLISHED pss-iscsi@gw1\n\
              udp        0      0 192.0.2.0:4000          0.0.0.0:*\n\
+             tcp        0      0 192.0.2.0:4010          0.0.0.0:*               LISTEN\n\
+             tcp       48   4096 192.0.2.0:4010          192.0.2.9:51000         ESTABLISHED pss-iscsi@gw1\n\
+             tcp        0      0 192.0.2.0:52000         192.0.2.2:4012          SYN_SENT\n\
              \n\
              Server 1 at 192.0.2.1:4011\n\
              Proto Recv-Q Send-Q Local Address           Foreign Address         State       Who\n\
@@ -169,11 +178,12 @@ mod tests {
     }
 
     #[test]
-    fn the_old_script_shows_what_listens_or_is_connected() {
+    fn the_old_script_shows_what_is_in_use() {
         assert_eq!(
             lookup_text(&servers()),
-            "tcp        0      0 192.0.2.0:4010          0.0.0.0:*               LISTEN\n\
-             tcp        0   4096 192.0.2.0:4010          192.0.2.9:51000         ESTABLISHED pss-iscsi@gw1\n\
+            "udp        0      0 192.0.2.0:4000          0.0.0.0:*\n\
+             tcp        0      0 192.0.2.0:4010          0.0.0.0:*               LISTEN\n\
+             tcp       48   4096 192.0.2.0:4010          192.0.2.9:51000         ESTABLISHED pss-iscsi@gw1\n\
              tcp        0      0 [2001:db8::1]:4011      :::*                    LISTEN\n"
         );
     }
@@ -182,8 +192,9 @@ mod tests {
     fn sockets_for_programs() {
         let value = ports_json(&servers());
         assert_eq!(value["schema"], "pss.server.ports/1");
-        assert_eq!(value["servers"][0]["sockets"][0]["state"], "LISTEN");
-        assert_eq!(value["servers"][0]["sockets"][1]["send_queue_bytes"], 4096);
+        assert_eq!(value["servers"][0]["sockets"][1]["state"], "LISTEN");
+        assert_eq!(value["servers"][0]["sockets"][2]["send_queue_bytes"], 4096);
+        assert_eq!(value["servers"][0]["sockets"][2]["receive_queue_bytes"], 48);
         assert_eq!(value["servers"][2]["answers"], false);
     }
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::cell::{Access, unexpected};
 use super::watch::WatchArgs;
-use super::{CellArgs, CliError, json_text};
+use super::{CellArgs, CliError, json_text, parse_id};
 use crate::render::{Table, grouped, left, right, span, time_text};
 
 pub(super) const EXAMPLES: &str = "Examples:
@@ -27,7 +27,7 @@ const CHUNKS_SHOWN: usize = 50;
 #[derive(Args, Debug)]
 pub(super) struct ProbeArgs {
     /// Id of the server
-    #[arg(value_name = "ID")]
+    #[arg(value_name = "ID", value_parser = parse_id)]
     pub(super) id: u8,
     /// What to look at
     #[arg(value_enum, value_name = "WHAT")]

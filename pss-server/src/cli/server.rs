@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::cell::Access;
 use super::health::{Answers, CopyState, Health, Verdict};
 use super::status::look;
-use super::{CellArgs, CliError, confirm, links, ports, print, print_json, probe, say};
+use super::{CellArgs, CliError, confirm, links, parse_id, ports, print, print_json, probe, say};
 use crate::render::{Table, left, right, span};
 
 #[derive(Debug, Subcommand)]
@@ -18,7 +18,7 @@ pub(super) enum ServerVerb {
     /// Stops a server cleanly; it comes back with 'pssd start'
     Shutdown {
         /// Its id
-        #[arg(value_name = "ID")]
+        #[arg(value_name = "ID", value_parser = parse_id)]
         id: u8,
         /// Do not ask, even if the cell stops working without it
         #[arg(long)]

@@ -19,7 +19,7 @@ use sd_notify::NotifyState;
 use crate::config::{CellFiles, ServerConfig, Tuning};
 use crate::node::{Server, ServerHandle, StartError};
 
-use super::{CliError, Exit, on_stop_signal};
+use super::{CliError, Exit, on_stop_signal, parse_id};
 
 /// Flags of `pssd start`.
 #[derive(Args, Debug)]
@@ -33,7 +33,7 @@ pub struct StartArgs {
     )]
     servers: PathBuf,
     /// Which of the listed servers this is
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_id)]
     id: u8,
     /// The data directory, instead of the one in the list of servers
     #[arg(long, value_name = "DIR")]

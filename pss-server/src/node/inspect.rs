@@ -176,48 +176,84 @@ impl Node {
     }
 
     fn socket_infos(&self) -> Vec<SocketInfo> {
-        let text = |address: io::Result<SocketAddr>| {
-            address.map_or_else(|_| String::new(), |it| it.to_string())
-        };
+        let (udp, listener) = (&self.sockets.udp, &self.sockets.listener);
+        let datagrams = queues(udp.as_raw_fd());
         let mut sockets = vec![
             SocketInfo {
                 protocol: "udp".to_owned(),
-                local: text(self.sockets.udp.local_addr()),
+                local: text(udp.local_addr()),
                 remote: None,
                 state: String::new(),
-                send_queue_bytes: 0,
+                receive_queue_bytes: datagrams.received,
+                send_queue_bytes: datagrams.sent,
                 who: None,
             },
             SocketInfo {
                 protocol: "tcp".to_owned(),
-                local: text(self.sockets.listener.local_addr()),
+                local: text(listener.local_addr()),
                 remote: None,
                 state: "LISTEN".to_owned(),
+                receive_queue_bytes: 0,
                 send_queue_bytes: 0,
                 who: None,
             },
         ];
-        for (_, place) in self.connections.iter() {
-            let (state, who) = match &place.kind {
-                Kind::Calling(server, _) if !place.connected => {
-                    ("SYN_SENT", Some(format!("server {server}")))
-                }
-                Kind::Inbound(server, _) | Kind::Outbound(server) | Kind::Calling(server, _) => {
-                    ("ESTABLISHED", Some(format!("server {server}")))
-                }
-                Kind::Client(load) => ("ESTABLISHED", Some(load.name.clone())),
-                Kind::Caller(_) => ("ESTABLISHED", None),
-            };
-            sockets.push(SocketInfo {
-                protocol: "tcp".to_owned(),
-                local: text(place.connection.socket().local_addr()),
-                remote: remote(place),
-                state: state.to_owned(),
-                send_queue_bytes: place.connection.out.len_bytes() as u64,
-                who,
-            });
-        }
+        let places = self.connections.iter();
+        sockets.extend(places.map(|(_, place)| socket_info(place)));
         sockets
+    }
+}
+
+fn socket_info(place: &Place) -> SocketInfo {
+    let (state, who) = match &place.kind {
+        Kind::Calling(server, _) if !place.connected => {
+            ("SYN_SENT", Some(format!("server {server}")))
+        }
+        Kind::Inbound(server, _) | Kind::Outbound(server) | Kind::Calling(server, _) => {
+            ("ESTABLISHED", Some(format!("server {server}")))
+        }
+        Kind::Client(load) => ("ESTABLISHED", Some(load.name.clone())),
+        Kind::Caller(_) => ("ESTABLISHED", None),
+    };
+    let socket = place.connection.socket();
+    let kernel = queues(socket.as_raw_fd());
+    SocketInfo {
+        protocol: "tcp".to_owned(),
+        local: text(socket.local_addr()),
+        remote: remote(place),
+        state: state.to_owned(),
+        receive_queue_bytes: kernel.received,
+        send_queue_bytes: place.connection.out.len_bytes() as u64 + kernel.sent,
+        who,
+    }
+}
+
+fn text(address: io::Result<SocketAddr>) -> String {
+    address.map_or_else(|_| String::new(), |it| it.to_string())
+}
+
+/// Bytes that a socket holds in the kernel.
+struct Queues {
+    received: u64,
+    sent: u64,
+}
+
+/// What netstat shows as Recv-Q and Send-Q; nothing if the kernel does not tell (tcp(7), udp(7)).
+fn queues(socket: RawFd) -> Queues {
+    let ask = |what| {
+        let mut bytes: libc::c_int = 0;
+        #[expect(unsafe_code, reason = "std does not ask for SIOCINQ and SIOCOUTQ")]
+        // SAFETY: both requests write one int, which lives through the call.
+        let result = unsafe { libc::ioctl(socket, what, &raw mut bytes) };
+        match result {
+            0 => u64::try_from(bytes).unwrap_or(0),
+            _ => 0,
+        }
+    };
+    Queues {
+        // SIOCINQ and SIOCOUTQ have the numbers of these.
+        received: ask(libc::FIONREAD),
+        sent: ask(libc::TIOCOUTQ),
     }
 }
 
@@ -265,4 +301,30 @@ fn tcp_facts(socket: RawFd) -> io::Result<TcpFacts> {
         segments_sent: u64::from(info.tcpi_data_segs_out),
         segments_lost: u64::from(info.tcpi_total_retrans),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn queues_of_a_socket_are_what_waits_in_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut reader, _) = listener.accept().unwrap();
+        assert_eq!(queues(listener.as_raw_fd()).received, 0);
+        writer.write_all(&[7; 1000]).unwrap();
+        // Over loopback it has arrived when the call returns.
+        assert_eq!(queues(reader.as_raw_fd()).received, 1000);
+        reader.read_exact(&mut [0; 1000]).unwrap();
+        assert_eq!(queues(reader.as_raw_fd()).received, 0);
+        // What the reader does not take stays with the writer.
+        writer.set_nonblocking(true).unwrap();
+        while writer.write(&[7; 1 << 16]).is_ok() {}
+        assert!(queues(writer.as_raw_fd()).sent > 0);
+        assert!(queues(reader.as_raw_fd()).received > 0);
+    }
 }
