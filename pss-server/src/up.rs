@@ -34,9 +34,10 @@ use pss_core::types::ServerId;
 use pss_core::volume::device::Volumes;
 use pss_gateway::listen::Listener;
 use pss_gateway::logging::{self, LogLevel};
+use pss_gateway::notes::Notes;
 use tokio::sync::watch;
 
-use crate::cli::cell::{connect, explain};
+use crate::cli::cell::{config, connect, explain};
 use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
 use crate::config::{CellFiles, Tuning};
 use crate::node::ServerHandle;
@@ -110,6 +111,8 @@ const TARGET: &str = "iqn.2001-03.jp.tritech:pss-up";
 const TRIES: u8 = 20;
 /// For a request to the cell; an election after a crash takes part of a second.
 const CELL_TIMEOUT: Duration = Duration::from_secs(30);
+/// What this calls itself to the cell.
+const PROGRAM: &str = "pss-up";
 
 /// Where everything is, once it is decided.
 #[derive(Debug)]
@@ -518,7 +521,8 @@ async fn serve(
     for missing in iscsi_server.apply(catalog(&volumes)).await {
         missing.log();
     }
-    let control = Control::new(Arc::clone(&iscsi_server), None);
+    let notes = Notes::new(config(files, PROGRAM, CELL_TIMEOUT));
+    let control = Control::new(Arc::clone(&iscsi_server), None, Some(Arc::clone(&notes)));
     match ControlSocket::bind(&plan.control()) {
         Ok(socket) => drop(tokio::spawn(socket.serve(control))),
         Err(error) => tracing::warn!("{error}; 'pss iscsi' cannot see this cell"),
@@ -550,7 +554,7 @@ async fn serve(
         nbd_server.run(vec![nbd_port.listener], told(ended.clone())),
         iscsi_server.run(vec![iscsi_port.listener], told(ended)),
     );
-    cell.close().await;
+    tokio::join!(cell.close(), notes.close());
     Ok(())
 }
 
@@ -575,7 +579,7 @@ async fn open_volumes(
     files: &CellFiles,
     volumes: &[VolumeSpec],
 ) -> Result<(Arc<Cell>, Vec<VolumeSpec>), CliError> {
-    let cell = connect(files, "pss-up", CELL_TIMEOUT);
+    let cell = connect(files, PROGRAM, CELL_TIMEOUT);
     match create_missing(&cell, volumes).await {
         Ok(volumes) => Ok((cell, volumes)),
         Err(error) => Err(explain(files, &cell, error).await),

@@ -204,7 +204,7 @@ pub enum RequestBody {
         /// Only what has a number above this one; the answer has at most [`EVENTS_ANSWERED_MAX`] of it, the oldest.
         after: u64,
     },
-    /// Says what the client is about to do that the replicated state would not know of otherwise. Numbered.
+    /// Says what the client is about to do, or has done, that the replicated state would not know of otherwise. Numbered.
     Note {
         /// At most [`NOTE_BYTES_MAX`].
         text: String,

@@ -23,19 +23,24 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client of the cell. Needs a tokio runtime.
 pub(crate) fn connect(files: &CellFiles, program: &str, timeout: Duration) -> Arc<Cell> {
+    Cell::connect(config(files, program, timeout))
+}
+
+/// How a client of the cell reaches it.
+pub(crate) fn config(files: &CellFiles, program: &str, timeout: Duration) -> CellConfig {
     let servers = files.servers.ids();
     let servers = servers
         .into_iter()
         .filter_map(|id| Some((id, files.servers.tcp(id)?)))
         .collect();
     let name = format!("{program}@{}", host_name());
-    Cell::connect(CellConfig {
+    CellConfig {
         key: files.key.clone(),
         client_user: pss_gateway::user::user_name(),
         request_timeout: timeout,
         connect_timeout: CONNECT_TIMEOUT.min(timeout),
         ..CellConfig::new(servers, &name)
-    })
+    }
 }
 
 /// What this machine calls itself.
