@@ -230,7 +230,9 @@ pub(super) fn stat(cell: &CellArgs, args: &StatArgs) -> Result<(), CliError> {
             let (digest, shown) = match args.digest && !found.node.is_directory() {
                 // Of the same moment.
                 true => {
-                    let (digest, shown) = namespace.digest(found.node).await.map_err(at)?;
+                    let progress = Progress::new("reading", found.size_bytes);
+                    let digest = namespace.digest(found.node, |bytes| progress.reach(bytes));
+                    let (digest, shown) = digest.await.map_err(at)?;
                     (Some(digest), shown)
                 }
                 false => (None, shown),
@@ -467,6 +469,7 @@ pub(super) fn map(cell: &CellArgs, args: &MapArgs) -> Result<(), CliError> {
             return Err(at(FsError::IsDirectory));
         }
         let mut extents: Vec<(u64, Extent)> = Vec::new();
+        let progress = Progress::new("mapping", found.size_bytes);
         let mut from = 0;
         while from < found.size_bytes {
             let more = namespace.extents(node, from, found.size_bytes - from).await;
@@ -483,7 +486,9 @@ pub(super) fn map(cell: &CellArgs, args: &MapArgs) -> Result<(), CliError> {
             if from == before {
                 break;
             }
+            progress.reach(from);
         }
+        drop(progress);
         let kind = |extent: &Extent| match extent.allocated {
             true => "data",
             false => "hole",
