@@ -15,6 +15,7 @@ use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::REQUEST_BYTES_MAX;
 use pss_gateway::logging::LogTarget;
 use pss_gateway::progress::Progress;
+use pss_gateway::text::printable_json;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -548,7 +549,7 @@ fn look<F: Future<Output = Result<(), CliError>>>(
 }
 
 fn print_json(value: &Value) -> Result<(), CliError> {
-    print(format!("{value:#}\n").as_bytes())
+    print(printable_json(&format!("{value:#}\n")).as_bytes())
 }
 
 /// Says how far the answers of the nearest server may be behind, after they were given.
