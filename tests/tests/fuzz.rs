@@ -43,6 +43,7 @@ use pss_core::wire::client::{
     Browse, ChunkStatus, EventList, PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody,
     ServerStatus, VolumeStatus,
 };
+use pss_core::wire::events::ListedEvent;
 use pss_core::wire::frame::{Frame, FrameKind, FrameLimits, FrameReader, SendQueue};
 use pss_core::wire::peer::{Datagrams, decode_frame, encode_frame};
 use pss_tests::disk::SimDisk;
@@ -628,7 +629,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
     let events = EventList {
         first: 1,
         last: 2,
-        events: vec![AdminEvent {
+        events: vec![ListedEvent::Known(AdminEvent {
             number: 2,
             slot: Slot(3),
             time_ms: 4,
@@ -644,7 +645,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
                 forced: false,
             },
             refused: Some(Refusal::VolumeAttached),
-        }],
+        })],
     };
     let extents = (0..100).map(|extent| Extent {
         length_bytes: 4096,

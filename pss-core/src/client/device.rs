@@ -738,7 +738,7 @@ fn device_error(error: &ReplyError) -> DeviceError {
         ReplyError::NoSpace => DeviceError::NoSpace,
         ReplyError::Miscompare(at) => DeviceError::Miscompare(*at),
         // We made the request, so it was valid; what was damaged on its way is sent again.
-        ReplyError::Invalid | ReplyError::Io => DeviceError::Io,
+        ReplyError::Invalid | ReplyError::Io | ReplyError::RefusedNewer(_) => DeviceError::Io,
         ReplyError::Refused(refusal) => match refusal {
             Refusal::StaleSession => DeviceError::Fenced,
             Refusal::NoSuchVolume => DeviceError::Deleted,

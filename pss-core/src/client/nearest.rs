@@ -240,7 +240,7 @@ fn behind(
 /// Whether another server would hardly answer otherwise.
 fn is_final(error: &ReplyError) -> bool {
     match error {
-        ReplyError::Refused(_) | ReplyError::Invalid => true,
+        ReplyError::Refused(_) | ReplyError::RefusedNewer(_) | ReplyError::Invalid => true,
         // Its copy of a block may be bad, or chunks are being copied to it.
         ReplyError::NotLeader { .. }
         | ReplyError::NoSpace

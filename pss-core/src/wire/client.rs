@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::entry::{NOTE_BYTES_MAX, USER_NAME_MAX};
-use crate::state::{AdminEvent, Refusal, Volume, VolumeTimes};
+use crate::state::{Refusal, Volume, VolumeTimes};
 use crate::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId,
     Slot, VolumeId,
@@ -13,6 +13,7 @@ use crate::volume::device::{Extent, ReadPart};
 use crate::volume::reservation::{ReservationRequest, Reservations};
 use crate::wire::DecodeError;
 use crate::wire::codec::{Input, Output, shortened};
+use crate::wire::events::ListedEvent;
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
 use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection};
 
@@ -321,7 +322,7 @@ pub struct EventList {
     /// Number of the newest event; 0 if there never was one.
     pub last: u64,
     /// Those that were asked for, oldest first.
-    pub events: Vec<AdminEvent>,
+    pub events: Vec<ListedEvent>,
 }
 
 /// Why a request failed.
@@ -337,6 +338,9 @@ pub enum ReplyError {
     /// Refused by the replicated state.
     #[error("{0}")]
     Refused(#[from] Refusal),
+    /// Refused by the replicated state, for a reason of a later version with this code.
+    #[error("the servers, which are newer than this program, refuse it: unknown ({0})")]
+    RefusedNewer(u8),
     /// The disks are full.
     #[error("no space left")]
     NoSpace,
@@ -1083,6 +1087,7 @@ impl Reply {
                 put.u8(leader.map_or(NO_SERVER, |leader| leader.0));
             }
             (_, Some(ReplyError::Refused(refusal))) => put.u8(*refusal as u8),
+            (_, Some(ReplyError::RefusedNewer(code))) => put.u8(*code),
             (_, Some(ReplyError::Miscompare(at))) => put.u64(*at),
             (_, Some(ReplyError::NoSpace | ReplyError::Invalid | ReplyError::Io) | None) => {}
         }
@@ -1298,7 +1303,7 @@ impl ReplyError {
     fn code(&self) -> u8 {
         match self {
             ReplyError::NotLeader { .. } => 64,
-            ReplyError::Refused(_) => 65,
+            ReplyError::Refused(_) | ReplyError::RefusedNewer(_) => 65,
             ReplyError::NoSpace => 66,
             ReplyError::Miscompare(_) => 67,
             ReplyError::Invalid => 68,
@@ -1317,11 +1322,10 @@ impl ReplyError {
             },
             65 => {
                 let code = input.u8()?;
-                let refusal = Refusal::from_code(code);
-                ReplyError::Refused(refusal.ok_or(DecodeError::UnknownCode {
-                    what: "refusal",
-                    code,
-                })?)
+                match Refusal::from_code(code) {
+                    Some(refusal) => ReplyError::Refused(refusal),
+                    None => ReplyError::RefusedNewer(code),
+                }
             }
             66 => ReplyError::NoSpace,
             67 => ReplyError::Miscompare(input.u64()?),

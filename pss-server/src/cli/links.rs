@@ -121,7 +121,7 @@ fn links_text(told: &[Told]) -> String {
             table.row([
                 one.id.to_string(),
                 link.server.to_string(),
-                link_word(link.link).to_owned(),
+                link_word(&link.link),
                 span_text(link.up_ms),
                 link.round_trip_us.map_or("-".to_owned(), round_trip),
                 loss(link.segments_lost, link.segments_sent),

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::entry::Origin;
-use crate::state::AdminAction;
+use crate::state::{AdminAction, AdminEvent};
 use crate::types::Slot;
 use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
@@ -309,7 +309,8 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
             .prop_map(|((first, last), texts)| {
                 let (first, last) = (u64::from(first), u64::from(last));
                 let events = texts.iter().zip(first..);
-                let events = events.map(|(text, number)| event(number, text)).collect();
+                let events = events.map(|(text, number)| event(number, text).into());
+                let events = events.collect();
                 let list = EventList {
                     first,
                     last,
@@ -332,6 +333,7 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
         any::<u64>().prop_map(ReplyError::Miscompare),
         Just(ReplyError::Invalid),
         Just(ReplyError::Io),
+        Just(ReplyError::RefusedNewer(200)),
     ];
     prop_oneof![good.prop_map(Ok), bad.prop_map(Err)]
 }
@@ -624,6 +626,7 @@ fn literal_replies() {
             11,
             "020000000100000002010000",
         ),
+        (Err(ReplyError::RefusedNewer(200)), 65, "c8"),
         (Err(ReplyError::NoSpace), 66, ""),
         (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
         (Err(ReplyError::Invalid), 68, ""),
@@ -658,7 +661,7 @@ fn events_are_json_behind_code_and_tag() {
     let list = EventList {
         first: 1,
         last: 9,
-        events: vec![event(8, "stop"), event(5, "v")],
+        events: vec![event(8, "stop").into(), event(5, "v").into()],
     };
     let body = Ok(ReplyBody::Events(Box::new(list)));
     let header = reply_frame(&Reply { tag: 1, body }).header;
@@ -686,7 +689,7 @@ fn the_longest_list_of_events_fits_a_frame() {
     let list = EventList {
         first: 1,
         last: 9,
-        events: vec![longest; EVENTS_ANSWERED_MAX],
+        events: vec![longest.into(); EVENTS_ANSWERED_MAX],
     };
     let body = Ok(ReplyBody::Events(Box::new(list)));
     let reply = Reply { tag: 1, body };
