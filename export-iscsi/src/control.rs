@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use pss_gateway::notes::{Notes, Noting};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
@@ -50,6 +51,8 @@ pub struct Configuration {
 pub struct Control {
     server: Arc<Server>,
     configuration: Option<Configuration>,
+    /// Where it is noted what was done.
+    notes: Option<Arc<Notes>>,
     tids: Mutex<Tids>,
     /// Changes of the catalog are made one after the other.
     changing: tokio::sync::Mutex<()>,
@@ -84,11 +87,16 @@ impl Tids {
 }
 
 impl Control {
-    /// Steers a server.
-    pub fn new(server: Arc<Server>, configuration: Option<Configuration>) -> Arc<Control> {
+    /// Steers a server; what is done to it is noted, if there are notes.
+    pub fn new(
+        server: Arc<Server>,
+        configuration: Option<Configuration>,
+        notes: Option<Arc<Notes>>,
+    ) -> Arc<Control> {
         Arc::new(Control {
             server,
             configuration,
+            notes,
             tids: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
@@ -101,11 +109,12 @@ impl Control {
         tids
     }
 
-    /// Does what a request wants.
+    /// Does what a request of this user wants. What changes something, or was to, is noted; the answer says whether it
+    /// was (`noted`, `not_noted`).
     ///
     /// # Errors
     /// [`Failure`] if nothing was done.
-    pub async fn handle(&self, request: Request) -> Result<Value, Failure> {
+    pub async fn handle(&self, user: &str, request: Request) -> Result<Value, Failure> {
         let catalog = self.server.catalog();
         match request {
             Request::Targets => {
@@ -115,31 +124,74 @@ impl Control {
             Request::Sessions => value(&report::sessions(&self.server)),
             Request::Connections => value(&report::connections(&self.server)),
             Request::Accounts => value(&report::accounts(&catalog)),
-            Request::Kick { session, within_s } => self.kick(session, within(within_s)?).await,
+            Request::Kick { session, within_s } => {
+                let within = within(within_s)?;
+                let kicked = self.kick(session, within);
+                let whose = kicked.as_deref().map(whose).unwrap_or_default();
+                let noting = self.note(user, &format!("kick session {session}{whose}"), &kicked);
+                let handle = kicked?;
+                let answer = self.until_kicked(&handle, within).await;
+                Ok(with_note(answer, noting).await)
+            }
             Request::Drain { target, within_s } => {
                 let within = within(within_s)?;
-                let target = self.find(&catalog, target)?;
-                self.drain(target.as_deref(), within).await
+                let action = format!("drain {}", named(target.as_ref()));
+                let drained = match self.find(&catalog, target) {
+                    Ok(target) => Ok(self.drain(target, within).await),
+                    Err(failure) => Err(failure),
+                };
+                let what = drained.as_ref().map_or(action, Drained::action);
+                let noting = self.note(user, &what, &drained);
+                let answer = self.until_drained(&drained?, within).await;
+                Ok(with_note(answer, noting).await)
             }
             Request::Undrain { target } => {
-                let target = self.find(&catalog, target)?;
-                self.set_offline(target.as_deref(), false).await?;
-                Ok(json!({ "target": target }))
+                let action = format!("undrain {}", named(target.as_ref()));
+                let done = match self.find(&catalog, target) {
+                    Ok(target) => {
+                        self.set_offline(target.as_deref(), false).await;
+                        Ok(target)
+                    }
+                    Err(failure) => Err(failure),
+                };
+                let known = done.as_ref().ok().and_then(Option::as_ref);
+                let action = known.map_or(action, |name| format!("undrain target {name}"));
+                let noting = self.note(user, &action, &done);
+                Ok(with_note(json!({ "target": done? }), noting).await)
             }
             Request::Reload { target, file } => {
-                if let Some(file) = &file {
-                    self.check_file(file)?;
-                }
-                let only = match target {
-                    None => None,
-                    Some(Named::Tid(tid)) => Some(self.name_of(&catalog, tid)?),
-                    // It may be new in the configuration.
-                    Some(Named::Name(name)) => Some(name.to_lowercase()),
+                let action = match &target {
+                    None => "reload the configuration".to_owned(),
+                    Some(_) => format!("reload the configuration of {}", named(target.as_ref())),
                 };
-                self.reload_only(only.as_deref()).await
+                let done = self.reload_named(&catalog, target, file.as_deref()).await;
+                self.noted_reload(user, action, done).await
             }
-            Request::Edit { tid, force, change } => self.edit(tid, force, change).await,
+            Request::Edit {
+                tid,
+                force,
+                mut change,
+            } => {
+                let done = self.edit(tid, force, &mut change).await;
+                if let (Some(tid), Some(target)) = (tid, change.target())
+                    && target.is_empty()
+                {
+                    *target = format!("number {tid}");
+                }
+                let forced = if force { " by force" } else { "" };
+                let noting = self.note(user, &format!("{change}{forced}"), &done);
+                Ok(with_note(done?, noting).await)
+            }
         }
+    }
+
+    /// Has it noted what somebody did, or tried.
+    fn note<T>(&self, user: &str, action: &str, done: &Result<T, Failure>) -> Option<Noting> {
+        let notes = self.notes.as_ref()?;
+        Some(match done {
+            Ok(_) => notes.note(user, action),
+            Err(failure) => notes.note(user, &format!("could not {action}: {failure}")),
+        })
     }
 
     fn find(&self, catalog: &Catalog, named: Option<Named>) -> Result<Option<String>, Failure> {
@@ -170,38 +222,49 @@ impl Control {
         })
     }
 
-    async fn kick(&self, tsih: u16, within: Duration) -> Result<Value, Failure> {
+    fn kick(&self, tsih: u16, within: Duration) -> Result<Arc<Handle>, Failure> {
         let all = self.server.sessions().all();
         let found = all.into_iter().find(|it| it.tsih == tsih);
         let handle = found
             .ok_or_else(|| Failure::new(Kind::NotFound, format!("there is no session {tsih}")))?;
         info!(session = tsih, initiator = handle.initiator_name, "kicked");
         self.server.kick(tsih, within);
+        Ok(handle)
+    }
+
+    async fn until_kicked(&self, handle: &Handle, within: Duration) -> Value {
         let ended = self
             .until(within, || handle.session().ending().is_some())
             .await;
-        Ok(json!({ "session": tsih, "ended": ended }))
+        json!({ "session": handle.tsih, "ended": ended })
     }
 
-    async fn drain(&self, target: Option<&str>, within: Duration) -> Result<Value, Failure> {
-        self.set_offline(target, true).await?;
-        let meant = || {
-            let all = self.server.sessions().all().into_iter();
-            let meant = all.filter(|it| {
-                let name = it.host.as_ref().map(|host| host.name());
-                target.is_none() || name == target
-            });
-            meant.count()
-        };
-        let asked = meant();
+    async fn drain(&self, target: Option<String>, within: Duration) -> Drained {
+        self.set_offline(target.as_deref(), true).await;
+        let mut drained = Drained { target, asked: 0 };
+        drained.asked = self.left(&drained);
         info!(
-            target_name = target.unwrap_or("all"),
-            sessions = asked,
+            target_name = drained.target.as_deref().unwrap_or("all"),
+            sessions = drained.asked,
             "drained"
         );
-        self.server.drain(target, within);
-        self.until(within, || meant() == 0).await;
-        Ok(json!({ "target": target, "asked": asked, "left": meant() }))
+        self.server.drain(drained.target.as_deref(), within);
+        drained
+    }
+
+    /// Sessions of a target that are still there.
+    fn left(&self, drained: &Drained) -> usize {
+        let all = self.server.sessions().all().into_iter();
+        let meant = all.filter(|it| {
+            let name = it.host.as_ref().map(|host| host.name());
+            drained.target.is_none() || name == drained.target.as_deref()
+        });
+        meant.count()
+    }
+
+    async fn until_drained(&self, drained: &Drained, within: Duration) -> Value {
+        self.until(within, || self.left(drained) == 0).await;
+        json!({ "target": drained.target, "asked": drained.asked, "left": self.left(drained) })
     }
 
     /// Waits until initiators have left, or were dropped.
@@ -216,7 +279,7 @@ impl Control {
         true
     }
 
-    async fn set_offline(&self, target: Option<&str>, offline: bool) -> Result<(), Failure> {
+    async fn set_offline(&self, target: Option<&str>, offline: bool) {
         let _changing = self.changing.lock().await;
         let mut catalog = Catalog::clone(&self.server.catalog());
         for (name, entry) in &mut catalog.targets {
@@ -225,15 +288,47 @@ impl Control {
             }
         }
         self.server.apply(catalog).await;
-        Ok(())
     }
 
-    /// Reads the configuration again. A wrong one changes nothing.
+    /// Reads the configuration again because of a signal. Who sent it is not known. A wrong one changes nothing.
     ///
     /// # Errors
     /// [`Failure`] with all that is wrong.
     pub async fn reload(&self) -> Result<Value, Failure> {
-        self.reload_only(None).await
+        let done = self.reload_only(None).await;
+        let action = "reload the configuration on SIGHUP".to_owned();
+        self.noted_reload("", action, done).await
+    }
+
+    async fn noted_reload(
+        &self,
+        user: &str,
+        mut action: String,
+        done: Result<Value, Failure>,
+    ) -> Result<Value, Failure> {
+        if let Ok(answer) = &done {
+            action.push_str(&came_to(answer));
+        }
+        let noting = self.note(user, &action, &done);
+        Ok(with_note(done?, noting).await)
+    }
+
+    async fn reload_named(
+        &self,
+        catalog: &Catalog,
+        target: Option<Named>,
+        file: Option<&Path>,
+    ) -> Result<Value, Failure> {
+        if let Some(file) = file {
+            self.check_file(file)?;
+        }
+        let only = match target {
+            None => None,
+            Some(Named::Tid(tid)) => Some(self.name_of(catalog, tid)?),
+            // It may be new in the configuration.
+            Some(Named::Name(name)) => Some(name.to_lowercase()),
+        };
+        self.reload_only(only.as_deref()).await
     }
 
     fn configuration(&self) -> Result<&Configuration, Failure> {
@@ -331,20 +426,21 @@ impl Control {
         .collect()
     }
 
+    /// Makes a change, in which the target is told by its name afterwards.
     async fn edit(
         &self,
         tid: Option<u32>,
         force: bool,
-        mut change: Edit,
+        change: &mut Edit,
     ) -> Result<Value, Failure> {
         let _changing = self.changing.lock().await;
         let catalog = self.server.catalog();
-        let tid = self.resolve(&catalog, tid, &mut change)?;
+        let tid = self.resolve(&catalog, tid, change)?;
         let (next, mut warnings) = change.apply(&catalog)?;
         if !force {
-            self.check_use(&change)?;
+            self.check_use(change)?;
         }
-        if let Edit::NewLun { volume, .. } = &change {
+        if let Edit::NewLun { volume, .. } = change {
             self.check_there(volume).await?;
         }
         info!(?change, "configuration changed");
@@ -356,7 +452,7 @@ impl Control {
         for warning in &warnings {
             warn!("{warning}");
         }
-        if let (Some(tid), Edit::NewTarget { target }) = (tid, &change) {
+        if let (Some(tid), Edit::NewTarget { target }) = (tid, change) {
             let mut tids = self.tids(&self.server.catalog());
             tids.0.insert(target.clone(), tid);
         }
@@ -432,6 +528,72 @@ impl Control {
             )),
         }
     }
+}
+
+/// What takes no sessions any more.
+struct Drained {
+    /// A target, or all.
+    target: Option<String>,
+    /// How many sessions were asked to leave.
+    asked: usize,
+}
+
+impl Drained {
+    fn action(&self) -> String {
+        let what = match &self.target {
+            Some(name) => format!("target {name}"),
+            None => "all targets".to_owned(),
+        };
+        let sessions = match self.asked {
+            1 => "1 session".to_owned(),
+            more => format!("{more} sessions"),
+        };
+        format!("drain {what} of {sessions}")
+    }
+}
+
+/// A target as it was asked for.
+fn named(target: Option<&Named>) -> String {
+    match target {
+        None => "all targets".to_owned(),
+        Some(Named::Tid(tid)) => format!("target number {tid}"),
+        Some(Named::Name(name)) => format!("target {name}"),
+    }
+}
+
+/// What a reload came to, for the note of it.
+fn came_to(answer: &Value) -> String {
+    let texts = |key: &str| {
+        let all = answer[key].as_array().into_iter().flatten();
+        all.filter_map(Value::as_str).collect::<Vec<_>>()
+    };
+    match (texts("ended").len(), texts("changed").as_slice()) {
+        (0, []) => ": nothing changed".to_owned(),
+        (0, names) => format!(": changed {}", names.join(", ")),
+        (ended, names) => format!(": ended {ended} sessions, changed {}", names.join(", ")),
+    }
+}
+
+/// An answer that says whether the cell has noted what was done.
+async fn with_note(mut answer: Value, noting: Option<Noting>) -> Value {
+    if let Some(noting) = noting {
+        let noted = noting.outcome().await;
+        answer["noted"] = noted.is_ok().into();
+        if let Err(reason) = noted {
+            answer["not_noted"] = reason.to_string().into();
+        }
+    }
+    answer
+}
+
+/// Whose a session is.
+fn whose(handle: &Handle) -> String {
+    let target = handle.host.as_ref().map(|host| host.name());
+    format!(
+        " of {} with {}",
+        handle.initiator_name,
+        target.unwrap_or("(discovery)")
+    )
 }
 
 /// A session that its target would not let in again.

@@ -15,7 +15,9 @@ use export_iscsi::control::socket::ControlSocket;
 use export_iscsi::control::{Configuration, Control, SOCKET};
 use export_iscsi::server::{Limits, Server};
 use export_iscsi::session::Probing;
+use pss_core::client::Cell;
 use pss_gateway::listen::Listener;
+use pss_gateway::notes::Notes;
 use pss_gateway::program;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -69,7 +71,8 @@ async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
     // The SCSI side answers in time; the cell's requests may take a little longer, so that what was
     // answered BUSY does not take effect much later.
     let patience = Duration::from_secs(args.timeout);
-    let cell = program::connect("pss-iscsi", &args.servers, args.key.as_deref(), patience)?;
+    let config = program::cell("pss-iscsi", &args.servers, args.key.as_deref(), patience)?;
+    let cell = Cell::connect(config.clone());
     let probe = Duration::from_secs(args.probe);
     let limits = Limits {
         connections_max: args.max_connections,
@@ -88,7 +91,12 @@ async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
         file: args.config.clone(),
         load: Box::new(move || load(&args)),
     };
-    let control = Control::new(Arc::clone(&server), Some(configuration));
+    let notes = Notes::new(config);
+    let control = Control::new(
+        Arc::clone(&server),
+        Some(configuration),
+        Some(Arc::clone(&notes)),
+    );
     if let Some(socket) = socket {
         tokio::spawn(socket.serve(Arc::clone(&control)));
     }
@@ -97,7 +105,7 @@ async fn serve(args: Args, loaded: Loaded) -> anyhow::Result<()> {
     program::tell_manager(NotifyState::Ready);
     server.run(listeners, stop).await;
     // The cell need not wait for this gateway's session to run out.
-    cell.close().await;
+    tokio::join!(cell.close(), notes.close());
     Ok(())
 }
 

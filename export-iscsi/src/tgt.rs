@@ -44,6 +44,10 @@ impl Server<'_> {
                 tell(program, text.as_str().unwrap_or_default());
             }
         }
+        if let Some(reason) = answer["not_noted"].as_str() {
+            let text = format!("this may be missing from 'pss events': {reason}");
+            tell(program, text);
+        }
         Ok(())
     }
 

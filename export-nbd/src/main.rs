@@ -10,7 +10,9 @@ use clap::Parser;
 use export_nbd::args::Args;
 use export_nbd::export::{Exports, Policy};
 use export_nbd::server::{Limits, Server};
+use pss_core::client::Cell;
 use pss_gateway::listen::{Listener, Stream};
+use pss_gateway::notes::Notes;
 use pss_gateway::program;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -41,7 +43,8 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         false => listeners(&args)?,
     };
     let timeout = Duration::from_secs(args.timeout);
-    let cell = program::connect("pss-nbd", &args.servers, args.key.as_deref(), timeout)?;
+    let config = program::cell("pss-nbd", &args.servers, args.key.as_deref(), timeout)?;
+    let cell = Cell::connect(config.clone());
     let exports = Exports::new(Arc::clone(&cell) as _, policy);
     let limits = Limits {
         connections_max: args.max_connections,
@@ -55,11 +58,13 @@ async fn serve(args: Args) -> anyhow::Result<()> {
         cell.close().await;
         return Ok(());
     }
-    tokio::spawn(reload_policy(signal(SignalKind::hangup())?, exports, args));
+    let notes = Notes::new(config);
+    let hangups = signal(SignalKind::hangup())?;
+    tokio::spawn(reload_policy(hangups, exports, args, Arc::clone(&notes)));
     program::tell_manager(NotifyState::Ready);
     server.run(listeners, stop).await;
     // The cell need not wait for this gateway's session to run out.
-    cell.close().await;
+    tokio::join!(cell.close(), notes.close());
     Ok(())
 }
 
@@ -98,14 +103,21 @@ fn read_policy(args: &Args) -> anyhow::Result<Policy> {
         .with_context(|| path.display().to_string())
 }
 
-async fn reload_policy(mut hangups: Signal, exports: Arc<Exports>, args: Args) {
+/// Reads the policy again on SIGHUP. Who sent it is not known.
+async fn reload_policy(mut hangups: Signal, exports: Arc<Exports>, args: Args, notes: Arc<Notes>) {
+    const ACTION: &str = "reload the export policy on SIGHUP";
     while hangups.recv().await.is_some() {
+        // It is in the log if it cannot be noted; nobody else waits for that.
         match read_policy(&args) {
             Ok(policy) => {
                 exports.set_policy(policy);
                 info!("export policy read again");
+                drop(notes.note("", ACTION));
             }
-            Err(error) => error!("export policy stays as it was: {error:#}"),
+            Err(error) => {
+                error!("export policy stays as it was: {error:#}");
+                drop(notes.note("", &format!("could not {ACTION}: {error:#}")));
+            }
         }
     }
 }

@@ -69,6 +69,20 @@ pub fn connect(
     key: Option<&Path>,
     request_timeout: Duration,
 ) -> anyhow::Result<Arc<Cell>> {
+    let config = cell(program, servers, key, request_timeout)?;
+    Ok(Cell::connect(config))
+}
+
+/// How to reach the cell that a server.conf describes, with the key given or the one beside the file.
+///
+/// # Errors
+/// When the file or the key cannot be used.
+pub fn cell(
+    program: &str,
+    servers: &Path,
+    key: Option<&Path>,
+    request_timeout: Duration,
+) -> anyhow::Result<CellConfig> {
     let file = ServersFile::read(servers)?;
     let key = CellKey::find(key, servers)?;
     let servers = file.resolve()?;
@@ -78,12 +92,12 @@ pub fn connect(
         .filter_map(|id| Some((id, servers.tcp(id)?)));
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = format!("{program}@{}", host.trim());
-    Ok(Cell::connect(CellConfig {
+    Ok(CellConfig {
         key,
         client_user: crate::user::user_name(),
         request_timeout,
         ..CellConfig::new(addresses.collect(), &name)
-    }))
+    })
 }
 
 /// Lets the process have as many descriptors as it may: the usual limit of 1024 is meant for programs that

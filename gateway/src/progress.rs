@@ -31,13 +31,23 @@ impl Progress {
 
     /// So many more bytes are done.
     pub fn advance(&self, bytes: u64) {
+        self.show();
+        self.bar.inc(bytes);
+    }
+
+    /// So many bytes are done, which may be less than before if it had to begin again.
+    pub fn reach(&self, bytes: u64) {
+        self.show();
+        self.bar.set_position(bytes);
+    }
+
+    fn show(&self) {
         if self.bar.is_hidden()
             && self.started.elapsed() > SHOWN_AFTER
             && io::stderr().is_terminal()
         {
             self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
-        self.bar.inc(bytes);
     }
 }
 

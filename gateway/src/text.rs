@@ -13,6 +13,21 @@ pub fn printable(text: &str) -> String {
     shown
 }
 
+/// A JSON document for whoever reads it, which may be a terminal: what [`printable`] would not show is escaped as JSON
+/// escapes it. It stays the same document.
+pub fn printable_json(json: &str) -> String {
+    let mut shown = String::with_capacity(json.len());
+    for c in json.chars() {
+        // Outside of strings there are only line ends of these, and inside none of those.
+        match (c.is_control() && c != '\n') || is_invisible(c) {
+            // All of them have one UTF-16 unit.
+            true => shown.push_str(&format!("\\u{:04x}", u32::from(c))),
+            false => shown.push(c),
+        }
+    }
+    shown
+}
+
 /// Unicode's zero-width characters, and those that order text (UAX #9).
 fn is_invisible(c: char) -> bool {
     matches!(
@@ -47,5 +62,15 @@ mod tests {
         assert_eq!(printable("a\u{9b}b\u{7f}"), "a\\u{9b}b\\u{7f}");
         assert_eq!(printable("\u{202e}gpj.x"), "\\u{202e}gpj.x");
         assert_eq!(printable("a\u{200b}b"), "a\\u{200b}b");
+    }
+
+    #[test]
+    fn documents_do_not_steer_the_terminal_and_stay_what_they_are() {
+        // As serde_json writes it, which escapes what is below U+0020 only.
+        let json = "{\n  \"name\": \"gr\u{f6}\u{df}e \u{7f}\u{9b}2J\\u001b\u{202e}\"\n}\n";
+        assert_eq!(
+            printable_json(json),
+            "{\n  \"name\": \"größe \\u007f\\u009b2J\\u001b\\u202e\"\n}\n"
+        );
     }
 }

@@ -379,7 +379,7 @@ impl Cell {
         self.change(body).await
     }
 
-    /// Has the cell note that this client is about to do something of which its log would not know otherwise. The
+    /// Has the cell note what this client is about to do, or has done, of which its log would not know otherwise. The
     /// text is cut to [`NOTE_BYTES_MAX`](crate::entry::NOTE_BYTES_MAX).
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 pub mod auth;
 pub mod client;
 pub(crate) mod codec;
+pub mod events;
 pub mod frame;
 pub mod inspect;
 pub mod peer;

@@ -382,13 +382,18 @@ impl Namespace {
     }
 
     /// SHA-256 of a file's data, in hexadecimal digits, and what there was to say of the file while they were read.
+    /// `progress` is told how many bytes are read, from the beginning again if the file was changed meanwhile.
     ///
     /// # Errors
     /// [`FsError::Changing`] if it was changed each time that it was read; else as [`Namespace::read`].
-    pub async fn digest(&self, node: Node) -> Result<(String, Attributes), FsError> {
+    pub async fn digest(
+        &self,
+        node: Node,
+        progress: impl Fn(u64),
+    ) -> Result<(String, Attributes), FsError> {
         let mut attributes = self.attributes(node).await?;
         for _ in 0..DIGEST_TRIES {
-            let (digest, length) = self.digest_once(node).await?;
+            let (digest, length) = self.digest_once(node, &progress).await?;
             let before = attributes;
             attributes = self.attributes(node).await?;
             // Also as long as it was: a file that ended early was changed, whatever it is now.
@@ -399,7 +404,11 @@ impl Namespace {
         Err(FsError::Changing)
     }
 
-    async fn digest_once(&self, node: Node) -> Result<(String, u64), FsError> {
+    async fn digest_once(
+        &self,
+        node: Node,
+        progress: impl Fn(u64),
+    ) -> Result<(String, u64), FsError> {
         let mut digest = Sha256::new();
         let mut length = 0;
         loop {
@@ -410,6 +419,7 @@ impl Namespace {
             for part in &parts {
                 length += hash(&mut digest, part);
             }
+            progress(length);
         }
         let digest = digest.finalize();
         let digits = digest.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -435,7 +445,7 @@ impl Namespace {
             return Err(FsError::NoAttribute);
         }
         if name == DIGEST {
-            return Ok(self.digest(node).await?.0);
+            return Ok(self.digest(node, |_| {}).await?.0);
         }
         let attributes = self.attributes(node).await?;
         Ok(match name {

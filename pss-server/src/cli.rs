@@ -11,6 +11,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use pss_core::types::SERVERS_MAX;
 use pss_gateway::program::parse_time;
+use pss_gateway::text::printable_json;
 
 use crate::config::{CellFiles, ConfigError};
 
@@ -303,7 +304,7 @@ fn print_json(value: &serde_json::Value) -> Result<(), CliError> {
 }
 
 fn json_text(value: &serde_json::Value) -> String {
-    format!("{value:#}\n")
+    printable_json(&format!("{value:#}\n"))
 }
 
 /// A server's id as an argument.

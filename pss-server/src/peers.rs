@@ -50,7 +50,7 @@ pub(crate) struct LinkCounts {
 }
 
 /// Our connection to a server, for those who look at it.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub(crate) struct LinkView<'a> {
     pub(crate) tcp: SocketAddr,
     pub(crate) state: LinkState,
@@ -80,14 +80,15 @@ impl Peer {
             Link::Calling { connection, .. } => (LinkState::Calling, Some(connection), None),
             Link::Up { connection, since } => (LinkState::Up, Some(connection), Some(since)),
         };
-        let trouble = Some(&self.trouble[..]).filter(|trouble| !trouble.is_empty());
+        let is_up = state == LinkState::Up;
+        let trouble = Some(&self.trouble[..]).filter(|trouble| !is_up && !trouble.is_empty());
         LinkView {
             tcp: self.tcp,
             state,
             connection,
             up_since,
             incarnation: Some(self.incarnation).filter(|it| *it != Incarnation(0)),
-            trouble: trouble.filter(|_| state != LinkState::Up),
+            trouble,
             counts: self.counts,
         }
     }

@@ -34,11 +34,12 @@ use pss_core::types::ServerId;
 use pss_core::volume::device::Volumes;
 use pss_gateway::listen::Listener;
 use pss_gateway::logging::{self, LogLevel};
+use pss_gateway::notes::Notes;
 use pss_gateway::program::parse_address;
 use pss_gateway::text::counted;
 use tokio::sync::watch;
 
-use crate::cli::cell::{connect, explain};
+use crate::cli::cell::{config, connect, explain};
 use crate::cli::{self, CliError, Exit, check_new_volume, format, on_stop_signal, start_server};
 use crate::config::{CellFiles, Tuning};
 use crate::node::ServerHandle;
@@ -112,6 +113,8 @@ const TARGET: &str = "iqn.2001-03.jp.tritech:pss-up";
 const TRIES: u8 = 20;
 /// For a request to the cell; an election after a crash takes part of a second.
 const CELL_TIMEOUT: Duration = Duration::from_secs(30);
+/// What this calls itself to the cell.
+const PROGRAM: &str = "pss-up";
 
 /// Where everything is, once it is decided.
 #[derive(Debug)]
@@ -521,7 +524,8 @@ async fn serve(
     for missing in iscsi_server.apply(catalog(&volumes)).await {
         missing.log();
     }
-    let control = Control::new(Arc::clone(&iscsi_server), None);
+    let notes = Notes::new(config(files, PROGRAM, CELL_TIMEOUT));
+    let control = Control::new(Arc::clone(&iscsi_server), None, Some(Arc::clone(&notes)));
     match ControlSocket::bind(&plan.control()) {
         Ok(socket) => drop(tokio::spawn(socket.serve(control))),
         Err(error) => tracing::warn!("{error}; 'pss iscsi' cannot see this cell"),
@@ -553,7 +557,7 @@ async fn serve(
         nbd_server.run(vec![nbd_port.listener], told(ended.clone())),
         iscsi_server.run(vec![iscsi_port.listener], told(ended)),
     );
-    cell.close().await;
+    tokio::join!(cell.close(), notes.close());
     Ok(())
 }
 
@@ -578,7 +582,7 @@ async fn open_volumes(
     files: &CellFiles,
     volumes: &[VolumeSpec],
 ) -> Result<(Arc<Cell>, Vec<VolumeSpec>), CliError> {
-    let cell = connect(files, "pss-up", CELL_TIMEOUT);
+    let cell = connect(files, PROGRAM, CELL_TIMEOUT);
     match create_missing(&cell, volumes).await {
         Ok(volumes) => Ok((cell, volumes)),
         Err(error) => Err(explain(files, &cell, error).await),

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -511,4 +513,205 @@ fn the_socket_and_who_is_not_there() {
     bench.gateway.process.signal("TERM");
     assert_eq!(bench.gateway.process.ends(PATIENCE), Some(0));
     assert!(!bench.gateway.control.exists());
+}
+
+/// Everything that was done is in the events of the cell, with who asked for it.
+#[test]
+fn the_cell_notes_what_is_done_to_a_gateway() {
+    let bench = Bench::new();
+    let _one = Initiator::start(&bench, "iqn.one", USER, TARGET);
+    let session = bench.wait_session("iqn.one", TARGET)["session"].clone();
+    let before = gateway_events(&bench.cell).len();
+    assert_eq!(before, 0, "what was only looked at is not noted");
+
+    // Another user, if we may let one in; the socket is the gateway's own user's.
+    let user = other_user(&bench);
+    let kicked = as_user(&bench, user, &format!("kick {session} --within 3s --json"));
+    let answer: Value = serde_json::from_str(&kicked.done().stdout()).unwrap();
+    assert_eq!(answer["noted"], true, "{answer}");
+    assert_eq!(answer["not_noted"], Value::Null);
+    bench.pss("kick 999").fails(3, &["no session 999"]);
+    bench.pss(&format!("drain {OPEN} --within 1s")).done();
+    bench.pss("undrain 1").done();
+    let conf = bench.cell.bench.path("targets0.conf");
+    let more = format!("{CONF}<target {NEW}>\nbacking-store vol003\n</target>\n");
+    fs::write(&conf, &more).unwrap();
+    bench.pss("reload").done();
+    fs::write(&conf, more.replace("lun 1", "lun x")).unwrap();
+    bench.pss("reload").fails(2, &["stays as it was"]);
+    bench
+        .tgtadm("--op new --mode account --user u1 --password passpasspass")
+        .done();
+    bench
+        .tgtadm("--op bind --mode account --tid 2 --user u1")
+        .done();
+    bench
+        .tgtadm("--op delete --mode target --tid 3 --force")
+        .done();
+    bench
+        .tgtadm("--op delete --mode target --tid 9")
+        .fails(22, &["no target with number 9"]);
+    fs::write(&conf, CONF).unwrap();
+    bench.gateway.process.signal("HUP");
+    wait_until("the signal is noted", PATIENCE, || {
+        gateway_events(&bench.cell)
+            .iter()
+            .any(|it| it["text"].as_str().unwrap().contains("SIGHUP"))
+    });
+
+    let events = gateway_events(&bench.cell);
+    let texts: Vec<&str> = events
+        .iter()
+        .map(|it| it["text"].as_str().unwrap())
+        .collect();
+    let expected = [
+        &format!("kick session {session} of iqn.one with {TARGET}"),
+        "could not kick session 999: there is no session 999",
+        &format!("drain target {OPEN} of 0 sessions"),
+        &format!("undrain target {OPEN}"),
+        &format!("reload the configuration: changed {NEW}"),
+        // The beginning; it is longer.
+        "could not reload the configuration: configuration stays as it was: targets0.conf:4",
+        "add account u1",
+        &format!("bind account u1 to target {TARGET}"),
+        &format!("delete target {NEW} by force"),
+        "could not delete target number 9: there is no target with number 9",
+        &format!("reload the configuration on SIGHUP: changed {TARGET}"),
+    ];
+    assert_eq!(texts.len(), expected.len(), "{texts:#?}");
+    for (text, expected) in texts.iter().zip(expected) {
+        let path = conf.display().to_string();
+        let text = text.replace(&path, "targets0.conf");
+        assert!(text.starts_with(expected), "{text}, not {expected}");
+    }
+    for (event, number) in events.iter().zip(0..) {
+        let whose = match number {
+            0 => user_name(user),
+            10 => String::new(),
+            _ => user_name(user_id()),
+        };
+        let user = event["user"].as_str().unwrap();
+        assert!(user.starts_with(&whose), "{event}");
+        assert_eq!(user.is_empty(), whose.is_empty(), "{event}");
+        let address: SocketAddr = event["address"].as_str().unwrap().parse().unwrap();
+        assert!(address.ip().is_loopback(), "{event}");
+    }
+    let log = bench.gateway.process.text();
+    for text in texts {
+        assert!(
+            log.contains(text) || text.ends_with("..."),
+            "{text}:\n{log}"
+        );
+    }
+    assert!(!log.contains("passpasspass") && !json!(events).to_string().contains("passpasspass"));
+}
+
+/// A gateway does what it is told, and answers soon, when its cell cannot be reached; it says that that is not noted,
+/// and notes it when the cell comes back.
+#[test]
+fn a_gateway_without_its_cell_notes_later() {
+    let mut bench = Bench::new();
+    for id in [0, 1] {
+        bench.cell.kill(id);
+    }
+    let begin = Instant::now();
+    let asked = 20;
+    for _ in 0..asked {
+        let answer = bench.json(&format!("undrain {OPEN}"));
+        assert_eq!(answer["noted"], false, "{answer}");
+        let reason = answer["not_noted"].as_str().unwrap();
+        assert!(reason.contains("has not answered yet"), "{reason}");
+    }
+    let said = bench.pss(&format!("undrain {OPEN}")).done().stderr();
+    assert!(said.contains("may be missing from 'pss events'"), "{said}");
+    let warned = bench.tgtadm("--op new --mode account --user u1 --password passpasspass");
+    let warned = warned.done().stderr();
+    assert!(warned.contains("may be missing"), "{warned}");
+    assert!(
+        begin.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        begin.elapsed()
+    );
+    for id in [0, 1] {
+        bench.cell.start(id);
+    }
+    bench.cell.wait_current();
+    wait_until("all of it is noted", PATIENCE, || {
+        gateway_events(&bench.cell).len() == asked + 2
+    });
+    let answer = bench.json(&format!("undrain {OPEN}"));
+    assert_eq!(answer["noted"], true, "{answer}");
+
+    // Nor does stopping wait for the cell, but the log says what may be missing.
+    for id in [0, 1] {
+        bench.cell.kill(id);
+    }
+    bench.pss(&format!("drain {OPEN} --within 0")).done();
+    let begin = Instant::now();
+    bench.gateway.process.signal("TERM");
+    assert_eq!(bench.gateway.process.ends(PATIENCE), Some(0));
+    assert!(
+        begin.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begin.elapsed()
+    );
+    let log = bench.gateway.process.text();
+    let lost = format!("'drain target {OPEN} of 0 sessions' may be missing from 'pss events'");
+    assert!(log.contains(&lost), "{log}");
+}
+
+/// What the cell's events have of gateways.
+fn gateway_events(cell: &Cell) -> Vec<Value> {
+    let outcome = cell.bench.run("pss", "events --json");
+    let value: Value = serde_json::from_str(&outcome.done().stdout()).unwrap();
+    let all = value["events"].as_array().unwrap().iter();
+    let of_gateways = all.filter(|it| it["client"].as_str().unwrap().starts_with("pss-iscsi@"));
+    of_gateways.cloned().collect()
+}
+
+fn user_id() -> u32 {
+    let output = Command::new("id").arg("-u").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.trim().parse().unwrap()
+}
+
+fn user_name(id: u32) -> String {
+    let output = Command::new("id").args(["-un", &id.to_string()]).output();
+    String::from_utf8(output.unwrap().stdout)
+        .unwrap()
+        .trim()
+        .to_owned()
+}
+
+/// `nobody`, who is let in to the gateway, if we are root; else who we are.
+fn other_user(bench: &Bench) -> u32 {
+    const NOBODY: u32 = 65534;
+    let own = user_id();
+    if own != 0 {
+        return own;
+    }
+    let programs = &bench.cell.bench;
+    let open = |path: &std::path::Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open(&programs.path(""), 0o755);
+    open(&bench.gateway.control, 0o666);
+    NOBODY
+}
+
+/// `pss iscsi` of another user.
+fn as_user(bench: &Bench, user: u32, args: &str) -> Outcome {
+    // Where ours is others may not go.
+    let program = bench.cell.bench.path("pss-copy");
+    fs::copy(binaries::path("pss"), &program).unwrap();
+    let mut command = Command::new(program);
+    command
+        .arg("iscsi")
+        .arg("--control")
+        .arg(&bench.gateway.control);
+    command.args(args.split_whitespace()).stdin(Stdio::null());
+    if user != user_id() {
+        command.uid(user).gid(user);
+    }
+    Outcome(command.output().unwrap())
 }

@@ -777,6 +777,7 @@ fn long_reads_show_how_far_they_are() {
     cell.bench.run("pss", "volume create large 1T").done();
     let verbs = [
         ("pss-fuse", "read /.volumes/large --out out", "reading"),
+        ("pss-fuse", "stat --digest /.volumes/large", "reading"),
         ("pss", "volume export large exported", "exporting"),
     ];
     for (program, args, word) in verbs {

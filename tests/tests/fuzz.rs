@@ -43,6 +43,7 @@ use pss_core::wire::client::{
     Browse, ChunkStatus, EventList, PeerStatus, Reply, ReplyBody, ReplyError, Request, RequestBody,
     ServerStatus, VolumeStatus,
 };
+use pss_core::wire::events::ListedEvent;
 use pss_core::wire::frame::{Frame, FrameKind, FrameLimits, FrameReader, SendQueue};
 use pss_core::wire::inspect::{
     ClientInfo, CommandInfo, EntryInfo, FilesInfo, Inspect, Inspection, LeaseInfo, LinkInfo,
@@ -705,6 +706,7 @@ fn inspections() -> Vec<Inspection> {
         local: address(),
         remote: Some(address()),
         state: "ESTABLISHED".into(),
+        receive_queue_bytes: 2,
         send_queue_bytes: 1,
         who: Some("server 2".into()),
     };
@@ -765,7 +767,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
     let events = EventList {
         first: 1,
         last: 2,
-        events: vec![AdminEvent {
+        events: vec![ListedEvent::Known(AdminEvent {
             number: 2,
             slot: Slot(3),
             time_ms: 4,
@@ -781,7 +783,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
                 forced: false,
             },
             refused: Some(Refusal::VolumeAttached),
-        }],
+        })],
     };
     let extents = (0..100).map(|extent| Extent {
         length_bytes: 4096,

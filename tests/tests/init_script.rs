@@ -93,8 +93,8 @@ impl Stage {
             .env("PATH", format!("{}:{path}", self.path("bin").display()))
             .env("STAGE", self.directory.path())
             .env("PSS_SERVERS", self.path("server.conf"))
-            .env("PSS_RUN", self.path("run"))
-            .env("PSS_LOG", self.path("log"))
+            .env("PSS_RUN_DIR", self.path("run"))
+            .env("PSS_LOG_DIR", self.path("log"))
             .env("PSS_DEFAULTS", self.path("none"))
             .env("PSS_SYSTEMD", self.path("systemd"))
             .env("PSS_WAIT", "10");

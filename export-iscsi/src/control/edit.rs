@@ -1,6 +1,7 @@
 //! Changes of what is exported, while it is: a [`Catalog`] in, another one out, by the rules that hold for
 //! the files.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -131,8 +132,8 @@ pub enum Edit {
 #[serde(transparent)]
 pub struct Password(pub String);
 
-impl std::fmt::Debug for Password {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Password")
     }
 }
@@ -278,6 +279,78 @@ impl Edit {
                 entry.initiators.retain(|it| *it != rule);
                 entry.closed = true;
                 Ok(())
+            }
+        }
+    }
+}
+
+/// What it is to do, for people; never secrets.
+impl fmt::Display for Edit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let with = |options: &[(String, String)]| {
+            let all = options
+                .iter()
+                .map(|(name, value)| format!(" {name} {value}"));
+            all.collect::<Vec<_>>().join(",")
+        };
+        let role = |outgoing: &bool| {
+            if *outgoing {
+                "outgoing account"
+            } else {
+                "account"
+            }
+        };
+        let place = |target: &Option<String>| match target {
+            Some(target) => format!("target {target}"),
+            None => "discovery".to_owned(),
+        };
+        match self {
+            Edit::NewTarget { target } => write!(f, "add target {target}"),
+            Edit::DeleteTarget { target } => write!(f, "delete target {target}"),
+            Edit::UpdateTarget {
+                target,
+                name,
+                value,
+            } => write!(f, "set {name} of target {target} to {value}"),
+            Edit::NewLun {
+                target,
+                lun,
+                volume,
+                options,
+            } => write!(
+                f,
+                "add volume {volume} as LUN {lun} of target {target}{}",
+                with(options)
+            ),
+            Edit::UpdateLun {
+                target,
+                lun,
+                options,
+            } => write!(f, "set LUN {lun} of target {target} to{}", with(options)),
+            Edit::DeleteLun { target, lun } => write!(f, "delete LUN {lun} of target {target}"),
+            Edit::NewAccount { user, .. } => write!(f, "add account {user}"),
+            Edit::DeleteAccount { user } => write!(f, "delete account {user}"),
+            Edit::BindAccount {
+                target,
+                user,
+                outgoing,
+            } => write!(f, "bind {} {user} to {}", role(outgoing), place(target)),
+            Edit::UnbindAccount {
+                target,
+                user,
+                outgoing,
+            } => write!(f, "unbind {} {user} from {}", role(outgoing), place(target)),
+            Edit::BindAddress { target, address } => {
+                write!(f, "bind initiator-address {address} to target {target}")
+            }
+            Edit::UnbindAddress { target, address } => {
+                write!(f, "unbind initiator-address {address} from target {target}")
+            }
+            Edit::BindName { target, initiator } => {
+                write!(f, "bind initiator-name {initiator} to target {target}")
+            }
+            Edit::UnbindName { target, initiator } => {
+                write!(f, "unbind initiator-name {initiator} from target {target}")
             }
         }
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
+use pss_gateway::user::user_of;
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -178,6 +179,11 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 
 async fn serve_stream(mut stream: UnixStream, control: &Control) {
     let mut input = BytesMut::new();
+    // Known while the process is still there, which waits for its answer.
+    let user = match stream.peer_cred() {
+        Ok(peer) => user_of(peer.uid(), peer.pid()),
+        Err(_) => String::new(),
+    };
     loop {
         let request = match timeout(IDLE_MAX, read_line(&mut stream, &mut input)).await {
             Ok(Ok(Some(line))) => parse(&line),
@@ -189,7 +195,7 @@ async fn serve_stream(mut stream: UnixStream, control: &Control) {
             Err(_) => return debug!("a connection to the control socket said nothing"),
         };
         let answer = match request {
-            Ok(request) => control.handle(request).await,
+            Ok(request) => control.handle(&user, request).await,
             Err(failure) => Err(failure),
         };
         if send(&mut stream, answer).await.is_err() {

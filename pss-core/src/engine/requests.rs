@@ -311,7 +311,11 @@ impl Engine {
                 let list = EventList {
                     first: self.state.first_event(),
                     last: self.state.events_made(),
-                    events: events.take(EVENTS_ANSWERED_MAX).cloned().collect(),
+                    events: events
+                        .take(EVENTS_ANSWERED_MAX)
+                        .cloned()
+                        .map(Into::into)
+                        .collect(),
                 };
                 self.answer_reader(reader, Ok(ReplyBody::Events(Box::new(list))));
             }

@@ -70,7 +70,7 @@ pub enum AdminAction {
         /// Whoever had it attached.
         forced: bool,
     },
-    /// A client was about to do something outside of the state.
+    /// A client was about to do something outside of the state, or has done it.
     Note {
         /// What, in its words.
         text: String,

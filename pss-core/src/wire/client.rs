@@ -4,7 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::entry::{NOTE_BYTES_MAX, USER_NAME_MAX};
-use crate::state::{AdminEvent, Refusal, Volume, VolumeTimes};
+use crate::state::{Refusal, Volume, VolumeTimes};
 use crate::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId,
     Slot, VolumeId,
@@ -13,6 +13,7 @@ use crate::volume::device::{Extent, ReadPart};
 use crate::volume::reservation::{ReservationRequest, Reservations};
 use crate::wire::DecodeError;
 use crate::wire::codec::{Input, Output, shortened};
+use crate::wire::events::ListedEvent;
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
 use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection};
 
@@ -204,7 +205,7 @@ pub enum RequestBody {
         /// Only what has a number above this one; the answer has at most [`EVENTS_ANSWERED_MAX`] of it, the oldest.
         after: u64,
     },
-    /// Says what the client is about to do that the replicated state would not know of otherwise. Numbered.
+    /// Says what the client is about to do, or has done, that the replicated state would not know of otherwise. Numbered.
     Note {
         /// At most [`NOTE_BYTES_MAX`].
         text: String,
@@ -321,7 +322,7 @@ pub struct EventList {
     /// Number of the newest event; 0 if there never was one.
     pub last: u64,
     /// Those that were asked for, oldest first.
-    pub events: Vec<AdminEvent>,
+    pub events: Vec<ListedEvent>,
 }
 
 /// Why a request failed.

@@ -113,7 +113,7 @@ pub struct ClientInfo {
 }
 
 /// State of a connection to another server.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LinkState {
     /// It can be used.
@@ -122,6 +122,9 @@ pub enum LinkState {
     Calling,
     /// There is none; it will be tried again.
     Down,
+    /// A state of a later version.
+    #[serde(untagged)]
+    Newer(String),
 }
 
 /// What is held for another server.
@@ -326,4 +329,20 @@ pub struct SocketInfo {
     pub send_queue_bytes: u64,
     /// Who is at the other end: a client's name, `server 2`, or nothing yet.
     pub who: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_of_later_versions_are_read() {
+        let read = |text: &str| serde_json::from_str::<LinkState>(text).unwrap();
+        assert_eq!(read(r#""calling""#), LinkState::Calling);
+        let newer = LinkState::Newer("paused".into());
+        assert_eq!(read(r#""paused""#), newer);
+        for state in [LinkState::Up, LinkState::Down, newer] {
+            assert_eq!(read(&serde_json::to_string(&state).unwrap()), state);
+        }
+    }
 }

@@ -15,7 +15,7 @@ use pss_core::volume::device::{Extent, ReadPart};
 use pss_core::wire::client::REQUEST_BYTES_MAX;
 use pss_gateway::logging::LogTarget;
 use pss_gateway::progress::Progress;
-use pss_gateway::text::counted;
+use pss_gateway::text::{counted, printable_json};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
@@ -231,7 +231,9 @@ pub(super) fn stat(cell: &CellArgs, args: &StatArgs) -> Result<(), CliError> {
             let (digest, shown) = match args.digest && !found.node.is_directory() {
                 // Of the same moment.
                 true => {
-                    let (digest, shown) = namespace.digest(found.node).await.map_err(at)?;
+                    let progress = Progress::new("reading", found.size_bytes);
+                    let digest = namespace.digest(found.node, |bytes| progress.reach(bytes));
+                    let (digest, shown) = digest.await.map_err(at)?;
                     (Some(digest), shown)
                 }
                 false => (None, shown),
@@ -468,6 +470,7 @@ pub(super) fn map(cell: &CellArgs, args: &MapArgs) -> Result<(), CliError> {
             return Err(at(FsError::IsDirectory));
         }
         let mut extents: Vec<(u64, Extent)> = Vec::new();
+        let progress = Progress::new("mapping", found.size_bytes);
         let mut from = 0;
         while from < found.size_bytes {
             let more = namespace.extents(node, from, found.size_bytes - from).await;
@@ -484,7 +487,9 @@ pub(super) fn map(cell: &CellArgs, args: &MapArgs) -> Result<(), CliError> {
             if from == before {
                 break;
             }
+            progress.reach(from);
         }
+        drop(progress);
         let kind = |extent: &Extent| match extent.allocated {
             true => "data",
             false => "hole",
@@ -544,7 +549,7 @@ fn look<F: Future<Output = Result<(), CliError>>>(
 }
 
 fn print_json(value: &Value) -> Result<(), CliError> {
-    print(format!("{value:#}\n").as_bytes())
+    print(printable_json(&format!("{value:#}\n")).as_bytes())
 }
 
 /// Says how far the answers of the nearest server may be behind, after they were given.

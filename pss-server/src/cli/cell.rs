@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,19 +24,24 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client of the cell. Needs a tokio runtime.
 pub(crate) fn connect(files: &CellFiles, program: &str, timeout: Duration) -> Arc<Cell> {
+    Cell::connect(config(files, program, timeout))
+}
+
+/// How a client of the cell reaches it.
+pub(crate) fn config(files: &CellFiles, program: &str, timeout: Duration) -> CellConfig {
     let servers = files.servers.ids();
     let servers = servers
         .into_iter()
         .filter_map(|id| Some((id, files.servers.tcp(id)?)))
         .collect();
     let name = format!("{program}@{}", host_name());
-    Cell::connect(CellConfig {
+    CellConfig {
         key: files.key.clone(),
         client_user: pss_gateway::user::user_name(),
         request_timeout: timeout,
         connect_timeout: CONNECT_TIMEOUT.min(timeout),
         ..CellConfig::new(servers, &name)
-    })
+    }
 }
 
 /// What this machine calls itself.
@@ -96,9 +102,33 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
                 "no space left on the servers; 'pss status' shows how much each has free",
             );
         }
+        ClientError::Reply(ReplyError::Invalid) => {
+            let answers = ask_all(files, cell).await;
+            return leader_too_old(&answers, |id| files.servers.tcp(id));
+        }
         ClientError::Reply(_) | ClientError::Fenced | ClientError::Unexpected => Exit::Failed,
     };
     CliError::new(exit, error)
+}
+
+/// What it means that the leader does not know a request: whatever it was, this program made it as its version does.
+fn leader_too_old(answers: &Answers, address: impl Fn(ServerId) -> Option<SocketAddr>) -> CliError {
+    let mut leaders = answers.statuses.iter();
+    let leader = leaders.find(|(_, status)| status.role == "leader");
+    let message = match leader {
+        Some((id, status)) => {
+            let address = address(*id).map(|it| format!(" at {it}"));
+            format!(
+                "server {id}{}, which leads, does not know this request: it is too old ({}, this is {}); update pssd there, and on the other servers",
+                address.unwrap_or_default(),
+                printable(&status.version),
+                env!("CARGO_PKG_VERSION"),
+            )
+        }
+        None => "the leader does not know this request: it is too old; update pssd on all servers"
+            .to_owned(),
+    };
+    CliError::new(Exit::Unsupported, message)
 }
 
 fn unavailable(answers: &Answers) -> CliError {
@@ -140,12 +170,7 @@ fn turned_away(id: ServerId, error: &ServerError) -> CliError {
 fn no_answer(id: ServerId, address: &str, error: Option<&ServerError>) -> CliError {
     match error {
         Some(error) if error.is_denial() => turned_away(id, error),
-        Some(ServerError::Reply(ReplyError::Invalid)) => CliError::new(
-            Exit::Unsupported,
-            format!(
-                "server {id} at {address} does not know the question: it is of an older version"
-            ),
-        ),
+        Some(error) if is_too_old(error) => too_old(&[(id, address)]),
         _ => {
             let reason = error.map(|error| format!(" ({error})")).unwrap_or_default();
             CliError::new(
@@ -156,6 +181,28 @@ fn no_answer(id: ServerId, address: &str, error: Option<&ServerError>) -> CliErr
             )
         }
     }
+}
+
+/// Whether a server does not know the question.
+fn is_too_old(error: &ServerError) -> bool {
+    matches!(error, ServerError::Reply(ReplyError::Invalid))
+}
+
+/// What it means that servers do not know the question.
+fn too_old(servers: &[(ServerId, &str)]) -> CliError {
+    let names = servers
+        .iter()
+        .map(|(id, address)| format!("{id} at {address}"));
+    let names = names.collect::<Vec<_>>().join(", ");
+    let message = match servers {
+        [_] => {
+            format!("server {names} does not know the question: it is too old; update pssd there")
+        }
+        _ => {
+            format!("servers {names} do not know the question: they are too old; update pssd there")
+        }
+    };
+    CliError::new(Exit::Unsupported, message)
 }
 
 /// The cell, for programs that do one thing after the other.
@@ -344,7 +391,11 @@ impl Told {
     /// The line that tells of a server that did not answer.
     pub(super) fn failure(&self) -> Option<String> {
         let error = self.answer.as_ref().err()?;
-        Some(format!("Server {} at {}: {error}", self.id, self.address))
+        let reason = match is_too_old(error) {
+            true => "it is too old to know the question; update pssd there".to_owned(),
+            false => error.to_string(),
+        };
+        Some(format!("Server {} at {}: {reason}", self.id, self.address))
     }
 }
 
@@ -359,6 +410,20 @@ pub(super) fn check_any_answers(told: &[Told]) -> Result<(), CliError> {
     };
     if let Some((told, error)) = errors().find(|(_, error)| error.is_denial()) {
         return Err(turned_away(told.id, error));
+    }
+    let old: Vec<(ServerId, &str)> = errors()
+        .filter(|(_, error)| is_too_old(error))
+        .map(|(told, _)| (told.id, &*told.address))
+        .collect();
+    // Those that are reached would not know it later either, whatever is with the others.
+    if !old.is_empty() {
+        let mut error = too_old(&old);
+        let others = errors().filter(|(_, error)| !is_too_old(error));
+        for (told, reason) in others {
+            let (id, address) = (told.id, &told.address);
+            error.message += &format!("; server {id} at {address}: {reason}");
+        }
+        return Err(error);
     }
     if let [one] = told {
         return Err(no_answer(one.id, &one.address, one.answer.as_ref().err()));
@@ -417,6 +482,31 @@ mod tests {
         let error = unavailable(&nobody);
         assert_eq!(error.exit, Exit::Denied);
         assert!(error.message.contains("--key"), "{}", error.message);
+    }
+
+    #[test]
+    fn a_leader_that_is_too_old_is_named() {
+        let three = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        let (leader, _) = three
+            .statuses
+            .iter()
+            .find(|(_, status)| status.role == "leader")
+            .unwrap();
+        let address = |id: ServerId| Some(SocketAddr::from(([192, 0, 2, id.0], 4010)));
+        let error = leader_too_old(&three, address);
+        assert_eq!(error.exit, Exit::Unsupported);
+        let named = format!("server {leader} at 192.0.2.{leader}:4010, which leads, ");
+        assert!(error.message.starts_with(&named), "{}", error.message);
+        assert!(error.message.contains("update pssd"), "{}", error.message);
+        let nobody = answers(3, &[]);
+        let error = leader_too_old(
+            &Answers {
+                statuses: BTreeMap::new(),
+                ..nobody
+            },
+            address,
+        );
+        assert_eq!(error.exit, Exit::Unsupported);
     }
 
     #[test]

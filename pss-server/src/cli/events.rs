@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use clap::Args;
-use pss_core::state::AdminEvent;
+use pss_core::wire::events::ListedEvent;
+use pss_gateway::text::printable_json;
 use serde_json::{Value, json};
 
 use super::cell::Access;
@@ -70,7 +71,7 @@ fn parse_count(text: &str) -> Result<u64, String> {
 
 /// The events behind the one of this number, which becomes that of the last: the `whole` list, or as many as there is
 /// an answer for.
-fn new_events(cell: &Access, shown: &mut u64, whole: bool) -> Result<Vec<AdminEvent>, CliError> {
+fn new_events(cell: &Access, shown: &mut u64, whole: bool) -> Result<Vec<ListedEvent>, CliError> {
     let mut all = Vec::new();
     loop {
         let list = match cell.events(*shown) {
@@ -86,7 +87,7 @@ fn new_events(cell: &Access, shown: &mut u64, whole: bool) -> Result<Vec<AdminEv
         let Some(last) = list.events.last() else {
             return Ok(all);
         };
-        *shown = last.number;
+        *shown = last.number();
         all.extend(list.events);
         if *shown >= list.last {
             return Ok(all);
@@ -95,16 +96,16 @@ fn new_events(cell: &Access, shown: &mut u64, whole: bool) -> Result<Vec<AdminEv
 }
 
 /// An event as a line for people. Names come from other people: nothing in them moves the cursor.
-fn line(event: &AdminEvent) -> String {
+fn line(event: &ListedEvent) -> String {
     let known = |name: &str| match name {
         "" => "?".to_owned(),
         name => printable(name),
     };
-    let by = &event.by;
+    let by = event.by();
     let address = by.address.map(|it| format!("@{}", it.ip()));
     format!(
         "{}  {}{}  {}  {}\n",
-        time_text(event.time_ms),
+        time_text(event.time_ms()),
         known(&by.user),
         address.unwrap_or_default(),
         known(&by.name),
@@ -112,24 +113,25 @@ fn line(event: &AdminEvent) -> String {
     )
 }
 
-fn line_json(event: &AdminEvent) -> String {
+fn line_json(event: &ListedEvent) -> String {
     let mut value = event_json(event);
     value["schema"] = SCHEMA.into();
-    format!("{value}\n")
+    printable_json(&format!("{value}\n"))
 }
 
-fn event_json(event: &AdminEvent) -> Value {
+fn event_json(event: &ListedEvent) -> Value {
+    let (by, refused) = (event.by(), event.refused());
     json!({
-        "number": event.number,
-        "slot": event.slot.0,
-        "time": time_iso(event.time_ms),
-        "time_ms": event.time_ms,
-        "user": event.by.user,
-        "address": event.by.address,
-        "client": event.by.name,
-        "action": event.action,
-        "done": event.refused.is_none(),
-        "refused": event.refused.map(|refusal| refusal.to_string()),
+        "number": event.number(),
+        "slot": event.slot().0,
+        "time": time_iso(event.time_ms()),
+        "time_ms": event.time_ms(),
+        "user": by.user,
+        "address": by.address,
+        "client": by.name,
+        "action": event.action(),
+        "done": refused.is_none(),
+        "refused": refused,
         "text": event.to_string(),
     })
 }
@@ -137,7 +139,7 @@ fn event_json(event: &AdminEvent) -> Value {
 #[cfg(test)]
 mod tests {
     use pss_core::entry::Origin;
-    use pss_core::state::{AdminAction, Refusal};
+    use pss_core::state::{AdminAction, AdminEvent, Refusal};
     use pss_core::types::{Slot, VolumeId};
 
     use super::*;
@@ -165,12 +167,12 @@ mod tests {
     #[test]
     fn events_as_text() {
         assert_eq!(
-            line(&event("alice", "10.0.0.5:4711", None)),
+            line(&event("alice", "10.0.0.5:4711", None).into()),
             "2026-11-30 12:00:01Z  alice@10.0.0.5  pss@host  created volume vol001 (10G)\n"
         );
         let refused = Some(Refusal::VolumeExists);
         assert_eq!(
-            line(&event("", "[2001:db8::1]:1", refused)),
+            line(&event("", "[2001:db8::1]:1", refused).into()),
             "2026-11-30 12:00:01Z  ?@2001:db8::1  pss@host  could not create volume vol001 (10G): a volume of that name exists\n"
         );
         let mut evil = event("\u{1b}[2J", "", None);
@@ -179,13 +181,13 @@ mod tests {
             text: "a\nb".into(),
         };
         evil.time_ms = 0;
-        assert_eq!(line(&evil), "unknown  \\u{1b}[2J  ?  a\\nb\n");
+        assert_eq!(line(&evil.into()), "unknown  \\u{1b}[2J  ?  a\\nb\n");
     }
 
     #[test]
     fn events_as_json() {
         let refused = Some(Refusal::VolumeExists);
-        let text = line_json(&event("alice", "10.0.0.5:4711", refused));
+        let text = line_json(&event("alice", "10.0.0.5:4711", refused).into());
         assert_eq!(text.matches('\n').count(), 1);
         let value: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value["schema"], "pss.events/1");
@@ -196,5 +198,12 @@ mod tests {
         assert_eq!(value["action"]["size_bytes"], 10_u64 << 30);
         assert_eq!(value["done"], false);
         assert_eq!(value["refused"], "a volume of that name exists");
+
+        let evil = event("\u{7f}\u{9b}2J\u{1b}é", "", None);
+        let text = line_json(&evil.clone().into());
+        let controls = text.trim_end().chars().filter(|c| c.is_control());
+        assert_eq!(controls.count(), 0, "{text:?}");
+        let value: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["user"], evil.by.user);
     }
 }

@@ -168,6 +168,10 @@ impl Asking<'_> {
         text: impl FnOnce(&Value) -> String,
     ) -> Result<(), CliError> {
         let answer: Value = self.ask(request)?;
+        if let Some(reason) = answer["not_noted"].as_str() {
+            let reason = printable(reason);
+            say(format!("This may be missing from 'pss events': {reason}"));
+        }
         if !self.args.json {
             say(text(&answer));
             return Ok(());

@@ -121,7 +121,7 @@ fn links_text(told: &[Told]) -> String {
             table.row([
                 one.id.to_string(),
                 link.server.to_string(),
-                link_word(link.link).to_owned(),
+                link_word(&link.link),
                 span_text(link.up_ms),
                 link.round_trip_us.map_or("-".to_owned(), round_trip),
                 loss(link.segments_lost, link.segments_sent),
@@ -176,6 +176,7 @@ fn trouble(link: &LinkInfo) -> String {
 pub(super) mod tests {
     use pss_core::client::ServerError;
     use pss_core::wire::auth::HandshakeError;
+    use pss_core::wire::client::ReplyError;
     use pss_core::wire::inspect::LeaseInfo;
 
     use super::super::Exit;
@@ -301,5 +302,26 @@ pub(super) mod tests {
         let denial = ServerError::Handshake(HandshakeError::Proof { server });
         let denied = [told(0, Err(refused())), told(1, Err(denial))];
         assert_eq!(check_any_answers(&denied).unwrap_err().exit, Exit::Denied);
+
+        // Servers of before this question.
+        let old = || Err(ServerError::Reply(ReplyError::Invalid));
+        let error = check_any_answers(&[told(0, old()), told(1, old())]).unwrap_err();
+        assert_eq!(error.exit, Exit::Unsupported);
+        assert_eq!(
+            error.message,
+            "servers 0 at 192.0.2.0:4010, 1 at 192.0.2.1:4011 do not know the question: they are too old; update pssd there"
+        );
+        let mixed = [told(0, Err(refused())), told(1, old())];
+        let error = check_any_answers(&mixed).unwrap_err();
+        assert_eq!(error.exit, Exit::Unsupported);
+        assert_eq!(
+            error.message,
+            "server 1 at 192.0.2.1:4011 does not know the question: it is too old; update pssd there; server 0 at 192.0.2.0:4010: refused"
+        );
+        assert_eq!(
+            check_any_answers(&mixed[1..]).unwrap_err().exit,
+            Exit::Unsupported
+        );
+        assert!(failures_text(&mixed).contains("too old"));
     }
 }

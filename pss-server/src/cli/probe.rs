@@ -145,11 +145,12 @@ pub(super) fn span_text(milliseconds: Option<u64>) -> String {
 }
 
 /// The word for the state of a connection.
-pub(super) fn link_word(link: LinkState) -> &'static str {
+pub(super) fn link_word(link: &LinkState) -> String {
     match link {
-        LinkState::Up => "up",
-        LinkState::Calling => "calling",
-        LinkState::Down => "down",
+        LinkState::Up => "up".to_owned(),
+        LinkState::Calling => "calling".to_owned(),
+        LinkState::Down => "down".to_owned(),
+        LinkState::Newer(word) => format!("unknown ({word})"),
     }
 }
 
@@ -171,7 +172,7 @@ fn outbound_text(id: ServerId, outbound: &[OutboundInfo]) -> String {
         table.row([
             queue.server.to_string(),
             queue.address.clone(),
-            link_word(queue.link).to_owned(),
+            link_word(&queue.link),
             Size(queue.waiting_bytes).to_string(),
             Size(queue.limit_bytes).to_string(),
             grouped(queue.dropped),

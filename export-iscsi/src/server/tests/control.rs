@@ -29,7 +29,7 @@ impl Steered {
         let file = directory.path().join("targets.conf");
         std::fs::write(&file, "").unwrap();
         let configuration = load.map(|load| Configuration { file, load });
-        let control = Control::new(Arc::clone(&bench.server), configuration);
+        let control = Control::new(Arc::clone(&bench.server), configuration, None);
         let socket = ControlSocket::bind(&path).unwrap();
         tokio::spawn(socket.serve(control));
         Steered {

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::entry::{Origin, VOLUME_NAME_MAX};
-use crate::state::AdminAction;
+use crate::state::{AdminAction, AdminEvent};
 use crate::types::Slot;
 use crate::volume::reservation::{Nexus, ReservationAction};
 use crate::wire::frame::{FrameLimits, FrameReader};
@@ -313,7 +313,8 @@ fn reply_body() -> impl Strategy<Value = Result<ReplyBody, ReplyError>> {
             .prop_map(|((first, last), texts)| {
                 let (first, last) = (u64::from(first), u64::from(last));
                 let events = texts.iter().zip(first..);
-                let events = events.map(|(text, number)| event(number, text)).collect();
+                let events = events.map(|(text, number)| event(number, text).into());
+                let events = events.collect();
                 let list = EventList {
                     first,
                     last,
@@ -640,6 +641,7 @@ fn literal_replies() {
             11,
             "020000000100000002010000",
         ),
+        (Err(ReplyError::UnknownRefusal(200)), 65, "c8"),
         (Err(ReplyError::NoSpace), 66, ""),
         (Err(ReplyError::Miscompare(19)), 67, "1300000000000000"),
         (Err(ReplyError::Invalid), 68, ""),
@@ -674,7 +676,7 @@ fn events_are_json_behind_code_and_tag() {
     let list = EventList {
         first: 1,
         last: 9,
-        events: vec![event(8, "stop"), event(5, "v")],
+        events: vec![event(8, "stop").into(), event(5, "v").into()],
     };
     let body = Ok(ReplyBody::Events(Box::new(list)));
     let header = reply_frame(&Reply { tag: 1, body }).header;
@@ -702,7 +704,7 @@ fn the_longest_list_of_events_fits_a_frame() {
     let list = EventList {
         first: 1,
         last: 9,
-        events: vec![longest; EVENTS_ANSWERED_MAX],
+        events: vec![longest.into(); EVENTS_ANSWERED_MAX],
     };
     let body = Ok(ReplyBody::Events(Box::new(list)));
     let reply = Reply { tag: 1, body };
