@@ -404,7 +404,7 @@ fn configurations_are_checked() {
     .unwrap();
     let said = check("four").done().stdout();
     for part in [
-        "4 servers decide, 1 more hold copies; any 1 may fail",
+        "4 servers decide, 1 more holds copies; any 1 may fail",
         "warning: 4 servers decide",
         "servers 0 and 1 are on one machine",
     ] {

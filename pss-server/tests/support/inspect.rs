@@ -56,6 +56,10 @@ fn written() -> (TestCell, Client) {
     for block in 0..50 {
         volume.write(block * BLOCK, &pattern(block, 1));
     }
+    // A majority is enough for the writes: the third may not have been connected yet.
+    for id in 0..3 {
+        cell.wait_caught_up(id);
+    }
     (cell, client)
 }
 
