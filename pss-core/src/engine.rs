@@ -34,7 +34,7 @@ use crate::storage::{self, ApplyError, Stalled};
 use crate::throttle::Throttle;
 use crate::time::Instant;
 use crate::types::{
-    Ballot, ChunkIndex, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+    Ballot, ChunkIndex, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
 };
 use crate::volume::device::{Extent, ReadPart};
 use crate::wire::client::{
@@ -340,6 +340,8 @@ pub struct Engine {
     backlog: VecDeque<Entry>,
     backlog_bytes: usize,
     forgetful: bool,
+    /// See [`Replica::is_rejoining`]; what was logged last.
+    rejoins: bool,
 }
 
 impl Engine {
@@ -404,6 +406,7 @@ impl Engine {
             backlog: VecDeque::new(),
             backlog_bytes: 0,
             forgetful: false,
+            rejoins: false,
         };
         engine.logged_event = engine.state.events_made();
         engine.share_volumes();
@@ -438,17 +441,28 @@ impl Engine {
         self.copying.as_ref().map(Copying::progress)
     }
 
+    /// About how long that takes still, if it can be told.
+    pub fn copying_left(&self, now: Instant) -> Option<Duration> {
+        self.copying.as_ref()?.time_left(now)
+    }
+
     /// A failure after which the server must stop: it could not apply what is chosen.
     pub fn failure(&self) -> Option<&ApplyError> {
         self.failure.as_ref()
     }
 
     /// A message of another server.
-    pub fn handle_message(&mut self, now: Instant, from: ServerId, message: Message) {
+    pub fn handle_message(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        life: Incarnation,
+        message: Message,
+    ) {
         self.replica.note_log_full(self.is_log_full(now));
         match message {
             Message::Sync(sync) => self.on_sync(now, from, sync),
-            message => self.replica.handle_message(now, from, message),
+            message => self.replica.handle_message(now, from, life, message),
         }
         self.drain(now);
     }
@@ -493,6 +507,29 @@ impl Engine {
         self.copy_timeout(now);
         self.retry_waiting_reads(now);
         self.drain(now);
+    }
+
+    fn log_rejoining(&mut self) {
+        let rejoins = self.replica.is_rejoining();
+        if rejoins == self.rejoins {
+            return;
+        }
+        self.rejoins = rejoins;
+        let life = self.replica.incarnation();
+        let counts = self.replica.admitted().of(self.replica.id());
+        if !rejoins {
+            tracing::info!("everything is learned: this server votes and counts again");
+        } else if counts > life {
+            tracing::error!(
+                "another data directory has taken the place of this one (incarnation {counts}, this one is {life}): \
+                 this server will not count again; format it with --replace if it shall"
+            );
+        } else {
+            tracing::warn!(
+                "this data directory is new to the cell (incarnation {life}): the server learns what the others hold, \
+                 and neither votes nor counts until it has"
+            );
+        }
     }
 
     /// When to call [`Engine::handle_timeout`].
@@ -545,6 +582,7 @@ impl Engine {
         self.stored_slot = self.stored_slot.max(slot);
         if slot > Slot(0) && !self.checkpoint_installing {
             self.installed_base = None;
+            self.replica.note_complete(true);
         }
     }
 
@@ -592,7 +630,7 @@ impl Engine {
             }
             let moved = self.pump_deferred(now);
             if !self.pump_queued(now) && !moved {
-                return;
+                return self.log_rejoining();
             }
         }
     }

@@ -11,7 +11,7 @@ use bytes::{Buf, BufMut, Bytes};
 use serde::{Deserialize, Serialize};
 
 use crate::types::{
-    BLOCK_BYTES, Ballot, EntryId, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+    BLOCK_BYTES, Ballot, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
 };
 use crate::volume::reservation::ReservationRequest;
 
@@ -163,6 +163,13 @@ pub enum Op {
     Note {
         /// What; at most [`NOTE_BYTES_MAX`].
         text: String,
+    },
+    /// Of a core server only what this life of it promises and acknowledges counts from here on.
+    AdmitServer {
+        /// Which.
+        server: ServerId,
+        /// Which life of its data directory.
+        incarnation: Incarnation,
     },
 }
 
@@ -465,6 +472,7 @@ impl Op {
             Op::Clock { .. } => 13,
             Op::OpenSessionFrom { .. } => 14,
             Op::Note { .. } => 15,
+            Op::AdmitServer { .. } => 16,
         }
     }
 
@@ -546,6 +554,13 @@ impl Op {
                 origin.encode(out);
             }
             Op::Note { text } => put_string(out, text),
+            Op::AdmitServer {
+                server,
+                incarnation,
+            } => {
+                out.put_u8(server.0);
+                out.put_u64_le(incarnation.0);
+            }
         }
     }
 
@@ -628,6 +643,10 @@ impl Op {
             },
             15 => Op::Note {
                 text: get_string(input)?,
+            },
+            16 => Op::AdmitServer {
+                server: ServerId(get_u8(input)?),
+                incarnation: Incarnation(get_u64(input)?),
             },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })
@@ -736,6 +755,10 @@ mod tests {
                 command(opened("[2001:db8::1]:7")),
                 command(Op::Note {
                     text: "stop server 2".into(),
+                }),
+                command(Op::AdmitServer {
+                    server: ServerId(2),
+                    incarnation: Incarnation(1 << 40),
                 }),
             ]
             .into(),

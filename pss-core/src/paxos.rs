@@ -12,6 +12,7 @@
 //! re-proposal of the tail, without writing it again.
 
 mod acceptor;
+mod admission;
 mod catch_up;
 mod election;
 mod leader;
@@ -35,13 +36,15 @@ use crate::paxos::output::{Output, Persist, WriteId};
 use crate::paxos::quorum::Membership;
 use crate::paxos::tail::Tail;
 use crate::time::Instant;
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Admitted, Ballot, EntryId, Incarnation, ServerId, Slot};
 
 /// What a replica is told at its start.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Config {
     /// This server.
     pub id: ServerId,
+    /// Life of its data directory; 0: nobody tells lives apart.
+    pub incarnation: Incarnation,
     /// The servers of the cell.
     pub members: Membership,
     /// Times and bounds.
@@ -128,6 +131,10 @@ pub struct Recovered {
     /// Chunks are being copied to this server; its data are not complete. See
     /// [`crate::storage::CheckpointRecord::installing`].
     pub installing: Option<Slot>,
+    /// Its data directory replaces another, and it has not learned yet what that knew.
+    pub rejoining: bool,
+    /// Which lives of servers count, as of `applied`.
+    pub admitted: Admitted,
 }
 
 /// A deliberate bug, for the tests of the tests.
@@ -160,6 +167,12 @@ pub enum Bug {
     DenyDamaged,
     /// Leads though its disk hangs.
     LeadHanging,
+    /// Votes and acknowledges while it learns what its wiped disk knew.
+    VoteWhileLearning,
+    /// Counts what earlier lives of servers have promised and acknowledged.
+    CountOldLives,
+    /// Takes itself for complete while chunks are still being copied to it.
+    CountIncomplete,
 }
 
 /// What a replica is doing.
@@ -174,7 +187,7 @@ pub enum RoleKind {
         /// Whether it serves requests.
         serving: bool,
     },
-    /// Never votes.
+    /// Does not vote: it never does, or learns what its wiped disk knew.
     Learner,
 }
 
@@ -190,6 +203,7 @@ enum PendingWrite {
     /// The log up to this slot.
     Append(Slot),
     Promise(Ballot),
+    Rejoining(Option<Incarnation>),
     Reset,
 }
 
@@ -198,6 +212,8 @@ enum PendingWrite {
 pub struct PeerView {
     /// When it was last heard of.
     pub heard: Option<Instant>,
+    /// Which life of it that was.
+    pub life: Incarnation,
     /// Where it stood then.
     pub progress: Progress,
     /// Up to where its log is durably equal to ours, if we lead.
@@ -228,6 +244,12 @@ pub struct Replica {
     writing_since: Option<Instant>,
     /// A candidate that waits for our promise to become durable.
     promise_to: Option<ServerId>,
+    /// See [`Replica::is_rejoining`].
+    rejoining: bool,
+    /// That it has begun or is over is being made durable.
+    changes_life: bool,
+    /// See [`Replica::note_complete`].
+    complete: bool,
 
     // Learner.
     chosen: Slot,
@@ -261,7 +283,7 @@ pub struct Replica {
 impl Replica {
     /// A server that starts at `now` with what it found on its disk.
     pub fn new(config: Config, recovered: Recovered, now: Instant) -> Replica {
-        let mut tail = Tail::new(recovered.applied);
+        let mut tail = Tail::new(recovered.applied, recovered.admitted);
         for entry in recovered.tail {
             tail.push(entry);
         }
@@ -281,6 +303,9 @@ impl Replica {
             next_write: 1,
             writing_since: None,
             promise_to: None,
+            rejoining: recovered.rejoining,
+            changes_life: false,
+            complete: recovered.installing.is_none(),
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
             applied: recovered.applied.slot,
@@ -338,39 +363,57 @@ impl Replica {
     }
 
     /// A message has come in. Its sender has been authenticated. `now` must have been read from the clock
-    /// after the message was received: it is when a lease begins that the answer grants.
-    pub fn handle_message(&mut self, now: Instant, from: ServerId, message: Message) {
+    /// after the message was received: it is when a lease begins that the answer grants. `life` is the
+    /// incarnation of the sender.
+    pub fn handle_message(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        life: Incarnation,
+        message: Message,
+    ) {
+        let is_gone = life < self.admitted().of(from);
         let Some(peer) = self.peers.get_mut(&from) else {
             return;
         };
-        peer.heard = Some(now);
+        // What an old disk says of itself is of no interest.
+        if !is_gone {
+            (peer.heard, peer.life) = (Some(now), life);
+        }
         match message {
-            Message::PreCheck { ballot, last } => self.on_pre_check(now, from, ballot, last),
+            Message::PreCheck { ballot, .. } => self.on_pre_check(now, from, life, ballot),
             Message::PreCheckAnswer {
                 ballot,
                 granted,
                 promised,
                 last,
-            } => {
+            } if self.counts(from, life) => {
                 self.on_pre_check_answer(now, from, ballot, granted, promised, last);
             }
-            Message::Prepare { ballot, released } => self.on_prepare(now, from, ballot, released),
+            Message::Prepare { ballot, released } if self.counts(from, life) => {
+                self.on_prepare(now, from, ballot, released);
+            }
             Message::Promise {
                 ballot,
                 last,
                 certain,
                 have,
                 chosen,
+                admitted,
             } => {
                 let promised = Promised {
                     last,
                     certain,
                     have,
                     chosen,
+                    life,
+                    admitted,
                 };
                 self.on_promise(now, from, ballot, promised);
             }
-            Message::Nack { ballot, promised } => self.on_nack(now, ballot, promised),
+            Message::Nack { ballot, promised } if self.counts(from, life) => {
+                self.on_nack(now, ballot, promised);
+            }
             Message::Accept {
                 ballot,
                 prev,
@@ -379,11 +422,13 @@ impl Replica {
             } => {
                 self.on_accept(now, from, ballot, prev, entries, chosen);
             }
-            Message::Accepted { ballot, durable } => self.on_accepted(now, from, ballot, durable),
+            Message::Accepted { ballot, durable } if self.counts(from, life) => {
+                self.on_accepted(from, life, ballot, durable);
+            }
             Message::AcceptRejected {
                 ballot,
                 resume_after,
-            } => {
+            } if self.counts(from, life) => {
                 self.on_accept_rejected(now, from, ballot, resume_after);
             }
             Message::Heartbeat {
@@ -401,8 +446,13 @@ impl Replica {
                 received,
                 progress,
             } => {
-                self.note_progress(from, progress);
-                self.on_heartbeat_ack(now, from, ballot, sent, durable, received, progress);
+                if !is_gone {
+                    self.note_progress(from, progress);
+                }
+                if self.counts(from, life) {
+                    let answered = (ballot, sent);
+                    self.on_heartbeat_ack(now, from, life, answered, durable, received, progress);
+                }
             }
             Message::HandOver { ballot } => self.on_hand_over(now, ballot),
             Message::FetchTail { ballot, after } => self.on_fetch_tail(from, ballot, after),
@@ -423,7 +473,16 @@ impl Replica {
                 self.on_chosen_entries(now, from, prev, entries, chosen);
             }
             Message::LogGone { first, chosen } => self.on_log_gone(now, from, first, chosen),
-            Message::Progress(progress) => self.note_progress(from, progress),
+            Message::Progress(progress) if !is_gone => self.note_progress(from, progress),
+            Message::Progress(_) => {}
+            Message::Rejoin => self.on_rejoin(from, life),
+            Message::Absent { ballot } => self.on_absent(now, from, life, ballot),
+            // Of a life that does not count.
+            Message::PreCheckAnswer { .. }
+            | Message::Nack { .. }
+            | Message::Prepare { .. }
+            | Message::Accepted { .. }
+            | Message::AcceptRejected { .. } => {}
             // The copying of chunks is not the agreement's business.
             Message::Sync(_) => {}
         }
@@ -450,6 +509,7 @@ impl Replica {
                 self.promised_durable = ballot;
                 self.promise_is_durable(now);
             }
+            PendingWrite::Rejoining(life) => self.rejoining_is_durable(life),
             PendingWrite::Reset => {}
         }
         self.advance(now);
@@ -478,6 +538,7 @@ impl Replica {
             for server in self.other_servers() {
                 self.send(server, Message::Progress(progress));
             }
+            self.ask_to_rejoin();
         }
         self.advance(now);
     }
@@ -508,15 +569,18 @@ impl Replica {
         self.log_full = full;
     }
 
-    /// The state at `base` is durable and chunks are being copied: start the log behind it.
-    pub fn handle_base(&mut self, now: Instant, base: EntryId) {
+    /// The state at `base` is durable and chunks are being copied: start the log behind it. `admitted`: which
+    /// lives of servers count, as that state says.
+    pub fn handle_base(&mut self, now: Instant, base: EntryId, admitted: Admitted) {
         assert!(
             base.slot > self.tail.last().slot,
             "the log does not reach so far"
         );
         // Whose chunks are incomplete must not lead: not even if it is about to win.
         self.step_down(now);
-        self.tail = Tail::new(base);
+        self.tail = Tail::new(base, admitted);
+        self.highest_number = self.highest_number.max(base.ballot.number);
+        self.complete = false;
         self.claim(base);
         self.durable = base.slot;
         self.chosen = base.slot;
@@ -549,6 +613,7 @@ impl Replica {
         }
         self.apply_chosen();
         self.feed(now);
+        self.check_life(now);
         self.forget_applied();
     }
 
@@ -621,8 +686,10 @@ impl Replica {
         }
     }
 
+    /// Whether this server votes and acknowledges.
     fn is_core(&self) -> bool {
-        self.config.members.core.contains(&self.config.id)
+        let learns = self.rejoining && self.bug != Some(Bug::VoteWhileLearning);
+        self.config.members.core.contains(&self.config.id) && !learns
     }
 
     fn random(&mut self) -> u64 {
@@ -663,6 +730,11 @@ impl Replica {
     /// This server.
     pub fn id(&self) -> ServerId {
         self.config.id
+    }
+
+    /// Life of its data directory. A server that finds out that it rejoins begins another one.
+    pub fn incarnation(&self) -> Incarnation {
+        self.config.incarnation
     }
 
     /// What it is doing.
@@ -752,7 +824,13 @@ impl Replica {
     /// What is applied is durable there, and their chunks are complete.
     pub fn applied_by_others(&self) -> Slot {
         let core = &self.config.members.core;
-        let others = core.iter().filter_map(|server| self.peers.get(server));
+        let admitted = self.admitted();
+        let counts = |server: &&ServerId| {
+            let peer = self.peers.get(server);
+            peer.is_some_and(|peer| admitted.counts(**server, peer.life))
+        };
+        let others = core.iter().filter(counts);
+        let others = others.filter_map(|server| self.peers.get(server));
         let complete = others.filter(|peer| peer.heard.is_some() && !peer.progress.installing);
         let applied = complete.map(|peer| peer.progress.applied);
         quorum::reached_by_majority(core.len(), applied).unwrap_or_default()

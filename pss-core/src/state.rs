@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use crate::entry::{Command, NOTE_BYTES_MAX, Op, Origin, USER_NAME_MAX, VOLUME_NAME_MAX};
 use crate::state::events::Events;
 pub use crate::state::events::{AdminAction, AdminEvent, EVENTS_MAX};
-use crate::types::{BLOCK_BYTES, RequestNumber, SessionId, Slot, VolumeId};
+use crate::types::{
+    Admitted, BLOCK_BYTES, Incarnation, RequestNumber, SERVERS_MAX, ServerId, SessionId, Slot,
+    VolumeId,
+};
 use crate::volume::reservation::{
     ReservationAction, ReservationRefusal, ReservationRequest, Reservations,
 };
@@ -253,6 +256,7 @@ pub struct State {
     times: BTreeMap<VolumeId, VolumeTimes>,
     /// What was done to the cell.
     events: Events,
+    admitted: Admitted,
 }
 
 /// When a volume was made and changed, by the clocks of those who led: milliseconds since the beginning of 1970,
@@ -329,6 +333,11 @@ impl State {
         self.times.get(&volume).copied().unwrap_or_default()
     }
 
+    /// Which life of each server counts.
+    pub fn admitted(&self) -> &Admitted {
+        &self.admitted
+    }
+
     /// How many administrative actions were ever recorded: the number of the last.
     pub fn events_made(&self) -> u64 {
         self.events.made()
@@ -403,7 +412,8 @@ impl State {
             | Op::Attach { .. }
             | Op::Detach { .. }
             | Op::Reserve { .. }
-            | Op::Clock { .. } => return None,
+            | Op::Clock { .. }
+            | Op::AdmitServer { .. } => return None,
         })
     }
 
@@ -581,6 +591,13 @@ impl State {
                 self.open_session(slot, position, *nonce, origin, true)
             }
             Op::Note { .. } => Ok(Answer::Done),
+            Op::AdmitServer {
+                server,
+                incarnation,
+            } => {
+                self.admitted.admit(*server, *incarnation);
+                Ok(Answer::Done)
+            }
             Op::EndSessions { sessions } => {
                 for session in sessions {
                     self.sessions.remove(session);
@@ -889,9 +906,10 @@ const STATE_VERSION: u16 = 1;
 const STATE_VERSION_RESERVATIONS: u16 = 2;
 /// With reservations, even if there are none, the clock, and the volumes' times.
 const STATE_VERSION_CLOCK: u16 = 3;
-
 /// With all of that, where sessions come from, and what was done to the cell.
 const STATE_VERSION_EVENTS: u16 = 4;
+/// With all of that, which life of each server counts.
+const STATE_VERSION_LIVES: u16 = 5;
 
 /// Why bytes are no state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -900,7 +918,7 @@ pub enum BadState {
     #[error("the bytes are not a replicated state")]
     Malformed,
     /// A newer program has written it.
-    #[error("replicated state of version {0}, this program knows up to {STATE_VERSION_EVENTS}")]
+    #[error("replicated state of version {0}, this program knows up to {STATE_VERSION_LIVES}")]
     Version(u16),
 }
 
@@ -912,6 +930,7 @@ impl State {
         let mut out = Vec::new();
         let people = self.events.made() > 0 || self.origins().next().is_some();
         let version = match (self.clock_ms, self.reservations.is_empty()) {
+            _ if self.admitted != Admitted::default() => STATE_VERSION_LIVES,
             _ if people => STATE_VERSION_EVENTS,
             (0, true) => STATE_VERSION,
             (0, false) => STATE_VERSION_RESERVATIONS,
@@ -960,6 +979,10 @@ impl State {
             }
             self.events.encode(&mut out);
         }
+        if version >= STATE_VERSION_LIVES {
+            let lives = self.admitted.iter();
+            lives.for_each(|(_, incarnation)| out.put_u64_le(incarnation.0));
+        }
         out
     }
 
@@ -976,7 +999,7 @@ impl State {
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
         let version = input.try_get_u16_le().map_err(|_| BadState::Malformed)?;
-        if version > STATE_VERSION_EVENTS {
+        if version > STATE_VERSION_LIVES {
             return Err(BadState::Version(version));
         }
         if version < STATE_VERSION {
@@ -1034,6 +1057,11 @@ impl State {
                 (session.origin, session.told) = (origin, true);
             }
             state.events = Events::decode(input)?;
+        }
+        if version >= STATE_VERSION_LIVES {
+            for server in (0..SERVERS_MAX as u8).map(ServerId) {
+                state.admitted.admit(server, Incarnation(u64_of(input)?));
+            }
         }
         if input.is_empty() {
             Ok(state)

@@ -110,3 +110,44 @@ impl fmt::Display for EntryId {
         write!(f, "{}@{}", self.slot, self.ballot)
     }
 }
+
+/// Which life of each server counts, as an entry of the log has said: promises and acknowledgements of another
+/// one do not. `Incarnation(0)`: nobody has said it yet, any counts.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, PartialEq)]
+pub struct Admitted([Incarnation; SERVERS_MAX]);
+
+impl Admitted {
+    /// The life that counts.
+    pub fn of(&self, server: ServerId) -> Incarnation {
+        let admitted = self.0.get(usize::from(server.0));
+        admitted.copied().unwrap_or_default()
+    }
+
+    /// Whether what this life of the server says counts.
+    pub fn counts(&self, server: ServerId, incarnation: Incarnation) -> bool {
+        let admitted = self.of(server);
+        admitted == Incarnation(0) || admitted == incarnation
+    }
+
+    /// From now on this life counts, unless a later one does already.
+    pub fn admit(&mut self, server: ServerId, incarnation: Incarnation) {
+        if let Some(admitted) = self.0.get_mut(usize::from(server.0)) {
+            *admitted = incarnation.max(*admitted);
+        }
+    }
+
+    /// What one of the two knows.
+    #[must_use]
+    pub fn merged(mut self, other: &Admitted) -> Admitted {
+        for (server, incarnation) in other.iter() {
+            self.admit(server, incarnation);
+        }
+        self
+    }
+
+    /// Every server with the life that counts.
+    pub fn iter(&self) -> impl Iterator<Item = (ServerId, Incarnation)> + '_ {
+        let ids = (0..).map(ServerId);
+        ids.zip(self.0.iter().copied())
+    }
+}

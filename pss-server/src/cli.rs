@@ -26,6 +26,7 @@ mod iscsi;
 mod key;
 mod links;
 mod manual;
+mod measure;
 mod paxos;
 mod ports;
 mod probe;

@@ -22,7 +22,7 @@ use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
 use pss_core::state::{AdminAction, CHUNK_BYTES_MIN};
 use pss_core::time::Instant;
-use pss_core::types::{Ballot, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+use pss_core::types::{Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, VolumeId};
 use pss_core::wire::client::{ChunkStatus, Reply, Request, RequestBody};
 
 use crate::checker;
@@ -65,7 +65,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 14] = [
+pub const BUGS: [SimBug; 17] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -79,6 +79,9 @@ pub const BUGS: [SimBug; 14] = [
     SimBug::Agreement(Bug::SkipPreviousCheck),
     SimBug::Agreement(Bug::DenyDamaged),
     SimBug::Agreement(Bug::LeadHanging),
+    SimBug::Agreement(Bug::VoteWhileLearning),
+    SimBug::Agreement(Bug::CountOldLives),
+    SimBug::Agreement(Bug::CountIncomplete),
     SimBug::ForgetSessions,
 ];
 
@@ -125,6 +128,10 @@ pub struct Report {
     pub drops: u64,
     /// Servers that were lost for good while another copied chunks.
     pub lost_for_good: u64,
+    /// Disks that were wiped,
+    pub wipes: u64,
+    /// and of these, formatted as if they had always been empty.
+    pub plain_wipes: u64,
     /// Ballots that led.
     pub leaders: u64,
     /// Simulated time, milliseconds.
@@ -149,6 +156,8 @@ impl Report {
         self.copies += other.copies;
         self.drops += other.drops;
         self.lost_for_good += other.lost_for_good;
+        self.wipes += other.wipes;
+        self.plain_wipes += other.plain_wipes;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
     }
@@ -175,6 +184,7 @@ impl fmt::Display for Failure {
 enum Event {
     Message {
         from: ServerId,
+        life: Incarnation,
         to: ServerId,
         message: Message,
     },
@@ -300,6 +310,12 @@ struct Node {
     rot_pending: bool,
     /// It will not come back.
     is_lost: bool,
+    /// Life of its data directory.
+    incarnation: Incarnation,
+    /// What the log of its last life held, until the server counts again.
+    wiped: Option<BTreeMap<Slot, EntryId>>,
+    /// Nobody told it that it replaces another.
+    is_plain: bool,
     /// When it stopped: the end of its log, and behind which slot it was being cut.
     stopped_at: (String, u64),
     cut_pending: Option<Slot>,
@@ -389,6 +405,9 @@ impl Sim {
                 rotted: BTreeMap::new(),
                 rot_pending: false,
                 is_lost: false,
+                incarnation: Incarnation(1),
+                wiped: None,
+                is_plain: false,
                 stopped_at: (String::new(), 0),
                 cut_pending: None,
             })
@@ -605,7 +624,8 @@ impl Sim {
                     .collect();
                 let nodes: Vec<String> = self.nodes.iter().map(Node::describe).collect();
                 let nodes = nodes.join("; ");
-                return self.fail(format!("liveness: not so: {what}. {nodes}; {hanging:?}"));
+                let hanging: String = format!("{hanging:?}").chars().take(300).collect();
+                return self.fail(format!("liveness: not so: {what}. {nodes}; {hanging}"));
             }
             self.step()?;
         }
@@ -616,7 +636,7 @@ impl Sim {
 
     fn format(&mut self, node: usize) -> Checked<()> {
         let node = &self.nodes[node];
-        match sim_storage::format(&node.disk, node.id) {
+        match sim_storage::format(&node.disk, node.id, node.incarnation, false) {
             Ok(()) => Ok(()),
             Err(error) => self.fail(format!("format: {error}")),
         }
@@ -642,7 +662,8 @@ impl Sim {
         let recovered = sim_storage::recovered(&storage);
         let state = storage.state.clone();
         let promised = recovered.promised;
-        let mut config = engine_config(node.id, members, seed);
+        node.incarnation = storage.identity.facts().incarnation;
+        let mut config = engine_config(node.id, node.incarnation, members, seed);
         if rivals {
             // One message an entry: logs are equal in part for longer.
             config.replica.tuning.entry_bytes = 4 << 10;
@@ -940,6 +961,7 @@ impl Sim {
         let (Some(a), Some(b)) = (self.index_of(from), self.index_of(to)) else {
             return;
         };
+        let life = self.nodes[a].life_sent();
         let is_chunk = matches!(message, Message::Sync(SyncMessage::Chunk { .. }));
         if self.loses_chunks && is_chunk {
             return;
@@ -954,7 +976,7 @@ impl Sim {
         };
         for _ in 0..copies {
             let mut at = self.now + self.rng.between(MS / 20, self.delay_max);
-            let late = match self.has_rivals() {
+            let late = match self.has_rivals() || self.has_wipes() {
                 true if matches!(message, Message::Accepted { .. }) => 250,
                 _ => 10,
             };
@@ -968,7 +990,13 @@ impl Sim {
                 *last = at;
             }
             let message = message.clone();
-            self.schedule(at, Event::Message { from, to, message });
+            let event = Event::Message {
+                from,
+                life,
+                to,
+                message,
+            };
+            self.schedule(at, event);
         }
     }
 
@@ -1047,14 +1075,20 @@ impl Sim {
         let life_now = self.nodes[index].life;
         let node = &mut self.nodes[index];
         let (disk_log, rotted) = (&mut node.disk_log, &mut node.rotted);
+        let is_plain = &mut node.is_plain;
         let Some(running) = &mut node.running else {
             return Ok(());
         };
         // Each server has its own idea of the time of day.
         running.engine.set_wall_clock(now.0 / 1_000_000);
         match event {
-            Event::Message { from, message, .. } => {
-                running.engine.handle_message(now, from, message);
+            Event::Message {
+                from,
+                life,
+                message,
+                ..
+            } => {
+                running.engine.handle_message(now, from, life, message);
             }
             Event::Request {
                 client, request, ..
@@ -1089,6 +1123,7 @@ impl Sim {
                 }
                 for (write, what) in batch {
                     note_durable(disk_log, rotted, &what);
+                    *is_plain &= !matches!(what, Persist::Rejoining(Some(_)));
                     running.engine.handle_persisted(now, write);
                 }
                 self.after(index)?;
@@ -1291,6 +1326,62 @@ impl Sim {
         self.config.seed % 4 == 1
     }
 
+    /// Disks of some cells are wiped now and then, as many at a time as may be lost.
+    fn has_wipes(&self) -> bool {
+        // Rot takes one server's copies, so that five servers can bear another one without any.
+        let rots = self.config.seed.is_multiple_of(4) && self.core == 5;
+        self.config.seed % 4 == 2 || self.config.seed % 8 == 1 || rots
+    }
+
+    /// A server gets an empty disk. Mostly it is told so; a directory that was formatted as if the server were new is
+    /// found out, as long as the others know which lives count.
+    fn wipe(&mut self, index: usize) -> Checked<()> {
+        let id = self.nodes[index].id;
+        let core = &self.nodes[..self.core];
+        // One that is wiped may be wiped again before it counts.
+        let away = |node: &Node| node.id != id && (node.wiped.is_some() || node.is_lost);
+        let is_core = index < self.core;
+        let victim = (self.config.seed / 4) as usize % self.core;
+        let rots = self.config.seed.is_multiple_of(4);
+        let most = (self.core - 1) / 2 - usize::from(rots);
+        if rots && index == victim {
+            return Ok(());
+        }
+        if is_core && core.iter().filter(|it| away(it)).count() >= most {
+            return Ok(());
+        }
+        let knows = |node: &Node| {
+            let running = node.running.as_ref();
+            let admitted = running.map(|it| it.engine.replica().admitted());
+            node.id == id || admitted.is_some_and(|it| it.of(id) > Incarnation(0))
+        };
+        let known = core.iter().all(knows);
+        let is_plain = is_core && known && self.rng.chance(300);
+        self.crash(index);
+        self.report.wipes += 1;
+        self.report.plain_wipes += u64::from(is_plain);
+        let node = &mut self.nodes[index];
+        node.incarnation.0 += 10;
+        node.disk = new_disk(self.config.seed ^ node.incarnation.0, id.0);
+        let held = std::mem::take(&mut node.disk_log);
+        // What it held before it counted again helped to choose nothing.
+        node.wiped = node.wiped.take().or(is_core.then_some(held));
+        node.is_plain = is_plain;
+        node.promised = Ballot::default();
+        node.rotted.clear();
+        node.rot_pending = false;
+        node.cut_pending = None;
+        let rejoining = is_core && !is_plain;
+        let formatted = sim_storage::format(&node.disk, id, node.incarnation, rejoining);
+        self.trace(|| format!("the disk of server {id} is wiped, plain: {is_plain}"));
+        if let Err(error) = formatted {
+            return self.fail(format!("format: {error}"));
+        }
+        let at = self.now + self.rng.between(10 * MS, SECOND);
+        self.schedule(at, Event::Start { node: index });
+        Ok(())
+    }
+
     /// A step of rivalry, about as often as a leader can be elected.
     fn rivalry(&mut self) {
         let leader = self.nodes.iter().position(Node::leads);
@@ -1343,6 +1434,12 @@ impl Sim {
     fn fault(&mut self) -> Checked<()> {
         if !self.faults {
             return Ok(());
+        }
+        if self.has_wipes() && self.rng.chance(120) {
+            let leader = self.nodes.iter().position(Node::leads);
+            let index = self.rng.below(self.nodes.len() as u64) as usize;
+            let index = leader.filter(|_| self.rng.chance(300)).unwrap_or(index);
+            self.wipe(index)?;
         }
         if self.has_rivals() {
             self.rivalry();
@@ -1533,7 +1630,14 @@ impl Sim {
         };
         let replica = running.engine.replica();
         let id = node.id;
+        // What it says before it finds out is worth nothing to others.
+        let learns = node.wiped.is_some() && !node.is_plain;
         match message {
+            Message::Promise { .. } | Message::Accepted { .. } | Message::HeartbeatAck { .. }
+                if learns =>
+            {
+                self.fail(format!("server {id} counts while it learns"))
+            }
             Message::Promise { ballot, .. } if replica.promised_durable() < *ballot => {
                 self.fail(format!("server {id} sends a promise that is not durable"))
             }
@@ -1548,9 +1652,19 @@ impl Sim {
 
     /// What a leader calls chosen lies on the disks of a majority. A copy that has rotted counts: it was
     /// there when the server said so.
-    fn check_majority(&self, slot: Slot, entry: EntryId) -> Checked<()> {
+    fn check_majority(&self, leader: usize, slot: Slot, entry: EntryId) -> Checked<()> {
         let core = &self.nodes[..self.core];
+        let admitted = self.nodes[leader].running.as_ref();
+        let admitted = admitted.map(|it| it.engine.replica().admitted());
+        // What a disk held that was wiped since counts until the leader knows: it cannot be lost but with another
+        // server, and nobody votes instead.
+        let was_there = |node: &Node| {
+            let known = admitted.is_some_and(|it| it.of(node.id) >= node.incarnation);
+            let wiped = node.wiped.as_ref().filter(|_| !known);
+            wiped.is_some_and(|wiped| wiped.get(&slot) == Some(&entry))
+        };
         let holds = |node: &&Node| match node.disk_log.get(&slot) {
+            _ if node.wiped.is_some() => was_there(node),
             _ if node.rotted.get(&slot) == Some(&entry) => true,
             Some(held) => *held == entry,
             // Its log begins later: the entry is in its chunks.
@@ -1567,9 +1681,11 @@ impl Sim {
             ));
         }
         // And no majority could elect a log without it: the logs are ordered by their last entries.
-        for rival in core.iter().filter(|node| !holds(node)) {
+        let votes = |node: &&Node| node.wiped.is_none();
+        for rival in core.iter().filter(votes).filter(|node| !holds(node)) {
             let voters = core
                 .iter()
+                .filter(votes)
                 .filter(|node| node.log_last() <= rival.log_last());
             if voters.count() > self.core / 2 {
                 let (id, last) = (rival.id, rival.log_last());
@@ -1619,8 +1735,36 @@ impl Sim {
             }
         }
         for (slot, entry) in fresh {
-            self.check_majority(slot, entry)?;
+            self.check_majority(index, slot, entry)?;
         }
+        self.check_learned(index)
+    }
+
+    /// Who counts again after its disk was wiped holds what its earlier life may have helped to choose.
+    fn check_learned(&mut self, index: usize) -> Checked<()> {
+        let node = &self.nodes[index];
+        let (Some(running), Some(wiped)) = (&node.running, &node.wiped) else {
+            return Ok(());
+        };
+        let replica = running.engine.replica();
+        let is_admitted = replica.admitted().of(node.id) == replica.incarnation();
+        if replica.is_rejoining() || !is_admitted {
+            return Ok(());
+        }
+        let first = node.disk_log.keys().next().copied();
+        let in_chunks = |slot: Slot| first.is_some_and(|first| first > slot);
+        for (slot, entry) in wiped {
+            let is_chosen = self.chosen.get(slot) == Some(entry);
+            let is_here = match in_chunks(*slot) {
+                true => !running.engine.is_installing(),
+                false => node.disk_log.get(slot) == Some(entry),
+            };
+            if is_chosen && !is_here {
+                let id = node.id;
+                return self.fail(format!("server {id} counts and has not learned {entry}"));
+            }
+        }
+        self.nodes[index].wiped = None;
         Ok(())
     }
 
@@ -1649,6 +1793,7 @@ impl Sim {
             let engine = &node.running.as_ref()?.engine;
             let replica = engine.replica();
             let settled = replica.applied() == replica.last().slot && engine.copying().is_none();
+            let settled = settled && node.wiped.is_none();
             settled.then(|| replica.applied())
         };
         let mut nodes = self.nodes.iter().filter(|node| !node.is_lost);
@@ -1832,6 +1977,12 @@ impl Node {
         held.max().copied().unwrap_or_default()
     }
 
+    /// The life that its messages are of.
+    fn life_sent(&self) -> Incarnation {
+        let running = self.running.as_ref();
+        running.map_or(self.incarnation, |it| it.engine.replica().incarnation())
+    }
+
     fn leads(&self) -> bool {
         let role = self.running.as_ref().map(|it| it.engine.replica().role());
         matches!(role, Some(RoleKind::Leader { .. }))
@@ -1843,8 +1994,13 @@ impl Node {
         };
         let replica = running.engine.replica();
         format!(
-            "server {}: {:?} of {:?}, promised {}, chosen {}, applied {}, last {}, copying {:?}",
+            "server {}{}: {:?} of {:?}, promised {}, chosen {}, applied {}, last {}, copying {:?}",
             self.id,
+            if replica.is_rejoining() {
+                " (rejoins)"
+            } else {
+                ""
+            },
             replica.role(),
             replica.leader(),
             replica.promised(),
@@ -1896,7 +2052,7 @@ fn note_durable(
             log.insert(base.slot, *base);
             rotted.retain(|_, id| *id > *base);
         }
-        Persist::Promise(_) => {}
+        Persist::Promise(_) | Persist::Rejoining(_) => {}
     }
 }
 
@@ -1918,7 +2074,12 @@ fn summary(what: &Persist) -> String {
     }
 }
 
-fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
+fn engine_config(
+    id: ServerId,
+    incarnation: Incarnation,
+    members: Membership,
+    seed: u64,
+) -> EngineConfig {
     // Small bounds, so that windows, trims and copies of chunks happen in a short run.
     let tuning = Tuning {
         window_bytes: 256 << 10,
@@ -1933,6 +2094,7 @@ fn engine_config(id: ServerId, members: Membership, seed: u64) -> EngineConfig {
     EngineConfig {
         replica: Config {
             id,
+            incarnation,
             members,
             tuning,
             seed,

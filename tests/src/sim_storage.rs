@@ -41,17 +41,23 @@ fn params(server: ServerId) -> StorageParams {
     }
 }
 
-/// Makes an empty data directory.
+/// Makes an empty data directory; `rejoining`: to replace another.
 ///
 /// # Errors
 /// As [`Identity::create`].
-pub(crate) fn format(disk: &SimDisk, server: ServerId) -> Result<(), StorageError> {
+pub(crate) fn format(
+    disk: &SimDisk,
+    server: ServerId,
+    incarnation: Incarnation,
+    rejoining: bool,
+) -> Result<(), StorageError> {
     let facts = IdentityFacts {
         group: GroupId(0),
         cell: CELL,
         server,
-        incarnation: Incarnation(1),
+        incarnation,
         promised: Ballot::default(),
+        rejoining,
     };
     let disk: Arc<dyn Disk> = disk.disk();
     Identity::create(disk, facts, false).map(|_| ())
@@ -82,6 +88,8 @@ pub(crate) fn recovered(storage: &Storage) -> Recovered {
         doubt: storage.recovered.doubt,
         log_first: storage.log.first_slot(),
         installing: storage.installing,
+        rejoining: storage.identity.facts().rejoining,
+        admitted: *storage.state.admitted(),
     }
 }
 
@@ -167,6 +175,11 @@ impl Parts {
                 Persist::Promise(ballot) => {
                     self.identity
                         .set_promise(*ballot)
+                        .map_err(|error| error.to_string())?;
+                }
+                Persist::Rejoining(life) => {
+                    self.identity
+                        .set_rejoining(*life)
                         .map_err(|error| error.to_string())?;
                 }
                 Persist::Reset { base } => {

@@ -782,6 +782,7 @@ fn format(disk: Arc<dyn Disk>) -> Result<(), pss_core::storage::StorageError> {
         server: ServerId(1),
         incarnation: Incarnation(1),
         promised: Ballot::default(),
+        rejoining: false,
     };
     Identity::create(disk, facts, true).map(drop)
 }
@@ -1785,6 +1786,7 @@ fn a_full_server_frees_what_was_zeroed() {
     let config = EngineConfig {
         replica: Config {
             id: ServerId(0),
+            incarnation: Incarnation(0),
             members: Membership::new([ServerId(0)]),
             tuning: Tuning::default(),
             seed: 1,

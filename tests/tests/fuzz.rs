@@ -384,12 +384,19 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
             ballot,
             released: Some(ballot),
         },
+        Message::Rejoin,
+        Message::Absent { ballot },
         Message::Promise {
             ballot,
             last: id(4, 7),
             certain: id(4, 7),
             have: id(4, 6),
             chosen: slot,
+            admitted: {
+                let mut admitted = pss_core::types::Admitted::default();
+                admitted.admit(ServerId(1), pss_core::types::Incarnation(7));
+                admitted
+            },
         },
         Message::Nack {
             ballot,
@@ -467,6 +474,7 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
             volume,
             from: ChunkIndex(0),
             until: Some(ChunkIndex(20)),
+            total: 9,
             chunks: summaries.collect(),
         }),
         Message::Sync(SyncMessage::RequestChunk {
@@ -751,6 +759,10 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         last: 11,
         log_first: 1,
         copying: Some((1, 2)),
+        copying_left_s: None,
+        rejoining: false,
+        incarnation: 1,
+        lives: Vec::new(),
         free_bytes: 1 << 40,
         total_bytes: 1 << 41,
         bad_blocks: 0,

@@ -17,7 +17,7 @@ use pss_core::paxos::output::{Output, Persist, WriteId};
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, Recovered, Replica, RoleKind, Tuning};
 use pss_core::time::Instant;
-use pss_core::types::{Ballot, EntryId, RequestNumber, ServerId, SessionId, Slot};
+use pss_core::types::{Ballot, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot};
 use stateright::{Checker, Model, Property};
 
 /// What a server's disk holds.
@@ -31,6 +31,7 @@ impl Stable {
     fn write(&mut self, what: &Persist) {
         match what {
             Persist::Promise(ballot) => self.promised = *ballot,
+            Persist::Rejoining(_) => {}
             Persist::Append {
                 truncate_after,
                 entries,
@@ -96,6 +97,7 @@ fn config(server: u8) -> Config {
     let members = Membership::new((0..3).map(ServerId));
     Config {
         id: ServerId(server),
+        incarnation: Incarnation(0),
         members,
         tuning: tuning(),
         seed: 0,
@@ -162,9 +164,12 @@ impl Cell {
                     if pre_check {
                         let other = usize::from(to.0);
                         let now = self.servers[other].now;
-                        self.servers[other]
-                            .replica
-                            .handle_message(now, from, message);
+                        self.servers[other].replica.handle_message(
+                            now,
+                            from,
+                            Incarnation(0),
+                            message,
+                        );
                         self.drain(other);
                     } else if !idle {
                         self.network.insert((from, to, hash(&message)), message);
@@ -233,7 +238,7 @@ impl Model for PaxosModel {
                 let now = cell.servers[index].now;
                 cell.servers[index]
                     .replica
-                    .handle_message(now, key.0, message);
+                    .handle_message(now, key.0, Incarnation(0), message);
                 index
             }
             Step::Sync(index) => {

@@ -77,6 +77,22 @@ impl Chaos {
         self.cell.wait_current();
     }
 
+    /// The disk of a server is lost: it gets an empty one, and learns everything under load.
+    fn wipe(&mut self, what: &str, id: u8) {
+        self.calm();
+        let fault = self.load.now();
+        self.cell.kill(id);
+        std::fs::remove_dir_all(self.cell.path(id)).expect("it is there");
+        let what = format!("{what} {id} wiped");
+        self.load.wait_served(&what, fault, RETURN);
+        self.cell.format(id, "--replace");
+        let again = self.load.now();
+        self.cell.start(id);
+        let what = format!("{what}, started again");
+        self.load.wait_served(&what, again, RETURN);
+        self.cell.wait_current();
+    }
+
     /// SIGSTOP for two to four seconds, then SIGCONT.
     fn pause(&mut self, what: &str, ids: &[u8]) {
         self.calm();
@@ -153,6 +169,10 @@ fn servers_and_gateways_are_killed_and_paused_under_load() {
     chaos.kill("majority", &three);
     let three = chaos.some(3);
     chaos.pause("majority", &three);
+    let leader = chaos.cell.leader();
+    chaos.wipe("leader", leader);
+    let follower = (chaos.cell.leader() + 1 + chaos.rng.below(4) as u8) % 5;
+    chaos.wipe("follower", follower);
     for _ in 0..3 {
         let leader = chaos.cell.leader();
         chaos.kill("leader, again,", &[leader]);

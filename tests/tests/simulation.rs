@@ -74,6 +74,7 @@ fn a_thousand_cells_keep_every_promise() {
         );
         assert!(total.drops > 50 && total.lost_for_good > 20, "{total:?}");
         assert!(total.rots > 100 && total.hangs > 1000, "{total:?}");
+        assert!(total.wipes > 500 && total.plain_wipes > 50, "{total:?}");
         assert!(total.lost_writes > 100 && total.stalls > 100, "{total:?}");
         assert!(
             total.ended > 1000 && total.ends_asked > total.ended,

@@ -39,6 +39,10 @@ const CHUNKS_AT_ONCE: usize = 4;
 /// Entries that wait at most, bytes; then they are applied, and what comes too late is asked for again.
 /// Less than `Tuning::backlog_bytes`, at which no more come.
 const BACKLOG_BYTES_MAX: usize = 128 << 20;
+/// Copying is logged so often.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+/// Before this time nobody can tell how long it takes.
+const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
 /// Chunks in one list.
 const LIST_MAX: usize = 1024;
 
@@ -64,6 +68,11 @@ pub(super) struct Copying {
     moved_at: Instant,
     chunks_done: u64,
     chunks_known: u64,
+    /// As many as the donor has, if it says so.
+    chunks_total: u64,
+    /// When copying began, and what was done when it was last logged.
+    began: Instant,
+    logged_at: Instant,
 }
 
 enum Stage {
@@ -95,6 +104,9 @@ impl Copying {
             moved_at: now,
             chunks_done: 0,
             chunks_known: 0,
+            chunks_total: 0,
+            began: now,
+            logged_at: now,
         }
     }
 
@@ -171,7 +183,16 @@ impl Copying {
     }
 
     pub(super) fn progress(&self) -> (u64, u64) {
-        (self.chunks_done, self.chunks_known)
+        let total = self.chunks_total.max(self.chunks_known);
+        (self.chunks_done, total.max(self.chunks_done))
+    }
+
+    /// About how long it takes still; none while nothing can be said.
+    pub(super) fn time_left(&self, now: Instant) -> Option<Duration> {
+        let (done, total) = self.progress();
+        let elapsed = now.since(self.began);
+        let says = done > 0 && self.chunks_total > 0 && elapsed >= ESTIMATE_AFTER;
+        says.then(|| elapsed.mul_f64((total - done) as f64 / done as f64))
     }
 }
 
@@ -342,8 +363,12 @@ impl Engine {
                 volume,
                 from: first,
                 until,
+                total,
                 chunks,
             } => {
+                if let Some(copying) = &mut self.copying {
+                    copying.chunks_total = total;
+                }
                 self.take_list(now, from, as_of, (volume, first), until, &chunks);
             }
             SyncMessage::Chunk {
@@ -411,11 +436,14 @@ impl Engine {
             return self.refuse(to);
         };
         let as_of = self.state.applied();
+        let volumes = self.state.volumes();
+        let total = volumes.map(|volume| self.chunks.chunk_count(volume.id));
         let list = SyncMessage::List {
             as_of,
             volume: volume.id,
             from,
             until,
+            total: total.sum(),
             chunks,
         };
         self.actions.push_back(Action::Send {
@@ -456,8 +484,8 @@ impl Engine {
             // Meanwhile the log has reached us.
             return self.no_base_needed(now);
         }
-        if self.checkpoint_running {
-            // It would be stored over the base.
+        if self.checkpoint_running || self.replica.changes_life() {
+            // It would be stored over the base; or the server counts in a moment, because it is complete.
             return self.refuse_answer(now);
         }
         if self.chunks.dirty_count() > 0 {
@@ -475,6 +503,8 @@ impl Engine {
         if !is_proven {
             copying.proven = copying.proven.min(applied);
         }
+        // From now on the disk says so.
+        self.replica.note_complete(false);
         copying.donor = Some(from);
         copying.stage = Stage::Storing {
             base,
@@ -520,6 +550,10 @@ impl Engine {
             return self.checkpoint_now(now);
         }
         copying.installing = true;
+        tracing::info!(
+            slot = base.slot.0,
+            "the log does not go back so far: chunks are copied from the others"
+        );
         self.installs += 1;
         // What was copied before has missed the entries up to the base.
         copying.cursor = (VolumeId(0), ChunkIndex(0));
@@ -539,7 +573,8 @@ impl Engine {
         self.stored_slot = base.slot;
         self.installed_base = Some(base.slot);
         self.recovered_last = base.slot;
-        self.replica.handle_base(now, base);
+        let admitted = *self.state.admitted();
+        self.replica.handle_base(now, base, admitted);
         self.drain(now);
         self.copy_timeout(now);
     }
@@ -666,6 +701,12 @@ impl Engine {
         let Some(copying) = &mut self.copying else {
             return;
         };
+        if now.since(copying.logged_at) >= LOG_EVERY {
+            copying.logged_at = now;
+            let (done, total) = copying.progress();
+            let left_s = copying.time_left(now).map(|left| left.as_secs());
+            tracing::info!(left_s, "copying chunks: {done} of {total} are here");
+        }
         let gone = !self.volumes.contains_key(&copying.cursor.0);
         if let Stage::Chunks { missing, until } = &copying.stage
             && (missing.is_empty() || gone)
@@ -681,7 +722,11 @@ impl Engine {
     }
 
     fn finish_copying(&mut self, now: Instant) {
-        self.copying = None;
+        if let Some(copying) = self.copying.take() {
+            let seconds = now.since(copying.began).as_secs();
+            let chunks = copying.chunks_done;
+            tracing::info!(chunks, seconds, "all chunks are here");
+        }
         self.replica.handle_installed();
         // The note that copying is under way ends with the next checkpoint.
         self.start_checkpoint(now);

@@ -213,6 +213,13 @@ impl CommandInfo {
                 ("open session", None, Some(detail))
             }
             Op::Note { text } => ("note", None, Some(text.clone())),
+            Op::AdmitServer {
+                server,
+                incarnation,
+            } => {
+                let what = format!("server {server}, incarnation {incarnation}");
+                ("admit", None, Some(what))
+            }
             Op::EndSessions { sessions } => {
                 let ids: Vec<String> = sessions.iter().take(8).map(|id| id.0.to_string()).collect();
                 let more = if sessions.len() > ids.len() {

@@ -994,6 +994,8 @@ impl Engine {
             copying: view.progress.installing,
             silent_ms: view.heard.map(|at| now.since(at).as_millis() as u64),
         };
+        let admitted = replica.admitted();
+        let lives = admitted.iter();
         ServerStatus {
             cell: String::new(),
             server: replica.id(),
@@ -1008,6 +1010,10 @@ impl Engine {
             last: replica.last().slot.0,
             log_first: replica.log_first().0,
             copying: self.copying(),
+            copying_left_s: self.copying_left(now).map(|left| left.as_secs()),
+            rejoining: replica.is_rejoining(),
+            incarnation: replica.incarnation().0,
+            lives: lives.map(|(_, life)| life.0).collect(),
             free_bytes: 0,
             total_bytes: 0,
             bad_blocks: self.chunks.bad_blocks(),
@@ -1117,6 +1123,7 @@ mod tests {
         let mut config = EngineConfig {
             replica: Config {
                 id: ServerId(0),
+                incarnation: crate::types::Incarnation(0),
                 members: Membership::new([ServerId(0)]),
                 tuning: Tuning::default(),
                 seed: 1,

@@ -5,18 +5,19 @@ use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange};
 use crate::paxos::{Bug, PendingWrite, Replica, Role};
 use crate::time::Instant;
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Ballot, EntryId, Incarnation, ServerId, Slot};
 
 impl Replica {
     pub(super) fn on_pre_check(
         &mut self,
         now: Instant,
         from: ServerId,
+        life: Incarnation,
         ballot: Ballot,
-        _last: EntryId,
     ) {
         // Who cannot make a promise durable does not raise hopes.
         let able = self.may_promise(now, None) && !self.disk_hangs(now);
+        let able = able && self.counts(from, life);
         let granted = ballot > self.promised && able;
         let answer = Message::PreCheckAnswer {
             ballot,
@@ -35,6 +36,9 @@ impl Replica {
         ballot: Ballot,
         released: Option<Ballot>,
     ) {
+        if self.rejoining && ballot.server == from && !self.is_core() {
+            return self.send(from, Message::Absent { ballot });
+        }
         if !self.is_core() || ballot.server != from {
             return;
         }
@@ -94,12 +98,16 @@ impl Replica {
 
     fn send_promise(&mut self) {
         let Some(to) = self.promise_to else { return };
+        if !self.is_core() {
+            return;
+        }
         let promise = Message::Promise {
             ballot: self.promised,
             last: self.claimed_last(),
             certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
+            admitted: self.admitted(),
         };
         self.send(to, promise);
     }
@@ -264,6 +272,11 @@ impl Replica {
         self.certain = self.tail.last();
     }
 
+    /// Whether it answers heartbeats: learners do as well, for whoever wants to know where they stand.
+    fn acknowledges(&self) -> bool {
+        self.is_core() || !self.rejoining
+    }
+
     /// Tells the leader how far our log is durably equal to its own.
     pub(super) fn acknowledge(&mut self) {
         let Some(leader) = self.leader else { return };
@@ -308,7 +321,7 @@ impl Replica {
         self.granted_to = ballot;
         self.learn_chosen(chosen.min(self.matched));
         self.catch_up.note_chosen(chosen);
-        if self.promised_durable != ballot {
+        if self.promised_durable != ballot || !self.acknowledges() {
             return;
         }
         let received = self.equal_to_leader();

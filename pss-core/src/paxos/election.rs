@@ -6,7 +6,7 @@ use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::{Bug, Replica, Role};
 use crate::time::Instant;
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Admitted, Ballot, EntryId, Incarnation, ServerId, Slot};
 
 /// How often a candidate whose log is behind lets others go first.
 const POLITE_ROUNDS: u32 = 3;
@@ -30,6 +30,8 @@ enum Stage {
     /// Waits for its own promise to become durable, then for those of a majority.
     Prepare {
         promises: BTreeMap<ServerId, Promised>,
+        /// Lives of servers that rejoin: what earlier ones held is gone.
+        absent: BTreeMap<ServerId, Incarnation>,
     },
     /// Has a majority and fetches the tail of the best log among it.
     Adopt {
@@ -48,6 +50,10 @@ pub(super) struct Promised {
     /// and what it can show.
     pub(super) have: EntryId,
     pub(super) chosen: Slot,
+    /// Which life of it promises,
+    pub(super) life: Incarnation,
+    /// and which lives count, as its log says.
+    pub(super) admitted: Admitted,
 }
 
 impl Replica {
@@ -165,6 +171,7 @@ impl Replica {
             polite_rounds: 0,
             stage: Stage::Prepare {
                 promises: BTreeMap::new(),
+                absent: BTreeMap::new(),
             },
         });
         self.promise(ballot);
@@ -177,12 +184,14 @@ impl Replica {
             certain: self.certain.max(self.tail.last()),
             have: self.tail.last(),
             chosen: self.chosen,
+            life: self.config.incarnation,
+            admitted: self.admitted(),
         };
         let me = self.config.id;
         let Role::Candidate(candidate) = &mut self.role else {
             return;
         };
-        let Stage::Prepare { promises } = &mut candidate.stage else {
+        let Stage::Prepare { promises, .. } = &mut candidate.stage else {
             return;
         };
         if candidate.ballot != self.promised {
@@ -218,11 +227,38 @@ impl Replica {
         }
         match &mut candidate.stage {
             // Our own promise comes first: before it is durable nobody was asked.
-            Stage::Prepare { promises } if promises.contains_key(&me) => {
+            Stage::Prepare { promises, .. } if promises.contains_key(&me) => {
+                // One of an earlier life may come late.
+                let known = promises.get(&from).map(|it| it.life);
+                if known > Some(promised.life) {
+                    return;
+                }
                 promises.insert(from, promised);
                 self.count_promises(now);
             }
             _ => {}
+        }
+    }
+
+    /// A server that rejoins has answered our `Prepare`.
+    pub(super) fn on_absent(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        life: Incarnation,
+        ballot: Ballot,
+    ) {
+        let core = self.config.members.core.contains(&from);
+        let Role::Candidate(candidate) = &mut self.role else {
+            return;
+        };
+        if candidate.ballot != ballot || !core {
+            return;
+        }
+        if let Stage::Prepare { absent, .. } = &mut candidate.stage {
+            let latest = absent.entry(from).or_default();
+            *latest = life.max(*latest);
+            self.count_promises(now);
         }
     }
 
@@ -231,15 +267,42 @@ impl Replica {
         let majority = self.majority();
         let listed = self.config.members.core.len();
         let own = self.tail.last();
+        let known = self.admitted();
+        let counts_all = self.bug == Some(Bug::CountOldLives);
+        let me = (self.config.id, self.config.incarnation);
         let Role::Candidate(candidate) = &mut self.role else {
             return;
         };
-        let Stage::Prepare { promises } = &mut candidate.stage else {
+        let Stage::Prepare { promises, absent } = &mut candidate.stage else {
             return;
         };
+        // An earlier life has not promised what its server promises now.
+        let known = promises
+            .values()
+            .fold(known, |known, it| known.merged(&it.admitted));
+        if !known.counts(me.0, me.1) && !counts_all {
+            return self.step_down(now);
+        }
+        for (server, promised) in &*promises {
+            if promised.life > known.of(*server) && !known.counts(*server, promised.life) {
+                // A life that nobody has let in yet.
+                let latest = absent.entry(*server).or_default();
+                *latest = promised.life.max(*latest);
+            }
+        }
+        promises.retain(|server, it| counts_all || known.counts(*server, it.life));
+        // The life that counts is not gone because an earlier one is.
+        absent.retain(|server, life| *life >= known.of(*server) && !promises.contains_key(server));
         let have = promises.values().map(|promised| promised.have).max();
         let best = have.unwrap_or_default().max(own);
-        if !is_enough(promises.values(), best, listed, majority) {
+        let answered = promises.len() + absent.len();
+        if !is_enough(
+            promises.values(),
+            best,
+            answered == listed,
+            listed,
+            majority,
+        ) {
             return;
         }
         if own >= best || self.bug == Some(Bug::SkipTail) {
@@ -384,15 +447,18 @@ impl Replica {
 ///
 /// If every core server has answered, nobody is away. What none of them can show was then not chosen,
 /// as long as damage has not taken more copies of an entry than a minority; for that it must be possible
-/// that a minority held the entry. Otherwise only a person may decide what to give up.
+/// that a minority held the entry. A server that rejoins has answered in this sense: its copies are damaged, all
+/// of them. Otherwise only a person may decide what to give up.
 fn is_enough<'a>(
     promises: impl ExactSizeIterator<Item = &'a Promised> + Clone,
     best: EntryId,
+    all: bool,
     listed: usize,
     majority: usize,
 ) -> bool {
-    let all = promises.len() == listed;
+    let promised = promises.len();
     let clean = promises.clone().filter(|it| it.last <= best).count();
     let without = promises.filter(|it| it.certain <= best).count();
-    clean >= majority || all && without > listed - majority
+    let denied = all && promised >= majority && without > listed - majority;
+    clean >= majority || denied
 }

@@ -10,7 +10,7 @@ use crate::paxos::output::{Output, Persist, RoleChange};
 use crate::paxos::quorum::reached_by_majority;
 use crate::paxos::{Bug, PendingWrite, Replica, Role, quorum};
 use crate::time::Instant;
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Ballot, EntryId, Incarnation, ServerId, Slot};
 
 /// Commands that wait for a place in the pipeline at most; the server stops reading from its clients
 /// long before.
@@ -38,6 +38,8 @@ pub(super) struct Leader {
 struct Follower {
     /// Next slot to send; none: where its log stands is not known, or it must catch up first.
     next: Option<Slot>,
+    /// Its life that answered last.
+    life: Incarnation,
     /// Acknowledged under our ballot.
     durable: Slot,
     /// When the heartbeat was sent that it answered last: its lease counts from then.
@@ -50,6 +52,31 @@ struct Follower {
     probe: Option<Slot>,
     /// Where sending was last resumed after a rejection, and when.
     resumed: Option<(Slot, Instant)>,
+}
+
+impl Follower {
+    /// Whether this life of it may be counted: it is not older than the last one. Of a newer one nothing is known.
+    fn is_of(&mut self, life: Incarnation) -> bool {
+        if life > self.life {
+            if self.life > Incarnation(0) {
+                *self = Follower::default();
+            }
+            self.life = life;
+        }
+        life >= self.life
+    }
+}
+
+impl Leader {
+    /// What a follower has told counts no more: its disk is new.
+    pub(super) fn forget(&mut self, server: ServerId) {
+        self.followers.insert(server, Follower::default());
+    }
+
+    /// The lives of the followers that have answered.
+    pub(super) fn lives(&self) -> impl Iterator<Item = (ServerId, Incarnation)> + '_ {
+        self.followers.iter().map(|(server, it)| (*server, it.life))
+    }
 }
 
 impl Replica {
@@ -166,13 +193,14 @@ impl Replica {
             "a new leader's ballot is above its log"
         );
         let followers = self.other_core().into_iter().map(|server| {
-            let next = promises
-                .get(&server)
-                .map(|promised| promised.chosen.min(last.slot).next());
+            let promised = promises.get(&server);
+            let next = promised.map(|it| it.chosen.min(last.slot).next());
+            let life = promised.map(|it| it.life).unwrap_or_default();
             (
                 server,
                 Follower {
                     next,
+                    life,
                     ..Follower::default()
                 },
             )
@@ -190,12 +218,14 @@ impl Replica {
         };
         self.role = Role::Leader(Box::new(leader));
         self.leader = Some(self.config.id);
-        self.append_own(vec![Command::internal(Op::Noop)]);
+        let mut commands = vec![Command::internal(Op::Noop)];
+        commands.extend(self.founders());
+        self.append_own(commands);
         self.leader_timeout(now);
     }
 
     /// Appends an entry of our own ballot.
-    fn append_own(&mut self, commands: Vec<Command>) {
+    pub(super) fn append_own(&mut self, commands: Vec<Command>) {
         let last = self.tail.last();
         let entry = Entry {
             id: EntryId {
@@ -245,6 +275,7 @@ impl Replica {
         }
         leader.heartbeat_at = now + heartbeat;
         let ballot = leader.ballot;
+        self.admit_founders();
         for server in self.other_servers() {
             self.send(
                 server,
@@ -263,8 +294,8 @@ impl Replica {
         &mut self,
         now: Instant,
         from: ServerId,
-        ballot: Ballot,
-        sent: Instant,
+        life: Incarnation,
+        (ballot, sent): (Ballot, Instant),
         durable: Slot,
         received: Slot,
         progress: Progress,
@@ -277,6 +308,9 @@ impl Replica {
             return;
         };
         if ballot != leader.ballot || sent > now || received > last || durable > received {
+            return;
+        }
+        if !follower.is_of(life) {
             return;
         }
         follower.granted = follower.granted.max(Some(sent));
@@ -319,8 +353,8 @@ impl Replica {
 
     pub(super) fn on_accepted(
         &mut self,
-        _now: Instant,
         from: ServerId,
+        life: Incarnation,
         ballot: Ballot,
         durable: Slot,
     ) {
@@ -332,7 +366,7 @@ impl Replica {
         let Some(follower) = leader.followers.get_mut(&from) else {
             return;
         };
-        if (ballot == leader.ballot || any_ballot) && durable <= last {
+        if (ballot == leader.ballot || any_ballot) && durable <= last && follower.is_of(life) {
             follower.durable = follower.durable.max(durable);
             follower.probe = follower.probe.filter(|at| durable < *at);
         }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use crate::entry::Entry;
 use crate::time::Instant;
-use crate::types::{Ballot, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+use crate::types::{Admitted, Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, VolumeId};
 
 /// A message between two servers. The network may lose, double, delay and reorder messages.
 #[derive(Clone, Debug, Eq, PartialEq, Hash)]
@@ -49,6 +49,13 @@ pub enum Message {
         have: EntryId,
         /// Slot up to which it knows its log to be chosen.
         chosen: Slot,
+        /// Which lives of servers count, as its log says.
+        admitted: Admitted,
+    },
+    /// Answer to `Prepare` of a server that rejoins: it promises nothing, and what its earlier life held is gone.
+    Absent {
+        /// Of the question.
+        ballot: Ballot,
     },
     /// Refusal of a `Prepare`, `Accept` or `Heartbeat` because of a higher promise.
     Nack {
@@ -153,6 +160,8 @@ pub enum Message {
     },
     /// Where a server that is no leader stands, to everyone, now and then (for feeders and `status`).
     Progress(Progress),
+    /// A server whose disk is new asks the leader to let it in: its life, the sender's incarnation, shall count.
+    Rejoin,
     /// Copying of chunks.
     Sync(SyncMessage),
 }
@@ -203,6 +212,8 @@ pub enum SyncMessage {
         from: ChunkIndex,
         /// The list is complete below this; `None`: to the end of the volume.
         until: Option<ChunkIndex>,
+        /// How many chunks all volumes have; 0: not said.
+        total: u64,
         /// (chunk, last slot applied to it, digest of its table).
         chunks: Vec<ChunkSummary>,
     },
@@ -246,6 +257,8 @@ pub struct ChunkSummary {
 pub struct Envelope {
     /// Sender.
     pub from: ServerId,
+    /// Life of the sender's data directory.
+    pub incarnation: Incarnation,
     /// Receiver.
     pub to: ServerId,
     /// What.

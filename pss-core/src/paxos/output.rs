@@ -2,7 +2,7 @@
 
 use crate::entry::Entry;
 use crate::paxos::message::Message;
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Ballot, EntryId, Incarnation, ServerId, Slot};
 
 /// Names one [`Output::Persist`]; the outside reports them back in order.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -68,6 +68,8 @@ pub enum Persist {
     },
     /// Sync the log, then make the promise durable.
     Promise(Ballot),
+    /// Sync the log, then make durable that this server, in this life, learns what an earlier one knew; or that it has.
+    Rejoining(Option<Incarnation>),
     /// Forget the log and start it anew behind `base`; the state at `base` and the note that chunks
     /// are being copied have been made durable before.
     Reset {

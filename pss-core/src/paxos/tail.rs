@@ -3,8 +3,8 @@
 
 use std::collections::VecDeque;
 
-use crate::entry::Entry;
-use crate::types::{EntryId, Slot};
+use crate::entry::{Entry, Op};
+use crate::types::{Admitted, EntryId, Incarnation, ServerId, Slot};
 
 /// Consecutive entries behind `base`.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -14,11 +14,18 @@ pub(super) struct Tail {
     base_weight: u64,
     /// Entries with the weight of everything up to and including them.
     entries: VecDeque<(Entry, u64)>,
+    /// Which lives of servers count up to and including `base`.
+    base_admitted: Admitted,
+    /// What the entries behind it say of that, in their order.
+    admissions: VecDeque<(Slot, ServerId, Incarnation)>,
 }
 
 impl Tail {
-    pub(super) fn new(base: EntryId) -> Tail {
+    /// Nothing but `base`, and which lives of servers count there.
+    pub(super) fn new(base: EntryId, admitted: Admitted) -> Tail {
         Tail {
+            base_admitted: admitted,
+            admissions: VecDeque::new(),
             base,
             base_weight: 0,
             entries: VecDeque::new(),
@@ -59,6 +66,16 @@ impl Tail {
             entry.id.ballot >= last.ballot,
             "ballots only rise along the log"
         );
+        for command in entry.commands.iter() {
+            if let Op::AdmitServer {
+                server,
+                incarnation,
+            } = command.op
+            {
+                let admission = (entry.id.slot, server, incarnation);
+                self.admissions.push_back(admission);
+            }
+        }
         let weight = self.weight_through(last.slot) + entry.weight_bytes() as u64;
         self.entries.push_back((entry, weight));
     }
@@ -67,6 +84,7 @@ impl Tail {
     pub(super) fn truncate_after(&mut self, slot: Slot) {
         assert!(slot >= self.base.slot, "what left memory is chosen");
         self.entries.truncate((slot.0 - self.base.slot.0) as usize);
+        self.admissions.retain(|(at, _, _)| *at <= slot);
     }
 
     /// Weight of the entries behind `after` up to `through`, bytes.
@@ -115,11 +133,28 @@ impl Tail {
         Some((prev, entries))
     }
 
+    /// Which lives of servers count, as the log up to `slot` says; it must not lie before `base`.
+    pub(super) fn admitted_through(&self, slot: Slot) -> Admitted {
+        let mut admitted = self.base_admitted;
+        for (at, server, incarnation) in &self.admissions {
+            if *at <= slot {
+                admitted.admit(*server, *incarnation);
+            }
+        }
+        admitted
+    }
+
     /// Forgets the first entry. Only for entries that are applied.
     pub(super) fn pop_front(&mut self) {
         if let Some((entry, weight)) = self.entries.pop_front() {
             self.base = entry.id;
             self.base_weight = weight;
+            while let Some((slot, server, incarnation)) = self.admissions.front().copied()
+                && slot <= entry.id.slot
+            {
+                self.base_admitted.admit(server, incarnation);
+                self.admissions.pop_front();
+            }
         }
     }
 

@@ -56,6 +56,7 @@ fn promise(of: f64, last: EntryId) -> Message {
         certain: last,
         have: last,
         chosen: Slot(0),
+        admitted: Admitted::default(),
     }
 }
 
@@ -66,6 +67,7 @@ fn claim(of: f64, last: EntryId, certain: EntryId, have: EntryId) -> Message {
         certain,
         have,
         chosen: Slot(0),
+        admitted: Admitted::default(),
     }
 }
 
@@ -156,6 +158,8 @@ fn show(output: &Output) -> Option<String> {
         Output::Send { to, message } => format!("{to} <- {}", show_message(message)?),
         Output::Persist { what, .. } => match what {
             Persist::Promise(ballot) => format!("persist promise {ballot}"),
+            Persist::Rejoining(Some(life)) => format!("persist rejoining as {life}"),
+            Persist::Rejoining(None) => "persist rejoined".to_owned(),
             Persist::Reset { base } => format!("persist reset {base}"),
             Persist::Append {
                 truncate_after,
@@ -196,6 +200,7 @@ fn show_message(message: &Message) -> Option<String> {
             certain,
             have,
             chosen,
+            ..
         } => {
             let mut lost = String::new();
             if certain != last {
@@ -234,6 +239,8 @@ fn show_message(message: &Message) -> Option<String> {
         CatchUp { after } => format!("catch-up after {after}"),
         Chosen { prev, entries, .. } => format!("chosen behind {prev} {}", ids(entries)),
         LogGone { first, .. } => format!("gone before {first}"),
+        Rejoin => "rejoin".to_owned(),
+        Absent { ballot } => format!("absent {ballot}"),
         Progress(_) | Sync(_) => return None,
     })
 }
@@ -249,9 +256,20 @@ struct Server {
 
 impl Server {
     fn start_as(server: u8, listed: &[u8], tuning: Tuning, recovered: Recovered) -> Server {
+        Server::start_life(Incarnation(0), server, listed, tuning, recovered)
+    }
+
+    fn start_life(
+        life: Incarnation,
+        server: u8,
+        listed: &[u8],
+        tuning: Tuning,
+        recovered: Recovered,
+    ) -> Server {
         let now = Instant(1_000_000_000);
         let config = Config {
             id: ServerId(server),
+            incarnation: life,
             members: Membership::new(listed.iter().copied().map(ServerId)),
             tuning,
             seed: 1,
@@ -313,9 +331,17 @@ impl Server {
         shown
     }
 
+    /// From a life of a server of which it is known that it counts, or not.
+    fn gets_of(&mut self, from: u8, life: u64, message: Message) -> Vec<String> {
+        let life = Incarnation(life);
+        self.replica
+            .handle_message(self.now, ServerId(from), life, message);
+        self.outputs()
+    }
+
     fn gets(&mut self, from: u8, message: Message) -> Vec<String> {
         self.replica
-            .handle_message(self.now, ServerId(from), message);
+            .handle_message(self.now, ServerId(from), Incarnation(0), message);
         self.outputs()
     }
 
@@ -703,7 +729,8 @@ fn a_reset_log_ends_a_candidacy() {
     server.wait(0);
     server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
     server.all_persisted();
-    server.replica.handle_base(server.now, id(9, 1.1));
+    let admitted = Admitted::default();
+    server.replica.handle_base(server.now, id(9, 1.1), admitted);
     server.gets(1, promise(2.0, id(9, 1.1)));
     assert_eq!(server.replica.role(), RoleKind::Follower);
     assert_eq!(server.slots(), (9, 9, 9));
@@ -805,6 +832,24 @@ fn a_candidate_waits_for_a_server_that_has_what_another_lost() {
     assert_eq!(server.gets(1, lost), NOTHING);
     let fetch = ["2 <- fetch tail 2.0 after 0"];
     assert_eq!(server.gets(2, promise(2.0, id(2, 1.0))), fetch);
+}
+
+/// A server whose disk is new does not come back with what it held. What may have been torn was then not chosen,
+/// as long as no more than a minority of copies is gone; what another held for certain may have been.
+#[test]
+fn a_candidate_does_not_wait_for_what_a_wiped_disk_held() {
+    for (certain, wins) in [(id(1, 1.0), true), (id(2, 1.0), false)] {
+        let mut server = Server::awake(1.0, log([1.0]));
+        server.wait(0);
+        server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
+        server.all_persisted();
+        let lost = claim(2.0, id(2, 1.0), certain, id(1, 1.0));
+        assert_eq!(server.gets(1, lost), NOTHING);
+        let ballot = ballot(2.0);
+        server.gets(2, Message::Absent { ballot });
+        let leads = server.replica.role() == RoleKind::Leader { serving: false };
+        assert_eq!(leads, wins, "{certain}");
+    }
 }
 
 /// What a majority never acknowledged is not chosen, whatever one server claims.
@@ -1103,8 +1148,11 @@ fn a_backlog_takes_no_entries_and_does_not_lead() {
         ballot: ballot(2.1),
     };
     let more = accept(2.1, id(1, 2.1), [2.1], 1);
-    server.replica.handle_message(now, from, more.clone());
-    server.replica.handle_message(now, from, hand_over.clone());
+    let life = Incarnation(0);
+    server.replica.handle_message(now, from, life, more.clone());
+    server
+        .replica
+        .handle_message(now, from, life, hand_over.clone());
     assert_eq!(
         server.outputs(),
         ["1 <- accepted 2.1 to 1", "apply [1@2.1]"],
@@ -1404,7 +1452,8 @@ fn applied_by_a_majority_of_others() {
 #[test]
 fn nobody_is_fed_from_a_log_that_is_to_be_reset() {
     let mut server = Server::awake(1.0, log([1.0, 1.0]));
-    server.replica.handle_base(server.now, id(9, 2.1));
+    let admitted = Admitted::default();
+    server.replica.handle_base(server.now, id(9, 2.1), admitted);
     assert_eq!(server.outputs(), ["persist reset 9@2.1"]);
     let ask = Message::CatchUp { after: Slot(1) };
     assert_eq!(server.gets(5, ask.clone()), ["5 <- gone before 10"]);
@@ -1417,11 +1466,384 @@ fn nobody_is_fed_from_a_log_that_is_to_be_reset() {
 fn a_reset_while_entries_are_written() {
     let mut server = Server::awake(2.1, log([]));
     server.gets(1, accept(2.1, EntryId::default(), [2.1, 2.1], 0));
-    server.replica.handle_base(server.now, id(9, 2.1));
+    let admitted = Admitted::default();
+    server.replica.handle_base(server.now, id(9, 2.1), admitted);
     server.outputs();
     server.gets(1, accept(2.1, id(9, 2.1), [2.1], 0));
     assert_eq!(server.persisted(), NOTHING, "the old entries");
     assert_eq!(server.persisted(), NOTHING, "the reset");
     assert_eq!(server.slots(), (9, 9, 10));
     assert_eq!(server.persisted(), ["1 <- accepted 2.1 to 10"]);
+}
+
+// ---- Lives of servers.
+
+fn admit(server: u8, life: u64) -> Command {
+    Command::internal(Op::AdmitServer {
+        server: ServerId(server),
+        incarnation: Incarnation(life),
+    })
+}
+
+/// One entry of ballot `of` with these commands, and nothing before it.
+fn first_entry(of: f64, commands: Vec<Command>) -> Entry {
+    Entry {
+        id: id(1, of),
+        prev: Ballot::default(),
+        commands: commands.into(),
+    }
+}
+
+/// Life 7 of server 0, which replaces another.
+fn rejoining() -> Server {
+    let recovered = Recovered {
+        log_first: Slot(1),
+        rejoining: true,
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2, 5], tuning(), recovered);
+    server.pass(1000);
+    server
+}
+
+/// Chosen entries, as a server gets them that asks for what it lacks.
+fn learned(entries: Vec<Entry>) -> Message {
+    Message::Chosen {
+        prev: EntryId::default(),
+        chosen: entries.last().map_or(Slot(0), |entry| entry.id.slot),
+        entries,
+    }
+}
+
+/// design.md 3: a wiped disk holds data but acknowledges nothing, gives no promise and grants no lease.
+#[test]
+fn a_rejoining_server_does_not_count() {
+    let mut server = rejoining();
+    assert_eq!(server.gets(1, pre_check(2.1)), ["1 <- pre-check 2.1 no"]);
+    assert_eq!(server.gets(1, prepare(2.1)), ["1 <- absent 2.1"]);
+    assert_eq!(server.gets(1, heartbeat(2.1, 0)), ["persist promise 2.1"]);
+    let entries = accept(2.1, EntryId::default(), [2.1], 0);
+    assert_eq!(server.gets(1, entries), ["persist [1@2.1]"]);
+    assert_eq!(server.all_persisted(), NOTHING);
+    assert_eq!(server.gets(1, heartbeat(2.1, 1)), ["apply [1@2.1]"]);
+    assert_eq!(server.replica.role(), RoleKind::Learner);
+    // It asks to be let in, and never stands for election.
+    let asked = server.wait(2000);
+    assert!(asked.contains(&"1 <- rejoin".to_owned()), "{asked:?}");
+    assert!(
+        !asked.iter().any(|it| it.contains("pre-check")),
+        "{asked:?}"
+    );
+}
+
+/// It counts again when its admission is chosen and durable here, which it makes durable first.
+#[test]
+fn a_rejoining_server_counts_when_it_has_learned_its_admission() {
+    let mut server = rejoining();
+    server.gets(1, heartbeat(2.1, 0));
+    server.all_persisted();
+    // An earlier life's admission does not help.
+    let earlier = first_entry(2.1, vec![admit(0, 6)]);
+    let own = Entry {
+        id: id(2, 2.1),
+        prev: ballot(2.1),
+        commands: vec![admit(0, 7)].into(),
+    };
+    server.gets(1, learned(vec![earlier]));
+    assert_eq!(server.all_persisted(), ["apply [1@2.1]"]);
+    assert!(server.replica.is_rejoining());
+    let more = Message::Chosen {
+        prev: id(1, 2.1),
+        entries: vec![own],
+        chosen: Slot(2),
+    };
+    let persists = server.gets(1, more);
+    assert!(
+        persists.contains(&"persist [2@2.1]".to_owned()),
+        "{persists:?}"
+    );
+    assert_eq!(server.persisted(), ["apply [2@2.1]", "persist rejoined"]);
+    assert_eq!(server.gets(1, heartbeat(2.1, 2)), NOTHING);
+    assert_eq!(server.persisted(), ["1 <- accepted 2.1 to 2"]);
+    assert!(!server.replica.is_rejoining());
+    // And does not ask any more.
+    assert!(!server.wait(600).contains(&"1 <- rejoin".to_owned()));
+}
+
+/// Its data count as much as its log: while chunks are being copied it has not learned everything.
+#[test]
+fn a_rejoining_server_waits_for_its_chunks() {
+    let mut server = rejoining();
+    let mut admitted = Admitted::default();
+    admitted.admit(ServerId(0), Incarnation(7));
+    server.replica.handle_base(server.now, id(9, 2.1), admitted);
+    server.outputs();
+    assert_eq!(server.all_persisted(), NOTHING);
+    server.replica.handle_installed();
+    server.wait(100);
+    assert!(server.replica.is_rejoining());
+    server.replica.note_complete(true);
+    // What it has learned is of a ballot that it never promised.
+    let done = ["persist promise 2.1", "persist rejoined"];
+    server.replica.flush(server.now);
+    assert_eq!(server.outputs(), done);
+    server.all_persisted();
+    assert!(!server.replica.is_rejoining());
+}
+
+/// A directory that was formatted anew without a word finds out when it learns that another life counts.
+#[test]
+fn another_life_that_counts_makes_a_server_rejoin() {
+    let recovered = Recovered::default();
+    let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.pass(1000);
+    server.gets(1, heartbeat(2.1, 0));
+    server.all_persisted();
+    server.gets(1, learned(vec![first_entry(2.1, vec![admit(0, 3)])]));
+    let counted = "1 <- accepted 2.1 to 1";
+    let rejoins = "persist rejoining as 8";
+    assert_eq!(server.persisted(), [counted, "apply [1@2.1]", rejoins]);
+    assert_eq!(server.gets(1, prepare(3.1)), ["1 <- absent 3.1"]);
+    assert!(server.replica.is_rejoining());
+}
+
+/// A leader in whose log the lives 1 of servers 1 and 2 count, the barrier being acknowledged by both.
+fn leader_of_lives() -> Server {
+    let founders = first_entry(1.0, vec![admit(1, 1), admit(2, 1)]);
+    let last = founders.id;
+    let mut server = Server::awake(1.0, vec![founders]);
+    server.wait(0);
+    server.gets_of(1, 1, pre_check_answer(2.0, last));
+    server.all_persisted();
+    server.gets_of(1, 1, promise(2.0, last));
+    server.all_persisted();
+    server.gets_of(1, 1, accepted(2.0, 2));
+    server.gets_of(2, 1, accepted(2.0, 2));
+    server
+}
+
+/// The leader proposes the admission; what an earlier life acknowledged, or acknowledges late, counts no more.
+#[test]
+fn a_leader_counts_only_the_life_that_it_admitted() {
+    let mut server = leader_of_lives();
+    server.propose(vec![write(10)]);
+    server.all_persisted();
+    assert_eq!(server.slots().0, 2);
+    let proposes = server.gets_of(2, 5, Message::Rejoin);
+    assert!(
+        proposes.contains(&"persist [4@2.0]".to_owned()),
+        "{proposes:?}"
+    );
+    // Once is enough.
+    assert_eq!(server.gets_of(2, 5, Message::Rejoin), NOTHING);
+    server.all_persisted();
+    // Life 1 has acknowledged the write before its disk was wiped.
+    assert_eq!(server.gets_of(2, 1, accepted(2.0, 3)), NOTHING);
+    assert_eq!(server.gets_of(2, 5, accepted(2.0, 2)), NOTHING);
+    assert_eq!(
+        server.gets_of(1, 1, accepted(2.0, 4)),
+        ["apply [3@2.0 4@2.0]"]
+    );
+    // A life before the one that counts is not let in.
+    assert_eq!(server.gets_of(2, 4, Message::Rejoin), NOTHING);
+}
+
+/// Nor does a lease that it granted.
+#[test]
+fn a_leader_takes_no_lease_of_an_earlier_life() {
+    let mut server = leader_of_lives();
+    server.gets_of(2, 5, Message::Rejoin);
+    let sent = server.now;
+    server.gets_of(2, 1, granted(2.0, sent, 2));
+    assert!(!server.replica.holds_lease(server.now));
+    server.gets_of(1, 1, granted(2.0, sent, 2));
+    assert!(server.replica.holds_lease(server.now));
+}
+
+/// Whoever leads first says which lives count: its own and those that it hears of.
+#[test]
+fn a_leader_admits_the_founders() {
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.pass(500);
+    server.elect(EntryId::default());
+    server.all_persisted();
+    server.gets_of(1, 3, accepted(2.0, 1));
+    server.gets_of(1, 3, granted(2.0, server.now, 1));
+    server.wait(200);
+    let admitted = server.replica.admitted();
+    let lives = [0, 1, 2].map(|server| admitted.of(ServerId(server)).0);
+    assert_eq!(lives, [7, 3, 0]);
+}
+
+/// A promise of an earlier life is dropped if any of the others' logs says that another one counts.
+#[test]
+fn a_candidate_drops_the_promise_of_an_earlier_life() {
+    let members = [0, 1, 2, 3, 4];
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &members, tuning(), recovered);
+    server.pass(500);
+    server.wait(0);
+    for other in [1, 2] {
+        server.gets(other, pre_check_answer(2.0, EntryId::default()));
+    }
+    server.all_persisted();
+    // Life 1 of server 1 promised before its disk was wiped; server 2 knows of life 2.
+    let mut known = Admitted::default();
+    known.admit(ServerId(1), Incarnation(2));
+    server.gets_of(1, 1, promise(2.0, EntryId::default()));
+    let mut second = promise(2.0, EntryId::default());
+    if let Message::Promise { admitted, .. } = &mut second {
+        *admitted = known;
+    }
+    assert_eq!(server.gets_of(2, 1, second), NOTHING);
+    assert_eq!(server.replica.role(), RoleKind::Candidate);
+    // The promise of the life that counts does.
+    server.gets_of(1, 2, promise(2.0, EntryId::default()));
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+}
+
+/// What a leader has admitted and could not get chosen is taken back with its entry.
+#[test]
+fn an_admission_goes_with_its_entry() {
+    let mut server = Server::awake(1.0, log([]));
+    let entry = first_entry(2.1, vec![admit(2, 5)]);
+    let message = Message::Accept {
+        ballot: ballot(2.1),
+        prev: EntryId::default(),
+        entries: vec![entry],
+        chosen: Slot(0),
+    };
+    server.gets(1, message);
+    assert_eq!(server.replica.admitted().of(ServerId(2)), Incarnation(5));
+    server.gets(2, accept(3.2, EntryId::default(), [3.2], 0));
+    assert_eq!(server.replica.admitted().of(ServerId(2)), Incarnation(0));
+}
+
+/// An old disk that comes back and answers that it holds nothing says nothing about the life that counts.
+#[test]
+fn an_earlier_life_is_not_absent_for_the_one_that_counts() {
+    let founders = first_entry(1.0, vec![admit(1, 1), admit(2, 5)]);
+    let last = founders.id;
+    for (life, wins) in [(1, false), (5, true), (9, true)] {
+        let mut server = Server::awake(1.0, vec![founders.clone()]);
+        server.wait(0);
+        server.gets_of(1, 1, pre_check_answer(2.0, last));
+        server.all_persisted();
+        let lost = claim(2.0, id(2, 1.0), id(1, 1.0), id(1, 1.0));
+        server.gets_of(1, 1, lost);
+        let ballot = ballot(2.0);
+        server.gets_of(2, life, Message::Absent { ballot });
+        let leads = server.replica.role() == RoleKind::Leader { serving: false };
+        assert_eq!(leads, wins, "life {life}");
+    }
+}
+
+/// Its refusals and encouragements do not matter either.
+#[test]
+fn an_earlier_life_unseats_nobody() {
+    let mut server = leader_of_lives();
+    let nack = |life| {
+        let (ballot, promised) = (ballot(2.0), ballot(7.1));
+        (life, Message::Nack { ballot, promised })
+    };
+    let (life, message) = nack(9);
+    server.gets_of(1, life, message);
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: true });
+    let (life, message) = nack(1);
+    server.gets_of(1, life, message);
+    assert_eq!(server.replica.role(), RoleKind::Follower);
+}
+
+/// A late promise of an earlier life does not take the place of the one that counts.
+#[test]
+fn a_late_promise_of_an_earlier_life_is_dropped() {
+    let members = [0, 1, 2, 3, 4];
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_as(0, &members, tuning(), recovered);
+    server.pass(500);
+    server.wait(0);
+    for other in [1, 2] {
+        server.gets(other, pre_check_answer(2.0, EntryId::default()));
+    }
+    server.all_persisted();
+    server.gets_of(1, 4, promise(2.0, EntryId::default()));
+    server.gets_of(1, 3, promise(2.0, EntryId::default()));
+    let mut second = promise(2.0, EntryId::default());
+    if let Message::Promise { admitted, .. } = &mut second {
+        admitted.admit(ServerId(1), Incarnation(4));
+    }
+    server.gets_of(2, 1, second);
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: false });
+}
+
+/// Nobody has said yet which life counts; then the later one, and what an earlier one acknowledged is forgotten.
+#[test]
+fn a_later_life_is_another_server_before_any_is_admitted() {
+    let mut server = Server::leader(log([1.0]));
+    server.gets_of(1, 0, accepted(2.0, 2));
+    server.propose(vec![write(10)]);
+    server.all_persisted();
+    server.gets_of(2, 3, granted(2.0, Instant(0), 2));
+    // Of life 3, before its disk was wiped; and late.
+    server.gets_of(2, 4, granted(2.0, Instant(0), 0));
+    server.gets_of(2, 3, accepted(2.0, 3));
+    assert_eq!(server.slots().0, 2);
+    server.gets_of(2, 4, accepted(2.0, 3));
+    assert_eq!(server.slots().0, 3);
+}
+
+/// The barrier says which lives have elected the leader.
+#[test]
+fn the_barrier_admits_the_lives_that_promised() {
+    let recovered = Recovered {
+        promised: ballot(1.0),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.pass(500);
+    server.wait(0);
+    server.gets_of(1, 3, pre_check_answer(2.0, EntryId::default()));
+    server.all_persisted();
+    server.gets_of(1, 3, promise(2.0, EntryId::default()));
+    assert_eq!(server.replica.last().slot, Slot(1));
+    let admitted = server.replica.admitted();
+    let lives = [0, 1, 2].map(|server| admitted.of(ServerId(server)).0);
+    assert_eq!(lives, [7, 3, 0]);
+}
+
+/// Whoever finds out that another life counts begins a new one: what this one has promised should not have been.
+/// An old disk whose place is taken does not.
+#[test]
+fn who_is_found_out_begins_another_life() {
+    for (own, counts, then, asks) in [(7, 3, 8, true), (3, 7, 3, false)] {
+        let recovered = Recovered::default();
+        let life = Incarnation(own);
+        let mut server = Server::start_life(life, 0, &[0, 1, 2], tuning(), recovered);
+        server.pass(1000);
+        server.gets(1, heartbeat(2.1, 0));
+        server.all_persisted();
+        server.gets(1, learned(vec![first_entry(2.1, vec![admit(0, counts)])]));
+        server.persisted();
+        // Not before it is durable: others would take nothing of the earlier life any more.
+        assert_eq!(server.replica.incarnation(), life);
+        assert!(!server.wait(600).contains(&"1 <- rejoin".to_owned()));
+        server.all_persisted();
+        assert_eq!(server.replica.incarnation(), Incarnation(then));
+        assert_eq!(server.wait(600).contains(&"1 <- rejoin".to_owned()), asks);
+        assert!(server.replica.is_rejoining());
+    }
 }

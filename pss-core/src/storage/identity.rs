@@ -25,7 +25,8 @@ const IGNORED: [&str; 2] = ["lock", "lost+found"];
 /// | 0  | 2     | group                                |
 /// | 2  | 1     | server id                            |
 /// | 3  | 1     | server id of the promised ballot     |
-/// | 4  | 4     | zero                                 |
+/// | 4  | 1     | 1: still learns what its earlier life knew; else 0 |
+/// | 5  | 3     | zero                                 |
 /// | 8  | 16    | cell                                 |
 /// | 24 | 8     | incarnation                          |
 /// | 32 | 8     | number of the promised ballot        |
@@ -41,6 +42,9 @@ pub struct IdentityFacts {
     pub incarnation: Incarnation,
     /// No ballot below is accepted.
     pub promised: Ballot,
+    /// The directory replaces another one whose promises and log are gone: until it has learned what others
+    /// know, the server neither votes nor acknowledges.
+    pub rejoining: bool,
 }
 
 impl IdentityFacts {
@@ -49,7 +53,8 @@ impl IdentityFacts {
         out.put_u16_le(self.group.0);
         out.put_u8(self.server.0);
         out.put_u8(self.promised.server.0);
-        out.put_u32_le(0);
+        out.put_u8(u8::from(self.rejoining));
+        out.put_slice(&[0; 3]);
         out.put_slice(&self.cell);
         out.put_u64_le(self.incarnation.0);
         out.put_u64_le(self.promised.number);
@@ -64,7 +69,8 @@ impl IdentityFacts {
         let group = GroupId(input.get_u16_le());
         let server = ServerId(input.get_u8());
         let promised_server = ServerId(input.get_u8());
-        input.advance(4);
+        let rejoining = input.get_u8() != 0;
+        input.advance(3);
         let mut cell = [0; 16];
         input.copy_to_slice(&mut cell);
         Some(IdentityFacts {
@@ -76,6 +82,7 @@ impl IdentityFacts {
                 number: input.get_u64_le(),
                 server: promised_server,
             },
+            rejoining,
         })
     }
 }
@@ -153,6 +160,21 @@ impl Identity {
         self.facts = facts;
         Ok(())
     }
+
+    /// Makes durable that the server, in this life, learns what an earlier one knew; or that it has.
+    ///
+    /// # Errors
+    /// [`PairError::Io`].
+    pub fn set_rejoining(&mut self, life: Option<Incarnation>) -> Result<(), PairError> {
+        let facts = IdentityFacts {
+            rejoining: life.is_some(),
+            incarnation: life.unwrap_or(self.facts.incarnation),
+            ..self.facts
+        };
+        self.pair.store(&facts.encode())?;
+        self.facts = facts;
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -170,12 +192,13 @@ mod tests {
                 number: 4,
                 server: ServerId(5),
             },
+            rejoining: true,
         };
         let bytes = facts.encode();
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(
             hex,
-            "01000205000000000707070707070707070707070707070703000000000000000400000000000000"
+            "01000205010000000707070707070707070707070707070703000000000000000400000000000000"
         );
         assert_eq!(IdentityFacts::decode(&bytes), Some(facts));
         assert_eq!(IdentityFacts::decode(&bytes[1..]), None);

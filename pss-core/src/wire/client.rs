@@ -405,6 +405,18 @@ pub struct ServerStatus {
     pub log_first: u64,
     /// Whether chunks are being copied to it, and how far that is (done, total).
     pub copying: Option<(u64, u64)>,
+    /// About how many seconds that takes still, if it can be told.
+    #[serde(default)]
+    pub copying_left_s: Option<u64>,
+    /// Whether its disk is new, and it has not learned everything yet: until then it does not count.
+    #[serde(default)]
+    pub rejoining: bool,
+    /// Life of its data directory; 0 if it does not say.
+    #[serde(default)]
+    pub incarnation: u64,
+    /// By server: the life that counts, 0 if nobody has said it yet.
+    #[serde(default)]
+    pub lives: Vec<u64>,
     /// Bytes free for chunks.
     pub free_bytes: u64,
     /// Size of its file system.

@@ -31,7 +31,8 @@ use crate::key::CellId;
 use crate::paxos::message::{ChunkSummary, Message, Progress, SyncMessage};
 use crate::time::Instant;
 use crate::types::{
-    Ballot, ChunkIndex, EntryId, GroupId, Incarnation, SERVERS_MAX, ServerId, Slot, VolumeId,
+    Admitted, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, SERVERS_MAX, ServerId, Slot,
+    VolumeId,
 };
 use crate::wire::DecodeError;
 use crate::wire::auth::MacKey;
@@ -144,13 +145,19 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
             certain,
             have,
             chosen,
+            admitted,
         } => {
-            put.u8(4);
+            // Code 4 is that of programs that do not tell lives apart.
+            let tells_lives = *admitted != Admitted::default();
+            put.u8(if tells_lives { 19 } else { 4 });
             put.ballot(*ballot);
             put.entry_id(*last);
             put.entry_id(*certain);
             put.entry_id(*have);
             put.u64(chosen.0);
+            if tells_lives {
+                put.admitted(admitted);
+            }
         }
         Message::Nack { ballot, promised } => {
             put.u8(5);
@@ -252,6 +259,11 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
             put.u8(17);
             put.progress(progress);
         }
+        Message::Rejoin => put.u8(18),
+        Message::Absent { ballot } => {
+            put.u8(20);
+            put.ballot(*ballot);
+        }
         Message::Sync(message) => encode_sync(message, &mut put),
     }
 }
@@ -279,9 +291,14 @@ fn encode_sync(message: &SyncMessage, put: &mut Output<'_>) {
             volume,
             from,
             until,
+            total,
             chunks,
         } => {
-            put.u8(35);
+            // Code 35 is that of programs that do not count.
+            put.u8(if *total > 0 { 39 } else { 35 });
+            if *total > 0 {
+                put.u64(*total);
+            }
             put.u64(as_of.0);
             put.u32(volume.0);
             put.u32(from.0);
@@ -343,12 +360,16 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
                 released: is_released.then_some(released),
             }
         }
-        4 => Message::Promise {
+        code @ (4 | 19) => Message::Promise {
             ballot: input.ballot()?,
             last: input.entry_id()?,
             certain: input.entry_id()?,
             have: input.entry_id()?,
             chosen: Slot(input.u64()?),
+            admitted: match code {
+                19 => input.admitted()?,
+                _ => Admitted::default(),
+            },
         },
         5 => Message::Nack {
             ballot: input.ballot()?,
@@ -407,6 +428,10 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
             chosen: Slot(input.u64()?),
         },
         17 => Message::Progress(input.progress()?),
+        18 => Message::Rejoin,
+        20 => Message::Absent {
+            ballot: input.ballot()?,
+        },
         code => Message::Sync(decode_sync(code, input, &mut payload)?),
     };
     input.end()?;
@@ -435,7 +460,11 @@ fn decode_sync(
             volume: VolumeId(input.u32()?),
             from: ChunkIndex(input.u32()?),
         },
-        35 => {
+        35 | 39 => {
+            let total = match code {
+                39 => input.u64()?,
+                _ => 0,
+            };
             let as_of = Slot(input.u64()?);
             let volume = VolumeId(input.u32()?);
             let from = ChunkIndex(input.u32()?);
@@ -455,6 +484,7 @@ fn decode_sync(
                 volume,
                 from,
                 until: is_until.then_some(until),
+                total,
                 chunks,
             }
         }
@@ -498,6 +528,13 @@ impl Output<'_> {
         self.u8(u8::from(progress.installing));
     }
 
+    /// The incarnation of each server that counts.
+    fn admitted(&mut self, admitted: &Admitted) {
+        for (_, incarnation) in admitted.iter() {
+            self.u64(incarnation.0);
+        }
+    }
+
     /// A count, then per entry: header length, payload length, header.
     fn entries(&mut self, entries: &[Entry]) {
         self.u32(entries.len() as u32);
@@ -535,6 +572,14 @@ impl Input<'_> {
             free_bytes: self.u64()?,
             installing: self.flag()?,
         })
+    }
+
+    fn admitted(&mut self) -> Result<Admitted, DecodeError> {
+        let mut admitted = Admitted::default();
+        for server in (0..SERVERS_MAX as u8).map(ServerId) {
+            admitted.admit(server, Incarnation(self.u64()?));
+        }
+        Ok(admitted)
     }
 
     fn entries(&mut self, payload: Option<Bytes>) -> Result<Vec<Entry>, DecodeError> {
@@ -678,6 +723,11 @@ impl Datagrams {
             sent: 0,
             received: Default::default(),
         }
+    }
+
+    /// From now on for another life of this server's data directory.
+    pub fn set_incarnation(&mut self, incarnation: Incarnation) {
+        self.incarnation = incarnation;
     }
 
     /// Replaces the content of `out` by a datagram.

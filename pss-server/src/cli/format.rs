@@ -1,20 +1,27 @@
 //! `pssd format`.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use pss_core::disk::files::{FileDisk, LOCK_FILE, check_is_in_one_place};
 use pss_core::key::CellId;
 use pss_core::storage::{Identity, IdentityFacts, StorageError};
-use pss_core::types::{Ballot, GroupId, Incarnation};
+use pss_core::types::{Ballot, GroupId, Incarnation, ServerId};
+use pss_core::wire::client::ServerStatus;
 
 use crate::config::{CellFiles, ServerConfig, Tuning};
 
-use super::{CliError, Exit, confirm, parse_id, say};
+use super::cell::Access;
+use super::measure::{self, Measured, measure};
+use super::{CellArgs, CliError, Exit, confirm, parse_id, say};
+
+/// Servers that run answer within this time.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Flags of `pssd format`.
 #[derive(Args, Debug)]
@@ -42,6 +49,9 @@ pub struct FormatArgs {
     /// Replace what a server has left in the directory; all its data there are lost
     #[arg(long)]
     force: bool,
+    /// The server's disk is new or its data are lost: it learns everything from the others before it counts again
+    #[arg(long)]
+    replace: bool,
 }
 
 /// Why a directory was not formatted.
@@ -91,15 +101,24 @@ pub(super) fn run(args: &FormatArgs) -> Result<(), CliError> {
     let cell = CellFiles::read(&args.servers, args.key.as_deref())?;
     let path = args.path.clone();
     let config = cell.server(args.id, path, args.cell, Tuning::default())?;
-    format(&config, args.force).map_err(|error| CliError::new(Exit::Failed, error))?;
+    let life = life(args, &config)?;
+    let measured = format_life(&config, args.force, life)
+        .map_err(|error| CliError::new(Exit::Failed, error))?;
+    let more = match life.rejoining {
+        true => {
+            " It learns everything from the others and counts when it has; 'pss status' shows how far it is."
+        }
+        false => "",
+    };
     say(format!(
-        "Formatted {} for server {} of cell {}. Start it with 'pssd start --id {}{}'.",
+        "Formatted {} for server {} of cell {}. Start it with 'pssd start --id {}{}'.{more}",
         config.path.display(),
         config.id,
         config.cell,
         config.id,
         more_flags(args),
     ));
+    say(measured.text());
     Ok(())
 }
 
@@ -120,6 +139,7 @@ pub(super) fn run_asking(
         key: key.map(Path::to_owned),
         cell: None,
         force,
+        replace: false,
     };
     let files = CellFiles::read(servers, key)?;
     let path = files.server(id, None, None, Tuning::default())?.path;
@@ -158,6 +178,14 @@ fn more_flags(args: &FormatArgs) -> String {
 /// [`FormatError`]; a directory that holds something is left as it is without `force`, and with it
 /// loses only what a server has made.
 pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
+    let life = Life {
+        incarnation: incarnation(0),
+        rejoining: false,
+    };
+    format_life(config, force, life).map(drop)
+}
+
+fn format_life(config: &ServerConfig, force: bool, life: Life) -> Result<Measured, FormatError> {
     let path = &config.path;
     let failed = |action| {
         move |source| FormatError::Io {
@@ -183,34 +211,174 @@ pub fn format(config: &ServerConfig, force: bool) -> Result<(), FormatError> {
         io::ErrorKind::WouldBlock => FormatError::InUse { path: path.clone() },
         _ => failed("lock the directory")(error),
     })?;
-    Identity::create(Arc::new(disk), facts(config), force).map_err(|source| {
+    let measured = measure(&disk, path).map_err(failed("write to it"))?;
+    Identity::create(Arc::new(disk), facts(config, life), force).map_err(|source| {
         FormatError::Storage {
             path: path.clone(),
             source,
         }
     })?;
-    Ok(())
+    Ok(measured)
 }
 
-/// The identity of a new server.
-fn facts(config: &ServerConfig) -> IdentityFacts {
-    // A directory that is formatted again is a later life of the server, so its incarnation must be
-    // higher than any before, of which it knows nothing: hence the time.
+/// Which life of its server a data directory begins.
+#[derive(Clone, Copy, Debug)]
+struct Life {
+    incarnation: Incarnation,
+    /// It replaces another one.
+    rejoining: bool,
+}
+
+/// Finds out from the other servers which life this is, and whether it may begin.
+///
+/// # Errors
+/// The server runs; or the cell knows an earlier life, and nobody said that this one replaces it; or too few servers
+/// are there to let it in.
+fn life(args: &FormatArgs, config: &ServerConfig) -> Result<Life, CliError> {
+    let failed = |message| Err(CliError::new(Exit::Failed, message));
+    let id = config.id;
+    let listed = config.servers.ids().into_iter();
+    let core = listed.filter(|id| id.is_core()).count();
+    let alone = format!(
+        "a cell of {core} core {} does not work without server {id}, so nobody can let it in with a new disk. If a server \
+         is left that holds the data, stop it, list it alone in its server.conf, start it, and export the volumes into a new cell \
+         ('pss volume export')",
+        if core == 1 { "server" } else { "servers" },
+    );
+    if args.replace && id.is_core() && core < 3 {
+        return failed(format!("--replace: {alone}"));
+    }
+    let statuses = match others(args) {
+        Ok(statuses) => statuses,
+        // With an id of its own the cell is not the one that the list stands for.
+        Err(error) if args.replace && args.cell.is_none() => return Err(error),
+        Err(error) => {
+            say(format!(
+                "Nobody could be asked whether the cell exists: {error}"
+            ));
+            BTreeMap::new()
+        }
+    };
+    if let Some(running) = statuses.get(&id) {
+        let pid = running.pid;
+        return failed(format!("server {id} runs (pid {pid}): stop it first"));
+    }
+    let lives = statuses
+        .values()
+        .map(|status| status.lives.get(usize::from(id.0)));
+    let known = lives.flatten().copied().max().unwrap_or_default();
+    let life = |rejoining| Life {
+        incarnation: incarnation(known.max(earlier(config))),
+        rejoining,
+    };
+    if !id.is_core() {
+        // Learners have nothing to forget.
+        return Ok(life(false));
+    }
+    if args.replace {
+        enough(core, &statuses)?;
+        return Ok(life(true));
+    }
+    if known > 0 {
+        return failed(match core {
+            0..3 => format!("the cell runs and knows server {id}: {alone}"),
+            _ => format!(
+                "the cell runs and knows server {id}, so it must not begin as if it had never been; if its disk is new or \
+                 its data are lost, use 'pssd format --replace'"
+            ),
+        });
+    }
+    // Nobody has said yet which life of it counts, so it may have had one.
+    let holds_data = core > 2 && statuses.values().any(|status| status.applied > 0);
+    if holds_data {
+        say(format!(
+            "The cell exists already: server {id} learns everything from the others first."
+        ));
+    }
+    Ok(life(holds_data))
+}
+
+/// Whether enough other core servers are there to let a server with a new disk in.
+fn enough(core: usize, statuses: &BTreeMap<ServerId, ServerStatus>) -> Result<(), CliError> {
+    let failed = |message| Err(CliError::new(Exit::Failed, message));
+    let majority = core / 2 + 1;
+    let others = statuses.values().filter(|status| status.server.is_core());
+    if let Some(old) = others.clone().find(|status| status.lives.is_empty()) {
+        let server = old.server;
+        return failed(format!(
+            "server {server} is of an older version, which cannot let a server with a new disk in: upgrade it first"
+        ));
+    }
+    let learning = others.clone().find(|status| status.rejoining);
+    let whole = others.filter(|status| !status.rejoining).count();
+    if whole >= majority {
+        return Ok(());
+    }
+    let why = match learning {
+        Some(learning) => format!(
+            "; server {} has a new disk itself and is still learning: wait until 'pss status' calls it current",
+            learning.server
+        ),
+        None => ": start them first".to_owned(),
+    };
+    failed(format!(
+        "--replace: {majority} other core servers with all data must be there to let this one in, and {whole} answer{}{why}",
+        if whole == 1 { "s" } else { "" },
+    ))
+}
+
+/// What the servers say that run.
+fn others(args: &FormatArgs) -> Result<BTreeMap<ServerId, ServerStatus>, CliError> {
+    let cell = CellArgs {
+        servers: args.servers.clone(),
+        key: args.key.clone(),
+        timeout: ASK_TIMEOUT,
+        json: false,
+    };
+    let answers = Access::connect(&cell)?.answers()?;
+    Ok(answers.statuses)
+}
+
+/// Which life the directory has now, if it can be told.
+fn earlier(config: &ServerConfig) -> u64 {
+    if !config.path.is_dir() {
+        return 0;
+    }
+    let Ok(disk) = FileDisk::open(&config.path) else {
+        return 0;
+    };
+    let identity = Identity::open(Arc::new(disk));
+    identity.map_or(0, |identity| identity.facts().incarnation.0)
+}
+
+/// A directory that is formatted again is a later life of the server, so its incarnation must be higher than any
+/// before. Of those it may know nothing: hence the time.
+fn incarnation(known: u64) -> Incarnation {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-    let incarnation = since_1970.unwrap_or_default().as_millis() as u64;
+    let now = since_1970.unwrap_or_default().as_millis() as u64;
+    Incarnation(now.max(known + 1))
+}
+
+/// The identity of a new directory.
+fn facts(config: &ServerConfig, life: Life) -> IdentityFacts {
     IdentityFacts {
         group: GroupId(0),
         cell: config.cell.0,
         server: config.id,
-        incarnation: Incarnation(incarnation.max(1)),
+        incarnation: life.incarnation,
         promised: Ballot::default(),
+        rejoining: life.rejoining,
     }
 }
 
 /// A name in a directory that speaks against formatting it.
 fn first_entry(path: &Path) -> io::Result<Option<String>> {
-    // A lock alone is left by a format that was refused or cut short.
-    let harmless = |name: &OsStr| name == LOCK_FILE || name == "lost+found";
+    // The first two are left by a format that was refused or cut short.
+    let harmless = |name: &OsStr| {
+        [LOCK_FILE, measure::FILE, "lost+found"]
+            .iter()
+            .any(|it| name == *it)
+    };
     for entry in std::fs::read_dir(path)? {
         let name = entry?.file_name();
         if !harmless(&name) {

@@ -27,8 +27,11 @@ pub(super) enum CopyState {
     Current,
     /// It takes part, but so many slots are missing.
     Behind(u64),
-    /// Chunks are being copied to it: so many of so many, if it says so.
-    Copying(Option<(u64, u64)>),
+    /// Chunks are being copied to it: so many of so many, and it takes about so many seconds still, if it says so.
+    Copying(Option<(u64, u64)>, Option<u64>),
+    /// Its disk is new: it learns everything, and does not count until it has. So many chunks of so many are here, and
+    /// it takes about so many seconds still, if it says so.
+    Rejoining(Option<(u64, u64)>, Option<u64>),
     /// It answers, but the leader has no contact with it; for so many seconds, if ever it had.
     Apart(Option<u64>),
     /// It does not answer; the leader has heard nothing for so many seconds, if ever it had.
@@ -89,7 +92,9 @@ impl Answers {
             .collect();
         let core: Vec<_> = self.listed.iter().filter(|id| id.is_core()).collect();
         let majority = core.len() / 2 + 1;
-        let heard = core.iter().filter(|id| self.heard(***id, leader)).count();
+        let counts = |id: &&&ServerId| !self.statuses.get(**id).is_some_and(|it| it.rejoining);
+        let heard = core.iter().filter(counts);
+        let heard = heard.filter(|id| self.heard(***id, leader)).count();
         let current = core
             .iter()
             .filter(|id| copies[**id] == CopyState::Current)
@@ -144,8 +149,12 @@ impl Answers {
             _ => {}
         }
         let copying = own.and_then(|status| status.copying);
+        let left_s = own.and_then(|status| status.copying_left_s);
+        if own.is_some_and(|status| status.rejoining) {
+            return CopyState::Rejoining(copying, left_s);
+        }
         if copying.is_some() || seen.is_some_and(|peer| peer.copying) {
-            return CopyState::Copying(copying);
+            return CopyState::Copying(copying, left_s);
         }
         let applied = own
             .map(|status| status.applied)
@@ -272,12 +281,16 @@ fn trouble(id: ServerId, state: CopyState) -> Option<String> {
                 grouped(slots)
             )
         }
-        CopyState::Copying(Some((done, total))) if total > 0 => format!(
-            "Server {id} is copying chunks, {} of {} done.",
-            grouped(done),
-            grouped(total)
+        CopyState::Copying(progress, left_s) => {
+            format!(
+                "Server {id} is copying chunks{}.",
+                how_far(progress, left_s)
+            )
+        }
+        CopyState::Rejoining(progress, left_s) => format!(
+            "Server {id} has a new disk and learns what the others hold{}.",
+            how_far(progress, left_s)
         ),
-        CopyState::Copying(_) => format!("Server {id} is copying chunks."),
         CopyState::Apart(Some(seconds)) => format!(
             "Server {id} runs, but the leader has not heard from it for {}: check the network between them.",
             span(seconds)
@@ -296,6 +309,18 @@ fn trouble(id: ServerId, state: CopyState) -> Option<String> {
     })
 }
 
+/// Behind a sentence: how far copying is, and how long it takes still.
+fn how_far(progress: Option<(u64, u64)>, left_s: Option<u64>) -> String {
+    let done = match progress {
+        Some((done, total)) if total > 0 => {
+            format!(", {} of {} chunks done", grouped(done), grouped(total))
+        }
+        _ => String::new(),
+    };
+    let left = left_s.map(|left_s| format!(", about {} left", span(left_s)));
+    done + &left.unwrap_or_default()
+}
+
 fn servers(ids: &[ServerId]) -> String {
     match ids.len() {
         1 => format!("server {}", Ids(ids)),
@@ -309,10 +334,14 @@ impl CopyState {
         match self {
             CopyState::Current => "current".into(),
             CopyState::Behind(_) => "catching up".into(),
-            CopyState::Copying(Some((done, total))) if total > 0 => {
+            CopyState::Copying(Some((done, total)), _) if total > 0 => {
                 format!("copying {} %", u128::from(done) * 100 / u128::from(total))
             }
-            CopyState::Copying(_) => "copying".into(),
+            CopyState::Copying(..) => "copying".into(),
+            CopyState::Rejoining(Some((done, total)), _) if total > 0 => {
+                format!("learning {} %", u128::from(done) * 100 / u128::from(total))
+            }
+            CopyState::Rejoining(..) => "learning".into(),
             CopyState::Apart(_) => "no contact".into(),
             CopyState::Silent(_) => "no answer".into(),
             CopyState::Unknown => "unknown".into(),
@@ -341,6 +370,10 @@ pub(super) mod tests {
             last: applied,
             log_first: 1,
             copying: None,
+            copying_left_s: None,
+            rejoining: false,
+            incarnation: 1,
+            lives: Vec::new(),
             free_bytes: 1 << 30,
             total_bytes: 2 << 30,
             bad_blocks: 0,
@@ -474,8 +507,36 @@ pub(super) mod tests {
     fn copying() {
         let mut three = answers(3, &[(1, true, 5000), (2, true, 100)]);
         three.statuses.get_mut(&ServerId(2)).unwrap().copying = Some((37, 1200));
-        assert!(sentence(&three).starts_with("Server 2 is copying chunks, 37 of 1,200 done."));
+        assert!(
+            sentence(&three).starts_with("Server 2 is copying chunks, 37 of 1,200 chunks done.")
+        );
         assert_eq!(three.judge(None).copies[&ServerId(2)].word(), "copying 3 %");
+    }
+
+    #[test]
+    fn a_new_disk() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 100)]);
+        three.statuses.get_mut(&ServerId(2)).unwrap().rejoining = true;
+        assert_eq!(
+            sentence(&three),
+            "Server 2 has a new disk and learns what the others hold. Until then no further server may fail."
+        );
+        assert_eq!(three.judge(None).copies[&ServerId(2)].word(), "learning");
+        let status = three.statuses.get_mut(&ServerId(2)).unwrap();
+        (status.copying, status.copying_left_s) = (Some((300, 1200)), Some(190));
+        assert_eq!(
+            sentence(&three),
+            "Server 2 has a new disk and learns what the others hold, 300 of 1,200 chunks done, about 3 minutes left. \
+             Until then no further server may fail."
+        );
+        assert_eq!(
+            three.judge(None).copies[&ServerId(2)].word(),
+            "learning 25 %"
+        );
+        // It is no majority with one other.
+        let mut two = answers(3, &[(1, false, 0), (2, true, 5000)]);
+        two.statuses.get_mut(&ServerId(2)).unwrap().rejoining = true;
+        assert_eq!(two.judge(None).verdict, Verdict::NoMajority);
     }
 
     #[test]

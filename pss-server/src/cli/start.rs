@@ -142,13 +142,13 @@ fn remedy(error: &StartError, id: ServerId, path: &Path, cell: CellId) -> Option
                 "; the directory is in use by another server: stop that one, or name another directory with --path".to_owned()
             }
             io::ErrorKind::NotFound => format!(
-                "; if its file system is mounted, prepare it with 'pssd format --id {id}' before the first start"
+                "; if its file system is mounted, prepare it with 'pssd format --id {id}' before the first start, or with --replace as well if its disk is new"
             ),
             _ => return None,
         },
         StartError::Storage { source, .. } => match source.as_ref() {
             StorageError::Pair(PairError::Missing { .. }) => format!(
-                "; if this is its first start, and its file system is mounted, prepare it with 'pssd format --id {id}'"
+                "; if this is its first start, and its file system is mounted, prepare it with 'pssd format --id {id}'; if its disk is new, with --replace as well"
             ),
             StorageError::Pair(PairError::Version { .. })
             | StorageError::Log(LogError::Version { .. }) => {

@@ -144,16 +144,27 @@ impl Node {
         now
     }
 
+    /// Whether the agreement tells the lives of a server apart: then an old disk may learn that its place is taken. Otherwise
+    /// nothing of an earlier life is taken.
+    fn knows_lives_of(&self, server: ServerId) -> bool {
+        self.engine.replica().admitted().of(server).0 > 0
+    }
+
     fn handle_datagrams(&mut self, now: Instant) {
         for bytes in self.batch.iter() {
             match self.datagrams.decode(bytes) {
                 Ok(datagram) => {
-                    let known = self.peers.heard(now, datagram.from, datagram.incarnation);
+                    let known = self.peers.heard(now, datagram.from, datagram.incarnation)
+                        || self.knows_lives_of(datagram.from);
                     self.peers
                         .count(datagram.from, |counts| counts.datagrams_received += 1);
                     if known {
-                        self.engine
-                            .handle_message(now, datagram.from, datagram.message);
+                        self.engine.handle_message(
+                            now,
+                            datagram.from,
+                            datagram.incarnation,
+                            datagram.message,
+                        );
                     }
                 }
                 Err(error) => {
@@ -417,11 +428,12 @@ impl Node {
                 }
                 Kind::Inbound(server, incarnation) => {
                     let (server, incarnation) = (*server, *incarnation);
-                    if self.peers.is_outdated(server, incarnation) {
+                    if self.peers.is_outdated(server, incarnation) && !self.knows_lives_of(server) {
                         return Err(ConnectionError::Outdated(server));
                     }
                     let message = read_message(frame)?;
-                    self.engine.handle_message(now, server, message);
+                    self.engine
+                        .handle_message(now, server, incarnation, message);
                 }
                 Kind::Outbound(_) => return Err(ConnectionError::Unexpected(frame.kind)),
                 Kind::Caller(_) | Kind::Calling(..) => self.shake_hands(now, place, &frame)?,
@@ -476,7 +488,7 @@ impl Node {
             Role::Server {
                 id, incarnation, ..
             } => {
-                if !self.peers.heard(now, id, incarnation) {
+                if !self.peers.heard(now, id, incarnation) && !self.knows_lives_of(id) {
                     return Err(ConnectionError::Outdated(id));
                 }
                 tracing::debug!(peer = id.0, "server {id} is connected");

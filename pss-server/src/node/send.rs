@@ -11,7 +11,8 @@ use pss_core::wire::client::{Reply, ReplyBody};
 use pss_core::wire::peer::encode_frame;
 
 use crate::clock;
-use crate::node::connections::Kind;
+use crate::node::connections::{Kind, Slot};
+use crate::node::receive::ConnectionError;
 use crate::node::turn::Node;
 use crate::peers::LINK_QUEUE_BYTES_MAX;
 use crate::storage::{CheckpointJob, LogJob, ReadJob};
@@ -20,6 +21,18 @@ impl Node {
     /// Does what the engine wants: sends what is to be sent with [`Node::send`], later in the turn; gives
     /// everything else to the threads at once.
     pub(super) fn carry_out(&mut self, now: Instant) {
+        let life = self.engine.replica().incarnation();
+        if life != self.incarnation {
+            self.incarnation = life;
+            self.datagrams.set_incarnation(life);
+            // Connections say at their beginning of which life they are.
+            let ours = |slot: &Slot| matches!(slot.kind, Kind::Outbound(_) | Kind::Calling(..));
+            let ours = self.connections.iter().filter(|(_, slot)| ours(slot));
+            let places: Vec<usize> = ours.map(|(place, _)| place).collect();
+            for place in places {
+                self.close(now, place, &ConnectionError::Outdated(self.config.id));
+            }
+        }
         while let Some(action) = self.engine.poll_action() {
             match action {
                 Action::Send { to, message } => self.send_to_peer(to, message),

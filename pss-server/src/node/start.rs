@@ -14,6 +14,7 @@ use pss_core::log::LogParams;
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{self, Recovered};
 use pss_core::storage::{Storage, StorageParams};
+use pss_core::types::Incarnation;
 use pss_core::wire::auth::MacKey;
 use pss_core::wire::peer::Datagrams;
 use pss_gateway::program;
@@ -96,9 +97,12 @@ pub(super) fn start_with_disk(
         doubt: storage.recovered.doubt,
         log_first: storage.log.first_slot(),
         installing: storage.installing,
+        rejoining: facts.rejoining,
+        admitted: *storage.state.admitted(),
     };
     let last = storage.log.last().slot;
-    let engine_config = engine_config(&config, random().map_err(system("no random numbers"))?);
+    let seed = random().map_err(system("no random numbers"))?;
+    let engine_config = engine_config(&config, facts.incarnation, seed);
     let chunks = Arc::clone(&storage.chunks);
     let engine = Engine::new(engine_config, recovered, storage.state, chunks, now);
     let chosen = Arc::new(AtomicU64::new(0));
@@ -220,11 +224,12 @@ fn log_bytes_max(tuning: &Tuning) -> u64 {
     tuning.log_retain_bytes + tuning.checkpoint_bytes + 2 * tuning.segment_bytes
 }
 
-fn engine_config(config: &ServerConfig, seed: u64) -> EngineConfig {
+fn engine_config(config: &ServerConfig, incarnation: Incarnation, seed: u64) -> EngineConfig {
     let tuning = &config.tuning;
     EngineConfig {
         replica: paxos::Config {
             id: config.id,
+            incarnation,
             members: Membership::new(config.servers.ids()),
             tuning: paxos::Tuning {
                 lease: tuning.lease,

@@ -129,6 +129,7 @@ impl LogThread {
                 LogJob::Persist { write, what } => {
                     match what {
                         Persist::Promise(ballot) => self.identity.set_promise(*ballot)?,
+                        Persist::Rejoining(life) => self.identity.set_rejoining(*life)?,
                         Persist::Reset { base } => self.log.reset(*base)?,
                         Persist::Append { .. } => unreachable!("appends were taken above"),
                     }

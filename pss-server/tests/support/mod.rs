@@ -116,6 +116,7 @@ impl TestCell {
             server: ServerId(id),
             incarnation: Incarnation(1),
             promised: Ballot::default(),
+            rejoining: false,
         };
         Identity::create(Arc::clone(disk), facts, false).unwrap();
     }

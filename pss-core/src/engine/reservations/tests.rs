@@ -44,6 +44,7 @@ impl Rig {
         let config = EngineConfig {
             replica: Config {
                 id: ServerId(0),
+                incarnation: crate::types::Incarnation(0),
                 members: Membership::new([ServerId(0)]),
                 tuning: Tuning::default(),
                 seed: 1,

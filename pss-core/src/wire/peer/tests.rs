@@ -29,6 +29,16 @@ fn ballot(number: u64, server: u8) -> Ballot {
     }
 }
 
+fn lives() -> impl Strategy<Value = Admitted> {
+    prop::collection::vec((0..8u8, any::<u64>()), 0..4).prop_map(|lives| {
+        let mut admitted = Admitted::default();
+        for (server, life) in lives {
+            admitted.admit(ServerId(server), Incarnation(life));
+        }
+        admitted
+    })
+}
+
 fn id(number: u64, slot: u64) -> EntryId {
     EntryId {
         ballot: ballot(number, 1),
@@ -91,17 +101,20 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         ),
         (ballots(), prop::option::of(ballots()))
             .prop_map(|(ballot, released)| Message::Prepare { ballot, released }),
-        (ballots(), ids(), ids(), ids(), slots()).prop_map(
-            |(ballot, last, certain, have, chosen)| {
+        (ballots(), ids(), ids(), ids(), slots(), lives()).prop_map(
+            |(ballot, last, certain, have, chosen, admitted)| {
                 Message::Promise {
                     ballot,
                     last,
                     certain,
                     have,
                     chosen,
+                    admitted,
                 }
             }
         ),
+        Just(Message::Rejoin),
+        ballots().prop_map(|ballot| Message::Absent { ballot }),
         (ballots(), ballots()).prop_map(|(ballot, promised)| Message::Nack { ballot, promised }),
         (ballots(), slots()).prop_map(|(ballot, durable)| Message::Accepted { ballot, durable }),
         (ballots(), slots()).prop_map(|(ballot, resume_after)| Message::AcceptRejected {
@@ -163,12 +176,15 @@ fn frame_message() -> impl Strategy<Value = Message> {
             volume: VolumeId(volume),
             from: ChunkIndex(from),
         }),
-        list.prop_map(|((slot, volume, from), until, chunks)| SyncMessage::List {
-            as_of: Slot(slot),
-            volume: VolumeId(volume),
-            from: ChunkIndex(from),
-            until,
-            chunks,
+        (list, any::<u16>()).prop_map(|(((slot, volume, from), until, chunks), total)| {
+            SyncMessage::List {
+                as_of: Slot(slot),
+                volume: VolumeId(volume),
+                from: ChunkIndex(from),
+                until,
+                total: u64::from(total),
+                chunks,
+            }
         }),
         any::<(u64, u32, u32)>().prop_map(|(slot, volume, chunk)| SyncMessage::RequestChunk {
             at_least: Slot(slot),
@@ -328,8 +344,36 @@ fn literal_messages() {
                 certain: id(11, 12),
                 have: id(8, 9),
                 chosen: Slot(10),
+                admitted: Admitted::default(),
             },
             "0405000000000000000106000000000000000107000000000000000b00000000000000010c0000000000000008000000000000000109000000000000000a00000000000000",
+        ),
+        (
+            Message::Promise {
+                ballot: ballot(5, 1),
+                last: id(6, 7),
+                certain: id(11, 12),
+                have: id(8, 9),
+                chosen: Slot(10),
+                admitted: {
+                    let mut admitted = Admitted::default();
+                    admitted.admit(ServerId(1), Incarnation(13));
+                    admitted
+                },
+            },
+            concat!(
+                "1305000000000000000106000000000000000107000000000000000b00000000000000010c00000000000000",
+                "08000000000000000109000000000000000a00000000000000",
+                "00000000000000000d00000000000000000000000000000000000000000000000000000000000000",
+                "000000000000000000000000000000000000000000000000",
+            ),
+        ),
+        (Message::Rejoin, "12"),
+        (
+            Message::Absent {
+                ballot: ballot(5, 1),
+            },
+            "14050000000000000001",
         ),
         (
             Message::Nack {
@@ -426,9 +470,21 @@ fn literal_messages() {
                 volume,
                 from: ChunkIndex(26),
                 until: Some(ChunkIndex(27)),
+                total: 0,
                 chunks: vec![summary],
             }),
             "231900000000000000030000001a000000011b000000010000001c0000001d000000000000001e000000",
+        ),
+        (
+            Message::Sync(SyncMessage::List {
+                as_of: Slot(25),
+                volume,
+                from: ChunkIndex(26),
+                until: Some(ChunkIndex(27)),
+                total: 31,
+                chunks: vec![summary],
+            }),
+            "271f000000000000001900000000000000030000001a000000011b000000010000001c0000001d000000000000001e000000",
         ),
         (
             Message::Sync(SyncMessage::RequestChunk {
