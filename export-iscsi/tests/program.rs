@@ -49,7 +49,10 @@ fn a_good_configuration_is_checked() {
     let directory = directory(GOOD);
     let (code, said) = run(directory.path(), &["--check"]);
     assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("targets.conf: 1 targets"), "{said}");
+    assert!(
+        said.contains("targets.conf: 1 target with 1 disk\n"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -95,5 +98,5 @@ fn a_portal_that_is_no_address() {
     let directory = directory(GOOD);
     let (code, said) = run(directory.path(), &["--portal", "nowhere"]);
     assert_eq!(code, Some(2));
-    assert!(said.contains("not an ADDRESS"), "{said}");
+    assert!(said.contains("write an ADDRESS, ADDRESS:PORT"), "{said}");
 }

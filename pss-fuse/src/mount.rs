@@ -3,18 +3,21 @@
 use std::ffi::{CString, OsString};
 use std::fs::OpenOptions;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, MountOption, Session, SessionACL};
+use fuser::{Config, Session, SessionACL};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tokio::sync::oneshot;
 use tracing::warn;
 
@@ -24,6 +27,8 @@ use crate::fuse::Fuse;
 pub const FS_TYPE: &str = "fuse.pss";
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
+/// What the helper has said at its end is there at once.
+const HELPER_LIMIT: Duration = Duration::from_secs(5);
 /// What the process that watches over a mount is called with; see [`watch`].
 pub const WATCH_VERB: &str = "watch";
 
@@ -114,6 +119,8 @@ pub fn mount(
     allows_others: bool,
 ) -> Result<Mounted, MountError> {
     let directory = absolute(directory)?;
+    // Nobody takes what we mount for something dead that was there before.
+    let changing = lock_place(&directory);
     // Two processes that mount on one directory at once would take each other's mount for their own.
     let locked = lock(&directory)?;
     check_directory(&directory)?;
@@ -136,7 +143,7 @@ pub fn mount(
             return Err(MountError::NotMounted(directory));
         }
     };
-    drop(locked);
+    drop((locked, changing));
     let (sender, ended) = oneshot::channel();
     let mut mounted = Mounted {
         place,
@@ -205,6 +212,11 @@ impl Place {
     }
 
     fn detach(&self) -> Result<(), MountError> {
+        let _changing = lock_place(&self.directory);
+        self.detach_seen()
+    }
+
+    fn detach_seen(&self) -> Result<(), MountError> {
         match self.is_seen() {
             true => detach(&self.directory),
             false => Ok(()),
@@ -236,11 +248,14 @@ pub fn watch(directory: PathBuf, id: u64) {
     let end = Instant::now() + DEATH_LIMIT;
     // The kernel may take a moment to notice. A mount that lives is not the one that is left behind, whatever its number.
     while place.is_seen() && Instant::now() < end {
-        if is_dead(&place.directory) {
+        // Between looking and taking away nobody mounts there anew: that could be of the same number.
+        let changing = lock_place(&place.directory);
+        if place.is_seen() && is_dead(&place.directory) {
             // There is nobody to tell.
-            let _ = place.detach();
+            let _ = place.detach_seen();
             return;
         }
+        drop(changing);
         thread::sleep(DEATH_PAUSE);
     }
 }
@@ -262,6 +277,24 @@ fn spawn_watcher(place: &Place) -> io::Result<Child> {
         .stderr(Stdio::null())
         .current_dir("/")
         .spawn()
+}
+
+/// Keeps other processes of ours from changing what is mounted on a directory, as long as the answer lives; and on those
+/// beside it, for it is the directory above that is locked, as one on which something dead is mounted cannot be opened.
+/// `None` if that cannot be read, or if somebody takes longer than all of that takes.
+fn lock_place(directory: &Path) -> Option<OwnedFd> {
+    let above = OpenOptions::new()
+        .read(true)
+        .open(directory.parent()?)
+        .ok()?;
+    let end = Instant::now() + LOCK_LIMIT;
+    while rustix::fs::flock(&above, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() >= end {
+            return None;
+        }
+        thread::sleep(DEATH_PAUSE);
+    }
+    Some(above.into())
 }
 
 /// Keeps others from mounting on a directory, as long as the answer lives.
@@ -366,23 +399,54 @@ fn mount_by_helper(
     source: &str,
     acl: SessionACL,
 ) -> Result<Session<Fuse>, MountError> {
-    // The crate would not say what is wrong.
+    // The helper would not say what is wrong.
     drop(open_device()?);
-    let mut config = Config::default();
-    config.acl = acl;
-    config.mount_options = vec![
-        MountOption::FSName(source.to_owned()),
-        MountOption::Subtype("pss".to_owned()),
-        MountOption::RO,
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        MountOption::NoExec,
-        MountOption::DefaultPermissions,
-    ];
-    Session::new(fuse, directory, &config).map_err(|error| match error.kind() {
+    let mut options =
+        format!("fsname={source},subtype=pss,ro,nodev,nosuid,noexec,default_permissions");
+    if acl == SessionACL::All {
+        options.push_str(",allow_other");
+    }
+    let at_helper = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => MountError::NoHelper,
         _ => failed("mounting on", directory, error),
+    };
+    // Not by the fuser crate's own call of it: when its session ends, it unmounts by name what others may have mounted in the
+    // same place meanwhile.
+    let (ours, helpers) = UnixStream::pair().map_err(at_helper)?;
+    ours.set_read_timeout(Some(HELPER_LIMIT))
+        .map_err(at_helper)?;
+    let output = Command::new(HELPER)
+        .args(["-o", &options, "--"])
+        .arg(directory)
+        .env("_FUSE_COMMFD", "0")
+        .stdin(OwnedFd::from(helpers))
+        .stdout(Stdio::null())
+        .output()
+        .map_err(at_helper)?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(MountError::Helper(said.trim().to_owned()));
+    }
+    let session = receive_device(&ours)
+        .and_then(|device| Session::from_fd(fuse, device, acl, Config::default()));
+    session.map_err(|error| {
+        let _ = detach(directory);
+        failed("mounting on", directory, error)
     })
+}
+
+/// Takes the descriptor of the mount that the helper has sent.
+fn receive_device(socket: &UnixStream) -> io::Result<OwnedFd> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut rights = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut parts = [io::IoSliceMut::new(&mut byte)];
+    rustix::net::recvmsg(socket, &mut parts, &mut rights, RecvFlags::CMSG_CLOEXEC)?;
+    let sent = rights.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    sent.ok_or_else(|| io::Error::other(format!("{HELPER} has not sent the mount")))
 }
 
 /// Takes what is mounted there out of the tree, whether it is in use or not.
@@ -441,6 +505,8 @@ pub const END_LIMIT: Duration = Duration::from_secs(1);
 /// The same until it has noticed that a process is dead.
 const DEATH_LIMIT: Duration = Duration::from_secs(10);
 const DEATH_PAUSE: Duration = Duration::from_millis(20);
+/// Longest wait for others that mount or unmount something near by.
+const LOCK_LIMIT: Duration = Duration::from_secs(3);
 
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
 #[derive(Debug, Eq, PartialEq)]

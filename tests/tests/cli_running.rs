@@ -81,7 +81,7 @@ fn start_on_a_directory_in_use() {
         .fails(1, &["data", "in use"]);
     bench
         .run("pssd", "format --id 0 --path data --force")
-        .fails(1, &["data", "a server is running on it"]);
+        .fails(1, &["server 0 runs (pid", "stop it first"]);
 
     first.signal("TERM");
     assert_eq!(first.ends(SOON), Some(0));

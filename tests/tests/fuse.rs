@@ -700,10 +700,9 @@ mounted() {
 }
 mkdir mnt
 mounted
-sleep 60 < mnt/.volumes/v &
+exec 9< mnt/.volumes/v
 ! ./pss-fuse umount mnt 2> busy
-kill $!
-wait $! || true
+exec 9<&-
 grep 'in use' busy
 ./pss-fuse umount mnt
 gone 'pss-fuse umount'

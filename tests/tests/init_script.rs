@@ -228,7 +228,8 @@ fn a_server_that_the_script_has_started_is_its_own() {
     assert!(said.contains("server 0 is not running (pssd@0)"), "{said}");
     assert!(said.contains("server 1 is running, pid"), "{said}");
     let (code, said) = stage.run("stop");
-    assert_eq!((code, said.as_str()), (0, "pssd: server 1 has stopped\n"));
+    let told = "pssd: server 0 has stopped (pssd@0)\npssd: server 1 has stopped\n";
+    assert_eq!((code, said.as_str()), (0, told));
     assert_eq!(stage.calls(), ["systemctl stop pssd@0.service", "stop 1"]);
     assert_eq!(stage.run("start").0, 0);
     assert_eq!(

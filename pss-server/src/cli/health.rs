@@ -317,7 +317,14 @@ fn how_far(progress: Option<(u64, u64)>, left_s: Option<u64>) -> String {
         }
         _ => String::new(),
     };
-    let left = left_s.map(|left_s| format!(", about {} left", span(left_s)));
+    let left = left_s.map(|left_s| {
+        let (number, unit) = match left_s {
+            0..120 => (left_s, "seconds"),
+            120..7200 => (left_s / 60, "minutes"),
+            _ => (left_s / 3600, "hours"),
+        };
+        format!(", about {number} {unit} left")
+    });
     done + &left.unwrap_or_default()
 }
 
