@@ -107,15 +107,15 @@ impl Measured {
             time(self.most),
             crate::render::grouped(rate as u64),
         );
-        let honest = match self.turns {
-            true => HONEST_TURNING,
-            false => HONEST,
-        };
         if self.in_memory {
             text += " Warning: the directory is in memory; a power cut takes everything.";
-        } else if self.half < honest {
+        } else if self.half < HONEST {
             text += " Warning: that is faster than a disk can be; its write cache seems to answer, and a power cut may take \
                      what was called durable. Turn the cache off, or use one with a battery.";
+        } else if self.turns && self.half < HONEST_TURNING {
+            // Those of virtual machines say so, whatever is behind them.
+            text += " The disk says that it turns, and is faster than that: if it is no virtual one, its write cache answers, and \
+                     a power cut may take what was called durable.";
         } else if self.half > SLOW {
             text += " Warning: that is slow, and clients will feel it in every write. A disk with protection against loss \
                      of power is much faster.";
@@ -161,7 +161,7 @@ mod tests {
         );
         for (measured, part) in [
             (measured(2, false, false), "write cache seems to answer"),
-            (measured(250, false, true), "write cache seems to answer"),
+            (measured(250, false, true), "if it is no virtual one"),
             (measured(8000, false, true), "about 125 a second"),
             (measured(30_000, false, false), "takes 30 ms"),
             (measured(30_000, false, false), "that is slow"),
