@@ -1330,7 +1330,7 @@ impl Sim {
     fn has_wipes(&self) -> bool {
         // Rot takes one server's copies, so that five servers can bear another one without any.
         let rots = self.config.seed.is_multiple_of(4) && self.core == 5;
-        self.config.seed % 4 == 2 || self.config.seed % 8 == 1 || rots
+        self.config.seed % 4 == 2 || self.config.seed % 16 == 1 || rots
     }
 
     /// A server gets an empty disk. Mostly it is told so; a directory that was formatted as if the server were new is
