@@ -569,15 +569,22 @@ impl Replica {
         self.log_full = full;
     }
 
+    /// Whether the log does not hold `base`, which is chosen. Every log whose last entry is as great holds it; one
+    /// that reaches as far and ends in entries of older ballots was never chosen from some slot on.
+    pub fn needs_base(&self, base: EntryId) -> bool {
+        base > self.tail.last()
+    }
+
     /// The state at `base` is durable and chunks are being copied: start the log behind it. `admitted`: which
     /// lives of servers count, as that state says.
     pub fn handle_base(&mut self, now: Instant, base: EntryId, admitted: Admitted) {
-        assert!(
-            base.slot > self.tail.last().slot,
-            "the log does not reach so far"
-        );
+        assert!(self.needs_base(base), "the log does not hold it");
         // Whose chunks are incomplete must not lead: not even if it is about to win.
         self.step_down(now);
+        if base.ballot > self.promised {
+            // The leader that we follow has lost: what its log holds beyond here need not be what is chosen.
+            self.promise(base.ballot);
+        }
         self.tail = Tail::new(base, admitted);
         self.highest_number = self.highest_number.max(base.ballot.number);
         self.complete = false;

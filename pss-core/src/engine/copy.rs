@@ -466,7 +466,6 @@ impl Engine {
     }
 
     fn take_base(&mut self, now: Instant, from: ServerId, base: EntryId, state: Bytes) {
-        let last = self.replica.last().slot;
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -480,7 +479,7 @@ impl Engine {
         if decoded.applied() != base.slot {
             return self.refuse_answer(now);
         }
-        if base.slot <= last {
+        if !self.replica.needs_base(base) {
             // Meanwhile the log has reached us.
             return self.no_base_needed(now);
         }
@@ -543,7 +542,7 @@ impl Engine {
             return;
         };
         copying.retry_at = now;
-        if base.slot <= self.replica.last().slot {
+        if !self.replica.needs_base(base) {
             // The log grew beyond the base while that was being stored. It is kept; the base stands on
             // disk as a checkpoint that the next one replaces.
             self.no_base_needed(now);
