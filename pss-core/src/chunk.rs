@@ -8,6 +8,7 @@
 //! * `blocks` — blocks of one chunk: written, zeroed, read
 //! * [`ChunkStore`] — read, write, zero over chunks; volumes
 //! * `transfer` — lists, exports and imports chunks
+//! * `repair` — finds damaged blocks, and takes what other servers have in their place
 //! * `trash` — directories of many chunks are put aside at once, and removed little by little
 //! * [`Checkpoint`] — makes what was written durable
 //!
@@ -18,6 +19,8 @@
 //! Between checkpoints a crash may leave any mix of old and new blocks. That does no harm: the log
 //! still holds every entry since the last checkpoint, and applying entries again, in order, ends in
 //! the same blocks whatever was there before. Nothing is read before that has been done.
+//!
+//! A block that is not what its checksum says is damaged. It stays so until it is written anew or repaired.
 
 mod blocks;
 mod cache;
@@ -25,6 +28,7 @@ mod checkpoint;
 mod file;
 mod image;
 mod path;
+mod repair;
 mod store;
 mod table;
 mod transfer;
@@ -33,6 +37,7 @@ mod trash;
 use std::io;
 
 pub use checkpoint::Checkpoint;
+pub use repair::{BadBlock, ChunkImage, Repair};
 pub use store::ChunkStore;
 
 use crate::disk::is_full;

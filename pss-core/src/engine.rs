@@ -10,6 +10,7 @@ mod browse;
 mod conflicts;
 mod copy;
 mod inspect;
+mod repair;
 mod requests;
 mod reservations;
 
@@ -21,12 +22,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::chunk::{self, ChunkStore, ReadError};
+use crate::chunk::{self, BadBlock, ChunkStore, ReadError};
 use crate::engine::conflicts::{BlockRange, Counts};
 use crate::engine::copy::Copying;
 pub use crate::engine::inspect::LogPage;
+use crate::engine::repair::Repairs;
+pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
 use crate::entry::{Command, Entry, Op};
-use crate::paxos::message::{Message, SyncMessage};
+use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
 use crate::state::{AdminAction, Answer, State};
@@ -117,9 +120,8 @@ pub enum Action {
     },
     /// Read from a volume, waiting for the device; report with [`Engine::handle_read`].
     Read(VolumeRead),
-    /// Read a chunk for another server, waiting for the device, and send the message that
-    /// [`ChunkExport::run`] gives.
-    Export(ChunkExport),
+    /// Read a chunk or blocks for another server, waiting for the device; report with [`Engine::handle_exported`].
+    Export(Export),
     /// Store the checkpoint durably, `installing` with the proven slot, then call
     /// [`Engine::handle_base_stored`].
     StoreBase {
@@ -177,15 +179,24 @@ pub enum Fetched {
     Extents(Vec<Extent>),
     /// At most [`CHUNKS_MAX`], and from where to go on.
     Chunks(Vec<ChunkStatus>, Option<ChunkIndex>),
+    /// No content: these blocks are damaged.
+    Damaged(Vec<BadBlock>),
 }
 
 impl VolumeRead {
     /// Reads, waiting for the device.
     ///
     /// # Errors
-    /// As [`ChunkStore::read`].
+    /// As [`ChunkStore::read`], but for [`ReadError::BadBlock`].
     pub fn run(&self, chunks: &ChunkStore) -> Result<Fetched, ReadError> {
-        self.what.fetch(chunks, &self.volume, false)
+        match (self.what.fetch(chunks, &self.volume, false), &self.what) {
+            (Err(ReadError::BadBlock { .. }), ReadWhat::Blocks(range)) => {
+                let (first, blocks) = (range.first, range.blocks);
+                let found = chunks.find_bad(&self.volume, first, blocks, blocks as usize)?;
+                Ok(Fetched::Damaged(found))
+            }
+            (result, _) => result,
+        }
     }
 }
 
@@ -210,34 +221,6 @@ impl ReadWhat {
                 let (found, next) = chunks.statuses(volume, range.clone(), CHUNKS_MAX, nowait)?;
                 Ok(Fetched::Chunks(found, next))
             }
-        }
-    }
-}
-
-/// A chunk that another server asked for.
-#[derive(Clone, Debug)]
-pub struct ChunkExport {
-    /// Who.
-    pub to: ServerId,
-    /// Of which volume.
-    pub volume: Arc<crate::state::Volume>,
-    /// Which.
-    pub chunk: ChunkIndex,
-    /// Our applied slot when it was asked for; the chunk is read later, so it is at least as new.
-    pub as_of: Slot,
-}
-
-impl ChunkExport {
-    /// Reads the chunk, waiting for the device.
-    pub fn run(&self, chunks: &ChunkStore) -> Message {
-        match chunks.export(&self.volume, self.chunk) {
-            Ok(image) => Message::Sync(SyncMessage::Chunk {
-                as_of: self.as_of,
-                volume: self.volume.id,
-                chunk: self.chunk,
-                image,
-            }),
-            Err(_) => Message::Sync(SyncMessage::Refused),
         }
     }
 }
@@ -292,6 +275,7 @@ pub struct Engine {
     resizing: Vec<(VolumeId, u64)>,
     merging: HashMap<u64, requests::Merge>,
     slow_reads: HashMap<u64, requests::PendingRead>,
+    repairs: Repairs,
     next_ticket: u64,
     /// Reads that wait for the lease.
     reads_waiting: VecDeque<(ClientId, Request)>,
@@ -377,6 +361,7 @@ impl Engine {
             deferred: VecDeque::new(),
             merging: HashMap::new(),
             slow_reads: HashMap::new(),
+            repairs: Repairs::new(),
             next_ticket: 1,
             reads_waiting: VecDeque::new(),
             reads_done: Vec::new(),
@@ -503,8 +488,10 @@ impl Engine {
             }
             self.expire_sessions(now);
             self.checkpoint_if_due(now);
+            self.check_trouble(now);
         }
         self.copy_timeout(now);
+        self.pump_repairs(now);
         self.retry_waiting_reads(now);
         self.drain(now);
     }
@@ -535,8 +522,9 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`].
     pub fn poll_timeout(&self) -> Instant {
         let copy = self.copying.as_ref().map(Copying::next_at);
+        let others = copy.into_iter().chain(self.repairs.next_at());
         let next = self.replica.poll_timeout().min(self.housekeeping_at);
-        copy.map_or(next, |copy| next.min(copy))
+        others.fold(next, Instant::min)
     }
 
     /// The next thing to do, if there is one.
@@ -874,7 +862,8 @@ impl Engine {
     fn checkpoint_if_due(&mut self, now: Instant) {
         // That all chunks are here is written down at once: only then the log may be trimmed.
         let installed = self.installed_base.is_some() && !self.is_installing();
-        let some = self.state.applied() > self.checkpoint_slot || installed;
+        let some =
+            self.state.applied() > self.checkpoint_slot || installed || self.repairs.unsynced;
         let due = installed
             || self.bytes_applied >= self.config.checkpoint_bytes
             || now.since(self.checkpoint_at) >= self.config.checkpoint_interval
@@ -896,6 +885,7 @@ impl Engine {
             return;
         };
         self.checkpoint_running = true;
+        self.repairs.unsynced = false;
         self.checkpoint_installing = self.is_installing();
         let flush_only = self.stalled.is_some();
         if !flush_only {

@@ -843,6 +843,23 @@ impl Replica {
         quorum::reached_by_majority(core.len(), applied).unwrap_or_default()
     }
 
+    /// Whether the cell has a majority without this server, of servers that count, are complete and were heard of lately.
+    pub fn is_dispensable(&self, now: Instant) -> bool {
+        let members = &self.config.members;
+        let admitted = self.admitted();
+        let is_able = |server: &&ServerId| {
+            let peer = self.peers.get(server);
+            peer.is_some_and(|peer| {
+                let lately = peer
+                    .heard
+                    .is_some_and(|at| now.since(at) < self.config.tuning.lease * 2);
+                lately && !peer.progress.installing && admitted.counts(**server, peer.life)
+            })
+        };
+        let others = members.core.iter().filter(|it| **it != self.config.id);
+        others.filter(is_able).count() >= members.majority()
+    }
+
     /// Bytes free on the fullest disk of the best majority, this server's included: what a write must
     /// find room in.
     pub fn free_bytes_of_majority(&self) -> u64 {

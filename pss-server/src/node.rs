@@ -114,6 +114,19 @@ pub enum ServerError {
     /// What is chosen cannot be applied.
     #[error("what was chosen cannot be applied, so this server stops: {0}")]
     Apply(String),
+    /// So many blocks are damaged that the others cannot be trusted either.
+    #[error(
+        "{path}: {blocks} damaged blocks were found within an hour, so this server stops: its disk cannot be trusted; replace \
+         the disk, then make the directory anew with 'pssd format --replace' for server {server}: it gets everything back from the others"
+    )]
+    BadDisk {
+        /// How many.
+        blocks: usize,
+        /// The data directory.
+        path: String,
+        /// Whose.
+        server: ServerId,
+    },
     /// The free space of the disk cannot be read.
     #[error("the free space of the disk cannot be read, so this server stops: {0}")]
     Space(#[source] io::Error),

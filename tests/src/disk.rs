@@ -10,7 +10,7 @@
 //!   torn like any other.
 //! * Writing back that fails: the page is then clean, and never was written. Who has the file open is told
 //!   by its next sync, and so is the next sync of everything; a file that is opened later knows nothing.
-//! * Syncs and writes that fail, a full disk, flipped bits, writes that go to the wrong place.
+//! * Syncs and writes that fail, a full disk, flipped bits, writes that are lost or go to the wrong place.
 //!
 //! It has no clock and no threads, and every random choice comes from a [`Rng`] that the caller seeds.
 
@@ -41,6 +41,8 @@ pub struct DiskStats {
     pub reads: u64,
     /// Bytes read.
     pub bytes_read: u64,
+    /// Pages that were not written, or elsewhere.
+    pub strayed: u64,
 }
 
 /// What a power cut leaves of things that were not synced.
@@ -52,6 +54,40 @@ pub enum Survival {
     Everything,
     /// Whatever chance gives.
     Chance,
+}
+
+/// Says of a file and an offset whether what is written there may be lost.
+pub type MayStray = Box<dyn Fn(&str, u64) -> bool + Send>;
+
+/// How pages of writes are lost or misdirected; see [`SimDisk::set_unreliable`].
+pub struct Unreliable {
+    /// Chance of either, for each write.
+    pub per_mille: u64,
+    /// Where from that follows.
+    pub rng: Rng,
+    /// Whether the page at this offset of a file may be lost or overwritten.
+    pub may: MayStray,
+    /// Pages from here on are never hit.
+    pub end_bytes: u64,
+}
+
+impl Unreliable {
+    /// What happens to a write: which of its pages, and where it goes instead (`None`: nowhere).
+    fn strike(&mut self, path: &str, offset: u64, bytes: u64) -> Option<(usize, Option<usize>)> {
+        let is_whole = offset.is_multiple_of(PAGE as u64) && bytes.is_multiple_of(PAGE as u64);
+        if !is_whole || bytes == 0 || offset + bytes > self.end_bytes {
+            return None;
+        }
+        if !self.rng.chance(self.per_mille) {
+            return None;
+        }
+        let at = offset + self.rng.below(bytes / PAGE as u64) * PAGE as u64;
+        let elsewhere = self.rng.below(self.end_bytes / PAGE as u64) * PAGE as u64;
+        let is_lost = self.rng.chance(500) || elsewhere == at;
+        let may = (self.may)(path, at) && (is_lost || (self.may)(path, elsewhere));
+        let page = |at: u64| (at / PAGE as u64) as usize;
+        may.then(|| (page(at), (!is_lost).then(|| page(elsewhere))))
+    }
 }
 
 /// A disk. Clones are the same disk.
@@ -188,6 +224,7 @@ struct Inner {
     syncs_seen: u64,
     writes_seen: u64,
     misdirect: Option<(String, i64)>,
+    unreliable: Option<Unreliable>,
     would_block_per_mille: u64,
     would_block: Rng,
     capacity_pages: u64,
@@ -230,6 +267,7 @@ impl SimDisk {
             syncs_seen: 0,
             writes_seen: 0,
             misdirect: None,
+            unreliable: None,
             would_block_per_mille: 0,
             would_block: Rng::new(0),
             capacity_pages: u64::MAX,
@@ -434,6 +472,11 @@ impl SimDisk {
         let offset = rng.below(*length);
         self.flip_bit(path, offset, rng.below(8) as u8);
         Some((path.clone(), offset))
+    }
+
+    /// From now on pages that are written to files get lost, or go to another place of the file.
+    pub fn set_unreliable(&self, unreliable: Option<Unreliable>) {
+        lock(&self.inner).unreliable = unreliable;
     }
 
     /// The next write to a file whose path starts with `prefix` goes so many bytes further on.
@@ -973,6 +1016,10 @@ impl DiskFile for SimFile {
         }
         let zero = Arc::clone(&inner.zero);
         let start = offset;
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        let strike = inner.unreliable.as_mut();
+        let strike = strike.and_then(|it| it.strike(&self.path, offset, bytes));
+        inner.stats.strayed += u64::from(strike.is_some());
         let mut file = lock(&self.file);
         let mut result = Ok(());
         'parts: for part in parts {
@@ -980,14 +1027,23 @@ impl DiskFile for SimFile {
             while !rest.is_empty() {
                 let bytes = (PAGE - offset as usize % PAGE).min(rest.len());
                 let (now, behind) = rest.split_at(bytes);
-                let page = offset as usize / PAGE;
+                let mut page = offset as usize / PAGE;
+                match strike {
+                    Some((hit, None)) if hit == page => {
+                        offset += bytes as u64;
+                        rest = behind;
+                        continue;
+                    }
+                    Some((hit, Some(elsewhere))) if hit == page => page = elsewhere,
+                    _ => {}
+                }
                 if file.slot(page).current.is_none()
                     && let Err(error) = inner.take_page(&self.path)
                 {
                     result = Err(error);
                     break 'parts;
                 }
-                file.write_page(offset as usize, now, &zero);
+                file.write_page(page * PAGE + offset as usize % PAGE, now, &zero);
                 offset += bytes as u64;
                 rest = behind;
             }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pss_core::engine::{
-    Action, Checkpoint, ChunkExport, ClientId, Engine, EngineConfig, VolumeRead,
+    Action, Checkpoint, ClientId, Engine, EngineConfig, Export, RepairBug, VolumeRead,
 };
 use pss_core::entry::Origin;
 use pss_core::paxos::message::{Message, SyncMessage};
@@ -22,11 +22,13 @@ use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
 use pss_core::state::{AdminAction, CHUNK_BYTES_MIN};
 use pss_core::time::Instant;
-use pss_core::types::{Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, VolumeId};
-use pss_core::wire::client::{ChunkStatus, Reply, Request, RequestBody};
+use pss_core::types::{
+    Ballot, ChunkIndex, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+};
+use pss_core::wire::client::{Browse, ChunkStatus, Reply, ReplyError, Request, RequestBody};
 
 use crate::checker;
-use crate::disk::SimDisk;
+use crate::disk::{SimDisk, Unreliable};
 use crate::rng::Rng;
 use crate::sim_storage;
 use crate::workload::{Client, History, Playground};
@@ -39,6 +41,10 @@ const FAULTS_UNTIL: u64 = 40 * SECOND;
 const CALM: u64 = 60 * SECOND;
 /// Blocks of a volume: 16 chunks of the smallest size.
 const VOLUME_BLOCKS: u64 = 16 * 16;
+/// Ends a cell without a failure; see `Sim::is_out_of_budget`.
+const OUT_OF_BUDGET: &str = "the faults have taken every copy";
+/// What rots in chunks follows from the seed and this.
+const ROT_SEED: u64 = 0x726f_7421_726f_7421;
 
 /// What is simulated.
 #[derive(Clone, Debug)]
@@ -62,10 +68,12 @@ pub enum SimBug {
     Agreement(Bug),
     /// Of the engine: repeated requests are applied again.
     ForgetSessions,
+    /// Of the repair of damaged blocks.
+    Repair(RepairBug),
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 17] = [
+pub const BUGS: [SimBug; 20] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -83,6 +91,9 @@ pub const BUGS: [SimBug; 17] = [
     SimBug::Agreement(Bug::CountOldLives),
     SimBug::Agreement(Bug::CountIncomplete),
     SimBug::ForgetSessions,
+    SimBug::Repair(RepairBug::Unverified),
+    SimBug::Repair(RepairBug::Older),
+    SimBug::Repair(RepairBug::Unwritten),
 ];
 
 impl SimBug {
@@ -91,6 +102,7 @@ impl SimBug {
         match self {
             SimBug::Agreement(bug) => format!("{bug:?}"),
             SimBug::ForgetSessions => "ForgetSessions".to_owned(),
+            SimBug::Repair(bug) => format!("Repair{bug:?}"),
         }
     }
 }
@@ -122,6 +134,20 @@ pub struct Report {
     pub stalled_copies: u64,
     /// Bits that rotted in a log.
     pub rots: u64,
+    /// Bits that rotted in blocks of chunks,
+    pub block_rots: u64,
+    /// tables of chunks of which something rotted,
+    pub table_rots: u64,
+    /// and blocks whose write was lost or went elsewhere.
+    pub strayed: u64,
+    /// Damaged blocks that were found,
+    pub found: u64,
+    /// of these, repaired,
+    pub repaired: u64,
+    /// and given up because nobody answered.
+    pub given_up: u64,
+    /// Cells that ended because all good copies of a chunk were lost.
+    pub out_of_budget: u64,
     /// Times that a server copied chunks,
     pub copies: u64,
     /// and that its log held too much meanwhile to grow.
@@ -153,6 +179,13 @@ impl Report {
         self.stalls += other.stalls;
         self.stalled_copies += other.stalled_copies;
         self.rots += other.rots;
+        self.block_rots += other.block_rots;
+        self.table_rots += other.table_rots;
+        self.strayed += other.strayed;
+        self.found += other.found;
+        self.repaired += other.repaired;
+        self.given_up += other.given_up;
+        self.out_of_budget += other.out_of_budget;
         self.copies += other.copies;
         self.drops += other.drops;
         self.lost_for_good += other.lost_for_good;
@@ -160,6 +193,16 @@ impl Report {
         self.plain_wipes += other.plain_wipes;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
+    }
+}
+
+impl Report {
+    /// Of one life of a server.
+    fn count_repairs(&mut self, engine: &Engine) {
+        let counts = engine.repairs();
+        self.found += counts.found;
+        self.repaired += counts.repaired;
+        self.given_up += counts.lost;
     }
 }
 
@@ -230,6 +273,8 @@ enum Event {
         client: usize,
     },
     Fault,
+    /// Something rots in a chunk.
+    Rot,
     Heal,
 }
 
@@ -242,7 +287,7 @@ enum Work {
         tail_for: Option<Ballot>,
     },
     Read(VolumeRead),
-    Export(ChunkExport),
+    Export(Export),
     StoreBase {
         base: EntryId,
         proven: Slot,
@@ -349,6 +394,15 @@ pub struct Sim {
     rival: Option<Ballot>,
     /// Chunks that are copied get lost on the way.
     loses_chunks: bool,
+    /// Faults of chunks follow from this, so that they shift no others.
+    rot: Rng,
+    rots: bool,
+    /// On so many core servers at most.
+    rots_at: usize,
+    /// Chunk files whose tables rotted somewhere.
+    table_rots: std::collections::BTreeSet<String>,
+    /// Since then nothing is in the way of a repair.
+    calm_since: Option<u64>,
 }
 
 type Checked<T> = Result<T, Failure>;
@@ -359,7 +413,13 @@ type Checked<T> = Result<T, Failure>;
 /// The first promise that was broken.
 pub fn run(config: SimConfig) -> Result<Report, Failure> {
     let mut sim = Sim::new(config);
-    sim.run()?;
+    match sim.run() {
+        Err(failure) if failure.what == OUT_OF_BUDGET => {
+            sim.check_history()?;
+            sim.report.out_of_budget += 1;
+        }
+        result => result?,
+    }
     sim.report.simulated_ms = sim.now / MS;
     Ok(sim.report)
 }
@@ -421,6 +481,11 @@ impl Sim {
         let blocks = [0, 1, 2, 15, 16, 17, 40, 130, 131, 200].to_vec();
         Sim {
             rng,
+            rot: Rng::new(config.seed ^ ROT_SEED),
+            rots: false,
+            rots_at: 0,
+            table_rots: std::collections::BTreeSet::new(),
+            calm_since: None,
             now: 0,
             sequence: 0,
             queue: BinaryHeap::new(),
@@ -459,6 +524,7 @@ impl Sim {
         }
         let first_fault = self.now + self.rng.below(SECOND);
         self.schedule(first_fault, Event::Fault);
+        self.begin_rotting();
         let heal_at = self.now + FAULTS_UNTIL;
         while self.now < heal_at && !self.clients.iter().all(Client::is_done) {
             self.step()?;
@@ -468,12 +534,19 @@ impl Sim {
             !sim.faults && sim.clients.iter().all(Client::is_done)
         })?;
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
+        self.rot_in_calm()?;
         self.lead_with_a_disk_that_hangs()?;
         self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
         self.check_history()?;
         self.check_notes()?;
         self.check_equal_data()?;
+        for node in &self.nodes {
+            if let Some(running) = &node.running {
+                self.report.count_repairs(&running.engine);
+            }
+            self.report.strayed += node.disk.stats().strayed;
+        }
         self.report.slots = self.chosen.len() as u64;
         self.report.leaders = self.leader_ballots.len() as u64;
         self.report.answered = self.clients.iter().map(|client| client.answered).sum();
@@ -622,6 +695,9 @@ impl Sim {
                     .flat_map(Client::hanging)
                     .take(3)
                     .collect();
+                if self.is_out_of_budget() {
+                    return self.fail(OUT_OF_BUDGET);
+                }
                 let nodes: Vec<String> = self.nodes.iter().map(Node::describe).collect();
                 let nodes = nodes.join("; ");
                 let hanging: String = format!("{hanging:?}").chars().take(300).collect();
@@ -680,6 +756,7 @@ impl Sim {
         match self.config.bug {
             Some(SimBug::Agreement(bug)) => engine.replica_mut().inject(bug),
             Some(SimBug::ForgetSessions) => engine.inject_forgetfulness(),
+            Some(SimBug::Repair(bug)) => engine.inject_repair_bug(bug),
             None => {}
         }
         let lower = promised < node.promised;
@@ -733,6 +810,7 @@ impl Sim {
             return;
         };
         self.report.crashes += 1;
+        self.report.count_repairs(&running.engine);
         // A server does not start before there is space.
         node.disk.set_full(None);
         node.stopped_at = running.storage.log_end();
@@ -838,6 +916,7 @@ impl Sim {
                 self.start_log(index);
             }
             Action::Reply { client, reply } => {
+                self.check_error(id, &reply)?;
                 let client = client.0 as usize;
                 if client >= self.clients.len() {
                     return Ok(());
@@ -1065,6 +1144,10 @@ impl Sim {
                 Ok(())
             }
             Event::Fault => self.fault(),
+            Event::Rot => {
+                self.rot_chunk();
+                Ok(())
+            }
             Event::Heal => self.heal(),
             _ => Ok(()),
         }
@@ -1157,7 +1240,6 @@ impl Sim {
 
     fn do_work(&mut self, index: usize, work: Work) -> Checked<()> {
         let now = self.clock(index);
-        let id = self.nodes[index].id;
         let Some(running) = &mut self.nodes[index].running else {
             return Ok(());
         };
@@ -1174,12 +1256,11 @@ impl Sim {
             }
             Work::Read(read) => {
                 let result = read.run(&running.storage.chunks);
-                running.engine.handle_read(now, read.ticket, result);
+                running.engine.handle_read(now, read, result);
             }
             Work::Export(export) => {
-                let message = export.run(&running.storage.chunks);
-                let to = export.to;
-                self.send(id, to, message);
+                let exported = export.run(&running.storage.chunks);
+                running.engine.handle_exported(now, export, exported);
             }
             Work::StoreBase { .. } | Work::Checkpoint(_) => {}
         }
@@ -1583,6 +1664,213 @@ impl Sim {
         self.trace(|| format!("a bit rots in the log of server {id}: {rot:?}"));
     }
 
+    /// Chunks of some cells rot. In half of them tables do too; in the others writes of blocks are lost or go elsewhere. (Both
+    /// in one chunk of a server are more than it can notice: an old block that an old table says is right.)
+    ///
+    /// The faults have a budget: of every chunk they hit the copies of as few servers as may be lost, and while all are there and
+    /// complete, of all but one.
+    fn has_chunk_rot(&self) -> bool {
+        self.config.seed % 8 == 7
+    }
+
+    fn has_table_rot(&self) -> bool {
+        self.config.seed % 16 == 15
+    }
+
+    /// Whether chunks are being copied to all core servers but for as few as may have damaged copies: what the others had they
+    /// have not any more, and what these have lost nobody can give them. The copying waits for ever then.
+    fn is_out_of_budget(&self) -> bool {
+        let is_complete = |node: &&Node| {
+            let running = node.running.as_ref();
+            running.is_some_and(|it| !it.engine.is_installing())
+        };
+        let complete = self.nodes[..self.core].iter().filter(is_complete).count();
+        self.has_chunk_rot() && complete <= self.rots_at
+    }
+
+    /// Makes the disks unreliable, and things rot from time to time.
+    fn begin_rotting(&mut self) {
+        if !self.has_chunk_rot() {
+            return;
+        }
+        self.rots = true;
+        self.let_writes_stray(self.core.div_ceil(2) - 1);
+        self.schedule(self.now, Event::Rot);
+    }
+
+    /// From now on `most` core servers have damaged copies of a chunk.
+    fn let_writes_stray(&mut self, most: usize) {
+        self.rots_at = most;
+        if self.has_table_rot() {
+            return;
+        }
+        for index in 0..self.nodes.len() {
+            let (seed, core) = (self.config.seed, self.core);
+            let unreliable = Unreliable {
+                per_mille: 30,
+                rng: Rng::new(self.rot.next()),
+                may: Box::new(move |path, _| may_rot(path, seed, core, most, index)),
+                end_bytes: u64::from(CHUNK_BYTES_MIN),
+            };
+            self.nodes[index].disk.set_unreliable(Some(unreliable));
+        }
+    }
+
+    /// A bit rots in a block, or in a table, of a server that runs or not.
+    fn rot_chunk(&mut self) {
+        if !self.rots {
+            return;
+        }
+        let next = self.now + self.rot.between(5 * MS, 150 * MS);
+        self.schedule(next, Event::Rot);
+        let index = self.rot.below(self.nodes.len() as u64) as usize;
+        let node = &self.nodes[index];
+        let files = node.disk.files().into_iter().map(|(path, _)| path);
+        let (seed, core, most) = (self.config.seed, self.core, self.rots_at);
+        let may = |it: &String| may_rot(it, seed, core, most, index);
+        let files: Vec<String> = files.filter(may).collect();
+        if files.is_empty() {
+            return;
+        }
+        let path = self.rot.pick(&files).clone();
+        let data = u64::from(CHUNK_BYTES_MIN);
+        let (offset, bit) = match self.has_table_rot() && self.rot.chance(250) {
+            // In one table or both.
+            true => (data + self.rot.below(2) * 4096 + self.rot.below(136), 2),
+            false => {
+                let blocks = [0, 1, 2, 8, 15, self.rot.below(16)];
+                let block = *self.rot.pick(&blocks);
+                (block * 4096 + self.rot.below(4096), self.rot.below(8) as u8)
+            }
+        };
+        let mut hit = node.disk.flip_bit(&path, offset, bit);
+        if offset >= data {
+            if self.rot.chance(500) {
+                let other = data + (offset - data + 4096) % 8192;
+                hit |= node.disk.flip_bit(&path, other, bit);
+            }
+            self.report.table_rots += u64::from(hit);
+            self.table_rots.insert(path.clone());
+        } else {
+            self.report.block_rots += u64::from(hit);
+        }
+        let id = node.id;
+        self.trace(|| format!("server {id}: {path} rots at {offset}"));
+    }
+
+    /// Nothing but rot: whoever asks gets right answers, and no errors. In the end nothing is left of it.
+    fn rot_in_calm(&mut self) -> Checked<()> {
+        if !self.has_chunk_rot() {
+            return Ok(());
+        }
+        // What could not be repaired while servers were away is given up by then.
+        let from = self.now + 6 * SECOND;
+        while self.now < from {
+            self.step()?;
+        }
+        self.calm_since = Some(self.now);
+        // What rotted before must not be the last good copy of what rots now.
+        self.rots_at = 0;
+        self.repair_everything()?;
+        self.let_writes_stray(self.core - 1);
+        self.write(30)?;
+        (self.rots, self.rots_at) = (false, 0);
+        for node in &self.nodes {
+            node.disk.set_unreliable(None);
+        }
+        self.repair_everything()?;
+        // Tables that rotted while they were in memory are found when they are read again.
+        for index in 0..self.nodes.len() {
+            self.crash(index);
+            self.schedule(self.now, Event::Start { node: index });
+            self.step_until("it starts again", Sim::has_converged)?;
+        }
+        self.repair_everything()
+    }
+
+    /// Until nothing is damaged on any server, and what was repaired is durable.
+    fn repair_everything(&mut self) -> Checked<()> {
+        // Every server is made to look at everything that it has.
+        let until = self.now + CALM;
+        let mut next = self.now;
+        while let Some(bad) = self.damaged() {
+            if self.now > until {
+                return self.fail(format!("liveness: damage is not repaired: {bad}"));
+            }
+            if self.now >= next {
+                next = self.now + SECOND;
+                for index in 0..self.nodes.len() {
+                    self.look_at_everything(index)?;
+                }
+            }
+            let soon = self.now + 50 * MS;
+            while self.now < soon {
+                self.step()?;
+            }
+        }
+        // A checkpoint is made now and then.
+        let until = self.now + 12 * SECOND;
+        while self.now < until {
+            self.step()?;
+        }
+        self.step_until("every server reaches the same slot", Sim::has_converged)
+    }
+
+    /// Reads all blocks of all volumes of one server.
+    fn look_at_everything(&mut self, index: usize) -> Checked<()> {
+        let now = self.clock(index);
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        let volumes = running.engine.state().volumes();
+        let volumes: Vec<(VolumeId, u64)> = volumes.map(|it| (it.id, it.size_bytes)).collect();
+        for (volume, size_bytes) in volumes {
+            let what = Browse::Read {
+                volume,
+                offset_bytes: 0,
+                length_bytes: size_bytes.min(1 << 20) as u32,
+            };
+            let request = Request {
+                tag: 0,
+                session: SessionId(0),
+                number: RequestNumber(0),
+                settled_below: RequestNumber(0),
+                body: RequestBody::Browse { stale: true, what },
+            };
+            // Nobody waits for the answer.
+            let nobody = ClientId(u64::MAX);
+            running.engine.handle_request(now, nobody, request);
+        }
+        self.after(index)
+    }
+
+    /// Says which block is damaged somewhere, if one is.
+    fn damaged(&self) -> Option<String> {
+        for node in &self.nodes {
+            let Some(running) = &node.running else {
+                return Some(format!("server {} is down", node.id));
+            };
+            for volume in running.engine.state().volumes() {
+                let chunks = &running.storage.chunks;
+                match chunks.find_bad(volume, 0, volume.blocks(), 1) {
+                    Ok(bad) if bad.is_empty() => {}
+                    bad => return Some(format!("server {}, {}: {bad:?}", node.id, volume.name)),
+                }
+            }
+        }
+        None
+    }
+
+    /// Nobody is told that a block cannot be read if a good copy can be reached.
+    fn check_error(&self, server: ServerId, reply: &Reply) -> Checked<()> {
+        let is_error = matches!(reply.body, Err(ReplyError::Io));
+        let calm = self.calm_since.is_some() || !self.has_chunk_rot();
+        match is_error && calm {
+            true => self.fail(format!("server {server} says that a block cannot be read")),
+            false => Ok(()),
+        }
+    }
+
     fn partition(&mut self) {
         let count = self.nodes.len();
         let one_way = self.rng.chance(400);
@@ -1894,8 +2182,13 @@ impl Sim {
                 let all = ChunkIndex(0)..ChunkIndex(u32::MAX);
                 let found = sim_storage::contents(chunks, volume).and_then(|bytes| {
                     let statuses = chunks.statuses(volume, all, usize::MAX, false);
-                    let statuses = statuses.map_err(|error| error.to_string())?;
-                    Ok((bytes, statuses.0))
+                    let mut statuses = statuses.map_err(|error| error.to_string())?.0;
+                    // Of a chunk whose table was damaged nobody knows when it changed last, or which zeros take space.
+                    statuses.retain(|status| {
+                        let name = format!("data/{}/00/00/{:02x}", volume.name, status.chunk.0);
+                        !self.table_rots.contains(&name)
+                    });
+                    Ok((bytes, statuses))
                 });
                 match found {
                     Ok(contents) => volumes.push(contents),
@@ -1936,6 +2229,17 @@ impl Sim {
         }
         Ok(())
     }
+}
+
+/// Whether a chunk file may rot on a server: on `most` of the core servers, others for every file.
+fn may_rot(path: &str, seed: u64, core: usize, most: usize, index: usize) -> bool {
+    let is_chunk = path.starts_with("data/") && !path.ends_with(".new");
+    let sum = path
+        .bytes()
+        .fold(seed / 8, |sum, byte| sum.wrapping_mul(31) + u64::from(byte));
+    // Learners are none of those that others count on.
+    let first = (sum % core as u64) as usize;
+    is_chunk && (index >= core || (index + core - first) % core < most)
 }
 
 /// A volume's bytes, and when its chunks were changed.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use pss_core::chunk::{ChunkError, ChunkParams, ChunkStore, ReadError};
+use pss_core::chunk::{ChunkError, ChunkParams, ChunkStore, ReadError, Repair};
 use pss_core::disk::files::FileDisk;
 use pss_core::disk::{DirEntry, Disk, DiskFile, OpenMode};
 use pss_core::engine::{Action, Engine, EngineConfig};
@@ -1579,8 +1579,10 @@ fn damaged_block_is_not_given_out() {
     // Another server's copy heals it; something else does not.
     let good = payload(1, 20);
     let block = |at: usize| good.slice(at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES);
-    assert!(!chunks.repair(&volume, 5, &block(6)).unwrap());
-    assert!(chunks.repair(&volume, 5, &block(5)).unwrap());
+    let repair = |data: Bytes| chunks.repair(&volume, 5, &data).unwrap();
+    assert_eq!(repair(block(6)), Repair::Differs);
+    assert_eq!(repair(block(5)), Repair::Done);
+    assert_eq!(repair(block(5)), Repair::NotNeeded);
     assert!(world.check_all().is_ok());
 }
 

@@ -434,6 +434,12 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
             chosen: slot,
         },
         Message::Progress(progress),
+        Message::Sync(SyncMessage::RequestBlocks {
+            at_least: slot,
+            volume,
+            blocks: vec![1, 2, 70],
+        }),
+        Message::Sync(SyncMessage::BlocksRefused { volume }),
     ];
     let entries: Vec<Entry> = (1..4).map(entry).collect();
     let summaries = (0..20).map(|chunk| ChunkSummary {
@@ -489,6 +495,13 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
             image: Bytes::from(vec![2; 5000]),
         }),
         Message::Sync(SyncMessage::Refused),
+        Message::Sync(SyncMessage::Blocks {
+            as_of: slot,
+            volume,
+            damaged: vec![2],
+            blocks: vec![1, 70],
+            data: Bytes::from(vec![3; 2 * BLOCK_BYTES]),
+        }),
     ];
     (short, long)
 }
@@ -766,6 +779,8 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         free_bytes: 1 << 40,
         total_bytes: 1 << 41,
         bad_blocks: 0,
+        repaired_blocks: 0,
+        lost_blocks: 0,
         clients: 2,
         peers: vec![PeerStatus {
             server: ServerId(0),

@@ -74,6 +74,12 @@ fn a_thousand_cells_keep_every_promise() {
         );
         assert!(total.drops > 50 && total.lost_for_good > 20, "{total:?}");
         assert!(total.rots > 100 && total.hangs > 1000, "{total:?}");
+        assert!(
+            total.block_rots > 5000 && total.table_rots > 1000,
+            "{total:?}"
+        );
+        assert!(total.strayed > 500 && total.repaired > 5000, "{total:?}");
+        assert!(total.out_of_budget < 5, "{total:?}");
         assert!(total.wipes > 500 && total.plain_wipes > 50, "{total:?}");
         assert!(total.lost_writes > 100 && total.stalls > 100, "{total:?}");
         assert!(

@@ -229,10 +229,9 @@ impl ChunkStore {
         match read {
             Ok(_) if block_checksum(chunk.volume.id, block, data) == checksum => Ok(()),
             _ if chunk.volume.is_deleted() => Err(ReadError::NoSuchVolume(chunk.volume.id)),
-            read => {
+            _ => {
                 self.bad_blocks.fetch_add(1, Ordering::Relaxed);
                 let volume = chunk.volume.id;
-                tracing::warn!(%volume, block, error = ?read.err(), "damaged block");
                 Err(ReadError::BadBlock { volume, block })
             }
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, MutexGuard, PoisonError};
 
 use super::cache::{Chunk, ChunkState, VolumeChunks, lock};
 use super::store::{BLOCK, ChunkStore};
-use super::table::{self, Found};
+use super::table::{self, Found, Owner};
 use super::{ChunkError, ReadError, path};
 use crate::disk::{DiskFile, OpenMode};
 use crate::entry::block_checksum;
@@ -150,10 +150,9 @@ impl ChunkStore {
             Err(source) => return Err(ReadError::io("open", &path, source)),
         };
         let owner = chunk.volume.owner(chunk.index);
-        let mut bytes = vec![0; 2 * owner.slot_bytes()];
-        let read = file.read_at(&mut bytes, u64::from(chunk.volume.chunk_bytes));
-        let read = read.map_err(|source| ReadError::io("read table", &path, source))?;
-        match table::choose(&owner, &bytes[..read]) {
+        let slots = read_slots(&*file, &owner, u64::from(chunk.volume.chunk_bytes));
+        let slots = slots.map_err(|source| ReadError::io("read table", &path, source))?;
+        match table::choose(&owner, &slots) {
             Found::Foreign => {
                 state.doomed = true;
                 chunk.volume.set_allocated(chunk.index, 0);
@@ -176,8 +175,8 @@ impl ChunkStore {
         Ok(())
     }
 
-    /// Looks through a chunk whose table may be out of date: a block that is unwritten by the table
-    /// but holds something is not given out as zeros.
+    /// Looks through a chunk whose table may be out of date. A block that is not what the table says may be newer than it, so
+    /// nobody knows any more what it should be; one that is unwritten by the table but holds something is not given out as zeros.
     pub(super) fn resolve(
         &self,
         chunk: &Arc<Chunk>,
@@ -187,23 +186,31 @@ impl ChunkStore {
         let Some(file) = state.file.clone() else {
             return Ok(());
         };
-        let path = chunk.path();
         let mut table = state.table.to_vec();
         let mut data = vec![0; PIECE_BLOCKS.min(table.len()) * BLOCK_BYTES];
         for (piece, checksums) in table.chunks_mut(PIECE_BLOCKS).enumerate() {
             let first = (piece * PIECE_BLOCKS) as u64;
             let data = &mut data[..checksums.len() * BLOCK_BYTES];
             data.fill(0);
-            file.read_at(data, first * BLOCK)
-                .map_err(|source| ReadError::io("read", &path, source))?;
-            let blocks = data
-                .chunks_exact(BLOCK_BYTES)
-                .zip(chunk.first_block() + first..);
-            for (checksum, (data, block)) in checksums.iter_mut().zip(blocks) {
-                if *checksum == 0 && data.iter().any(|byte| *byte != 0) {
-                    let actual = block_checksum(chunk.volume.id, block, data);
-                    *checksum = (!actual).max(1);
-                    // The complement of a checksum is another, and so is 1 for the only other case.
+            let is_read = file.read_at(data, first * BLOCK).is_ok();
+            let blocks = data.chunks_exact_mut(BLOCK_BYTES).zip(first..);
+            for (checksum, (data, at)) in checksums.iter_mut().zip(blocks) {
+                let block = chunk.first_block() + at;
+                if !is_read {
+                    data.fill(0);
+                    match file.read_at(data, at * BLOCK) {
+                        Ok(_) => {}
+                        Err(error) if is_unreadable(&error) => {
+                            *checksum = table::DAMAGED;
+                            continue;
+                        }
+                        Err(source) => return Err(ReadError::io("read", &chunk.path(), source)),
+                    }
+                }
+                let is_zero = *checksum == 0 && data.iter().all(|byte| *byte == 0);
+                let actual = block_checksum(chunk.volume.id, block, data);
+                if !is_zero && actual != *checksum {
+                    *checksum = table::damaged(actual);
                     assert_ne!(*checksum, actual, "a damaged block must not verify");
                 }
             }
@@ -328,6 +335,37 @@ impl ChunkStore {
             lock(&self.dirty).chunks.push(Arc::clone(chunk));
         }
     }
+}
+
+/// What a chunk file has behind its data. A slot that the device cannot read counts as a damaged one.
+fn read_slots(file: &dyn DiskFile, owner: &Owner, offset: u64) -> io::Result<Vec<u8>> {
+    let mut slots = vec![0; 2 * owner.slot_bytes()];
+    match file.read_at(&mut slots, offset) {
+        Ok(read) => {
+            slots.truncate(read);
+            return Ok(slots);
+        }
+        Err(error) if is_unreadable(&error) => {}
+        Err(error) => return Err(error),
+    }
+    let each = slots.chunks_exact_mut(owner.slot_bytes());
+    for (slot, number) in each.zip(0u64..) {
+        slot.fill(0);
+        match file.read_at(slot, offset + number * owner.slot_bytes() as u64) {
+            Ok(_) => {}
+            Err(error) if is_unreadable(&error) => slot.fill(u8::MAX),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(slots)
+}
+
+/// Whether the device has lost what it should read; other errors are no reason to give it up.
+fn is_unreadable(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EIO | libc::ENODATA | libc::EBADMSG | libc::EUCLEAN)
+    )
 }
 
 /// How many blocks count as allocated: a file without any exists only while its table is suspect.

@@ -1,7 +1,7 @@
 //! Reads, writes and zeroes blocks; makes and removes volumes.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, IoSlice};
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
@@ -11,7 +11,6 @@ use super::cache::{Cache, Chunk, Presence, UNKNOWN, VolumeChunks, lock};
 use super::trash::{Filter, Trash};
 use super::{ChunkError, ChunkParams, ReadError, path};
 use crate::disk::Disk;
-use crate::entry::block_checksum;
 use crate::state::Volume;
 use crate::types::{BLOCK_BYTES, ChunkIndex, Slot, VolumeId};
 use crate::volume::device::{Extent, ReadPart};
@@ -387,7 +386,7 @@ impl ChunkStore {
         self.cache.open_files(most)
     }
 
-    /// How many damaged blocks were met since the start.
+    /// How often damaged blocks were met since the start.
     pub fn bad_blocks(&self) -> u64 {
         self.bad_blocks.load(Ordering::Relaxed)
     }
@@ -395,46 +394,6 @@ impl ChunkStore {
     /// How many chunks the next checkpoint would write.
     pub fn dirty_count(&self) -> usize {
         lock(&self.dirty).chunks.len()
-    }
-
-    /// Writes blocks again that were found damaged, if `payload` is what they should hold. Says
-    /// whether it is; if not, the whole chunk is to be imported from another server.
-    ///
-    /// # Errors
-    /// As [`ChunkStore::write`].
-    pub fn repair(
-        &self,
-        volume: &Volume,
-        first_block: u64,
-        payload: &Bytes,
-    ) -> Result<bool, ChunkError> {
-        self.check()?;
-        let volume = self.known(volume.id)?;
-        let blocks = (payload.len() / BLOCK_BYTES) as u64;
-        let mut rest = &payload[..];
-        for range in chunk_ranges(first_block, blocks, volume.chunk_bytes) {
-            let (data, behind) = rest.split_at(range.blocks as usize * BLOCK_BYTES);
-            rest = behind;
-            let chunk = self.cache.chunk(&volume, range.chunk);
-            let mut state = self.loaded(&chunk)?;
-            let start = chunk.first_block() + u64::from(range.first);
-            let expected = &state.table[range.first as usize..][..range.blocks as usize];
-            let fits = data
-                .chunks_exact(BLOCK_BYTES)
-                .zip(start..)
-                .zip(expected)
-                .all(|((data, block), checksum)| {
-                    block_checksum(volume.id, block, data) == *checksum
-                });
-            if !fits {
-                return Ok(false);
-            }
-            let file = self.file_for_write(&chunk, &mut state)?;
-            let written = file.write_at(&[IoSlice::new(data)], u64::from(range.first) * BLOCK);
-            self.finish("write", &chunk.path(), written)?;
-            self.mark_dirty(&chunk, &mut state);
-        }
-        Ok(true)
     }
 
     pub(super) fn volume(&self, id: VolumeId) -> Option<Arc<VolumeChunks>> {

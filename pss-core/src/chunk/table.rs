@@ -15,8 +15,19 @@ const HEADER_BYTES_UNTIMED: usize = 64;
 const HEADER_BYTES: usize = 72;
 /// The table is a guess: see [`Stored::suspect`].
 const FLAG_SUSPECT: u32 = 1;
-/// Stands for a block that must not be given out. It is a checksum that the block does not have.
+/// Stands for a block of which nobody knows here what it should be. It is a checksum that the block does not have.
 pub(super) const DAMAGED: u32 = u32::MAX;
+
+/// What stands for a block whose data have that checksum, and of which nobody knows here what it should be.
+pub(super) fn damaged(actual: u32) -> u32 {
+    DAMAGED - u32::from(actual == DAMAGED)
+}
+
+/// Whether a checksum says what the block should be. (Of blocks that have these two checksums it is not believed: they are only
+/// more work to repair.)
+pub(super) fn is_known(checksum: u32) -> bool {
+    checksum < DAMAGED - 1
+}
 
 /// What a table is about.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -468,6 +468,8 @@ fn status(server: u8, leader: u8) -> ServerStatus {
         free_bytes: 0,
         total_bytes: 0,
         bad_blocks: 0,
+        repaired_blocks: 0,
+        lost_blocks: 0,
         clients: 0,
         peers: vec![],
     }

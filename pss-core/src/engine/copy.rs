@@ -21,12 +21,13 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::chunk::ChunkError;
-use crate::engine::{Action, ChunkExport, Engine};
+use crate::engine::repair::ExportWhat;
+use crate::engine::{Action, Engine, Export};
 use crate::paxos::message::{ChunkSummary, Message, SyncMessage};
 use crate::state::{State, Volume};
 use crate::storage::ALL_PROVEN;
 use crate::time::Instant;
-use crate::types::{ChunkIndex, EntryId, ServerId, Slot, VolumeId};
+use crate::types::{BLOCK_BYTES, ChunkIndex, EntryId, ServerId, Slot, VolumeId};
 
 /// A question that is not answered in this time is asked of someone else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -376,14 +377,30 @@ impl Engine {
                 volume,
                 chunk,
                 image,
+            } => match self.copying {
+                Some(_) => self.take_chunk(now, from, as_of, (volume, chunk), &image),
+                None => self.take_repair_chunk(now, from, as_of, (volume, chunk), &image),
+            },
+            SyncMessage::Refused => match &mut self.copying {
+                Some(copying) => copying.give_up_question(now + RETRY),
+                None => self.repair_chunk_refused(now, from),
+            },
+            SyncMessage::RequestBlocks {
+                at_least,
+                volume,
+                blocks,
+            } => self.give_blocks(from, at_least, volume, blocks),
+            SyncMessage::Blocks {
+                as_of,
+                volume,
+                damaged,
+                blocks,
+                data,
             } => {
-                self.take_chunk(now, from, as_of, (volume, chunk), &image);
+                let good = blocks.into_iter().zip(data.chunks_exact(BLOCK_BYTES));
+                self.take_blocks(now, from, as_of, volume, &damaged, good.collect());
             }
-            SyncMessage::Refused => {
-                if let Some(copying) = &mut self.copying {
-                    copying.give_up_question(now + RETRY);
-                }
-            }
+            SyncMessage::BlocksRefused { volume } => self.blocks_refused(now, from, volume),
         }
     }
 
@@ -423,7 +440,7 @@ impl Engine {
     }
 
     /// Our volume of that id, if we may give its chunks.
-    fn volume_to_give(&self, at_least: Slot, volume: VolumeId) -> Option<Arc<Volume>> {
+    pub(super) fn volume_to_give(&self, at_least: Slot, volume: VolumeId) -> Option<Arc<Volume>> {
         let fit = self.is_complete() && self.state.applied() >= at_least;
         fit.then(|| self.volumes.get(&volume).cloned()).flatten()
     }
@@ -457,11 +474,11 @@ impl Engine {
             return self.refuse(to);
         };
         let as_of = self.state.applied();
-        self.actions.push_back(Action::Export(ChunkExport {
+        self.actions.push_back(Action::Export(Export {
             to,
             volume,
-            chunk,
             as_of,
+            what: ExportWhat::Chunk(chunk),
         }));
     }
 

@@ -222,16 +222,39 @@ impl Engine {
     }
 
     /// Another thread has read blocks.
-    pub fn handle_read(&mut self, now: Instant, ticket: u64, result: Result<Fetched, ReadError>) {
+    pub fn handle_read(
+        &mut self,
+        now: Instant,
+        read: VolumeRead,
+        result: Result<Fetched, ReadError>,
+    ) {
+        let ticket = read.ticket;
+        let waits = self.slow_reads.contains_key(&ticket) || self.merging.contains_key(&ticket);
+        if let (true, Ok(Fetched::Damaged(found))) = (waits, &result) {
+            self.await_repair(now, read, found);
+            return self.finish_batch(now);
+        }
+        self.forget_tries(ticket);
         if let Some(read) = self.slow_reads.remove(&ticket) {
             self.fetched(read.reader, read.span, result);
         } else if let Some(merge) = self.merging.remove(&ticket) {
-            let parts = result.map(|fetched| match fetched {
-                Fetched::Blocks(parts) => parts,
-                _ => unreachable!("a merge reads blocks"),
-            });
+            let parts = result
+                .map_err(|_| ReplyError::Io)
+                .map(|fetched| match fetched {
+                    Fetched::Blocks(parts) => parts,
+                    _ => unreachable!("a merge reads blocks"),
+                });
             self.finish_merge(merge, parts);
             self.finish_batch(now);
+        }
+    }
+
+    /// What was to be read cannot be read here.
+    pub(super) fn fail_read(&mut self, ticket: u64, error: ReplyError) {
+        if let Some(read) = self.slow_reads.remove(&ticket) {
+            self.answer_reader(read.reader, Err(error));
+        } else if let Some(merge) = self.merging.remove(&ticket) {
+            self.finish_merge(merge, Err(error));
         }
     }
 
@@ -253,6 +276,7 @@ impl Engine {
                 Ok(ReplyBody::Extents(extents))
             }
             Ok(Fetched::Chunks(chunks, next)) => Ok(ReplyBody::Chunks { chunks, next }),
+            Ok(Fetched::Damaged(_)) => unreachable!("it waits until they are repaired"),
             Err(ReadError::NoSuchVolume(_)) => Err(ReplyError::Refused(Refusal::NoSuchVolume)),
             Err(_) => Err(ReplyError::Io),
         };
@@ -846,22 +870,23 @@ impl Engine {
                 false
             }
             result => {
-                self.finish_merge(merge, result);
+                self.finish_merge(merge, result.map_err(|_| ReplyError::Io));
                 true
             }
         }
     }
 
     /// The blocks that a request changes in part have been read; no other write of them is under way.
-    fn finish_merge(&mut self, merge: Merge, result: Result<Vec<ReadPart>, ReadError>) {
+    fn finish_merge(&mut self, merge: Merge, result: Result<Vec<ReadPart>, ReplyError>) {
         let Merge {
             client,
             request,
             range,
         } = merge;
         self.held.remove(range);
-        let Ok(parts) = result else {
-            return self.reply(client, request.tag, Err(ReplyError::Io));
+        let parts = match result {
+            Ok(parts) => parts,
+            Err(error) => return self.reply(client, request.tag, Err(error)),
         };
         let mut blocks = join_parts(&parts, (range.blocks * BLOCK) as usize);
         let (offset_bytes, expected, data) = match &request.body {
@@ -1016,7 +1041,9 @@ impl Engine {
             lives: lives.map(|(_, life)| life.0).collect(),
             free_bytes: 0,
             total_bytes: 0,
-            bad_blocks: self.chunks.bad_blocks(),
+            bad_blocks: self.repairs().found,
+            repaired_blocks: self.repairs().repaired,
+            lost_blocks: self.repairs().lost,
             clients: 0,
             peers: replica.peers().map(peer).collect(),
         }

@@ -239,7 +239,37 @@ pub enum SyncMessage {
     },
     /// The sender cannot serve the request (too old, installing itself, a bad block).
     Refused,
+    /// Asks for blocks that are damaged at the sender.
+    RequestBlocks {
+        /// The receiver must have applied as much.
+        at_least: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// Which blocks, at most [`BLOCKS_ASKED_MAX`].
+        blocks: Vec<u64>,
+    },
+    /// Blocks that are good at the sender. Those that were asked for and are in neither list take no space there.
+    Blocks {
+        /// Its applied slot; the blocks are at least as new.
+        as_of: Slot,
+        /// Which volume.
+        volume: VolumeId,
+        /// These are damaged here, too.
+        damaged: Vec<u64>,
+        /// Which blocks the data are.
+        blocks: Vec<u64>,
+        /// [`crate::types::BLOCK_BYTES`] for each.
+        data: Bytes,
+    },
+    /// The sender cannot give blocks of the volume now (too old, incomplete, too much to do).
+    BlocksRefused {
+        /// Which volume.
+        volume: VolumeId,
+    },
 }
+
+/// Blocks in one [`SyncMessage::RequestBlocks`]: it fits a datagram, and the answer is no more than a few requests of clients.
+pub const BLOCKS_ASKED_MAX: usize = 128;
 
 /// What a list says of one chunk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
@@ -266,14 +296,16 @@ pub struct Envelope {
 }
 
 impl Message {
-    /// Whether it goes by UDP; the others carry payload and go by TCP.
+    /// Whether it goes by UDP; the others carry payload and go by TCP. A server that does not know a message drops a datagram,
+    /// and closes a connection: what may be asked of an older server is a datagram.
     pub fn is_datagram(&self) -> bool {
-        !matches!(
-            self,
-            Message::Accept { .. }
-                | Message::Tail { .. }
-                | Message::Chosen { .. }
-                | Message::Sync(_)
-        )
+        match self {
+            Message::Sync(sync) => matches!(
+                sync,
+                SyncMessage::RequestBlocks { .. } | SyncMessage::BlocksRefused { .. }
+            ),
+            Message::Accept { .. } | Message::Tail { .. } | Message::Chosen { .. } => false,
+            _ => true,
+        }
     }
 }

@@ -421,8 +421,14 @@ pub struct ServerStatus {
     pub free_bytes: u64,
     /// Size of its file system.
     pub total_bytes: u64,
-    /// Blocks that failed their checksum since the start.
+    /// Damaged blocks that were found since the start, each once until it is repaired.
     pub bad_blocks: u64,
+    /// Of these, those that were repaired with another server's copy.
+    #[serde(default)]
+    pub repaired_blocks: u64,
+    /// How often no server had a good copy of one.
+    #[serde(default)]
+    pub lost_blocks: u64,
     /// Open client connections.
     pub clients: u32,
     /// The other servers as it sees them.

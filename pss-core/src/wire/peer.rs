@@ -28,11 +28,11 @@ use hmac::Mac;
 
 use crate::entry::{ENTRY_HEADER_MAX, ENTRY_PAYLOAD_MAX, Entry};
 use crate::key::CellId;
-use crate::paxos::message::{ChunkSummary, Message, Progress, SyncMessage};
+use crate::paxos::message::{BLOCKS_ASKED_MAX, ChunkSummary, Message, Progress, SyncMessage};
 use crate::time::Instant;
 use crate::types::{
-    Admitted, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, SERVERS_MAX, ServerId, Slot,
-    VolumeId,
+    Admitted, BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, SERVERS_MAX,
+    ServerId, Slot, VolumeId,
 };
 use crate::wire::DecodeError;
 use crate::wire::auth::MacKey;
@@ -62,7 +62,7 @@ pub fn encode_frame(message: &Message, out: &mut SendQueue) {
 ///
 /// Block checksums of entries are *not* verified here: a receiver calls [`Entry::verify`] once for
 /// each entry that it is going to use, before that goes to disk or into the replica; entries that it
-/// has already are dropped without the cost. The payload of `Base` and `Chunk` is verified.
+/// has already are dropped without the cost. The payload of `Base`, `Chunk` and `Blocks` is verified.
 ///
 /// # Errors
 /// [`DecodeError`]; the connection must be closed then.
@@ -88,6 +88,7 @@ impl<'a> Payload<'a> {
             | Message::Chosen { entries, .. } => Payload::Entries(entries.iter(), [].iter()),
             Message::Sync(SyncMessage::Base { state, .. }) => Payload::Whole(Some(state)),
             Message::Sync(SyncMessage::Chunk { image, .. }) => Payload::Whole(Some(image)),
+            Message::Sync(SyncMessage::Blocks { data, .. }) => Payload::Whole(Some(data)),
             _ => Payload::Whole(None),
         }
     }
@@ -334,6 +335,34 @@ fn encode_sync(message: &SyncMessage, put: &mut Output<'_>) {
             put.u32(crc32c::crc32c(image));
         }
         SyncMessage::Refused => put.u8(38),
+        SyncMessage::RequestBlocks {
+            at_least,
+            volume,
+            blocks,
+        } => {
+            put.u8(40);
+            put.u64(at_least.0);
+            put.u32(volume.0);
+            put.blocks(blocks);
+        }
+        SyncMessage::Blocks {
+            as_of,
+            volume,
+            damaged,
+            blocks,
+            data,
+        } => {
+            put.u8(41);
+            put.u64(as_of.0);
+            put.u32(volume.0);
+            put.blocks(damaged);
+            put.blocks(blocks);
+            put.u32(crc32c::crc32c(data));
+        }
+        SyncMessage::BlocksRefused { volume } => {
+            put.u8(42);
+            put.u32(volume.0);
+        }
     }
 }
 
@@ -500,6 +529,32 @@ fn decode_sync(
             image: input.checked(payload.take())?,
         },
         38 => SyncMessage::Refused,
+        40 => SyncMessage::RequestBlocks {
+            at_least: Slot(input.u64()?),
+            volume: VolumeId(input.u32()?),
+            blocks: input.blocks()?,
+        },
+        41 => {
+            let (as_of, volume) = (Slot(input.u64()?), VolumeId(input.u32()?));
+            let (damaged, blocks) = (input.blocks()?, input.blocks()?);
+            let data = input.checked(payload.take())?;
+            if data.len() != blocks.len() * BLOCK_BYTES {
+                return Err(DecodeError::PayloadLength {
+                    have: data.len() as u64,
+                    want: (blocks.len() * BLOCK_BYTES) as u64,
+                });
+            }
+            SyncMessage::Blocks {
+                as_of,
+                volume,
+                damaged,
+                blocks,
+                data,
+            }
+        }
+        42 => SyncMessage::BlocksRefused {
+            volume: VolumeId(input.u32()?),
+        },
         code => {
             return Err(DecodeError::UnknownCode {
                 what: "message",
@@ -532,6 +587,14 @@ impl Output<'_> {
     fn admitted(&mut self, admitted: &Admitted) {
         for (_, incarnation) in admitted.iter() {
             self.u64(incarnation.0);
+        }
+    }
+
+    /// A count, then the numbers of blocks.
+    fn blocks(&mut self, blocks: &[u64]) {
+        self.u32(blocks.len() as u32);
+        for block in blocks {
+            self.u64(*block);
         }
     }
 
@@ -580,6 +643,12 @@ impl Input<'_> {
             admitted.admit(server, Incarnation(self.u64()?));
         }
         Ok(admitted)
+    }
+
+    fn blocks(&mut self) -> Result<Vec<u64>, DecodeError> {
+        let count = self.count(8)?;
+        limit("list of blocks", count, BLOCKS_ASKED_MAX)?;
+        (0..count).map(|_| self.u64()).collect()
     }
 
     fn entries(&mut self, payload: Option<Bytes>) -> Result<Vec<Entry>, DecodeError> {

@@ -384,6 +384,8 @@ pub(super) mod tests {
             free_bytes: 1 << 30,
             total_bytes: 2 << 30,
             bad_blocks: 0,
+            repaired_blocks: 0,
+            lost_blocks: 0,
             clients: 0,
             peers: Vec::new(),
         }

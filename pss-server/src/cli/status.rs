@@ -116,9 +116,14 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
         .filter(|(_, own)| own.bad_blocks > 0)
         .map(|(id, own)| {
             let blocks = grouped(own.bad_blocks);
-            format!(
-                "Server {id} has found {blocks} bad blocks since it was started: look at its disk."
-            )
+            let repaired = grouped(own.repaired_blocks);
+            let mut note = format!(
+                "Server {id} has found {blocks} bad blocks since it was started, and repaired {repaired}: look at its disk."
+            );
+            if own.lost_blocks > 0 {
+                note.push_str(" Some were bad on every server that answered; its log names them.");
+            }
+            note
         });
     let notes: Vec<String> = failures.chain(bad_disks).collect();
     if !notes.is_empty() {

@@ -5,9 +5,8 @@ use std::sync::{Mutex, PoisonError};
 
 use mio::Waker;
 use pss_core::chunk::ReadError;
-use pss_core::engine::{ClientId, Fetched};
+use pss_core::engine::{ClientId, Export, Exported, Fetched, VolumeRead};
 use pss_core::paxos::LogRead;
-use pss_core::paxos::message::Message;
 use pss_core::paxos::output::WriteId;
 use pss_core::types::{Ballot, ServerId, Slot};
 use pss_core::wire::client::ServerStatus;
@@ -27,11 +26,11 @@ pub(crate) enum Event {
     },
     /// Blocks were read.
     Read {
-        ticket: u64,
+        read: VolumeRead,
         result: Result<Fetched, ReadError>,
     },
-    /// A message for another server is ready: a chunk that it asked for.
-    Exported { to: ServerId, message: Message },
+    /// What another server asked for was read.
+    Exported { export: Export, exported: Exported },
     /// Entries were read for someone who wants to see them, newest first.
     EntriesRead {
         client: ClientId,

@@ -56,7 +56,7 @@ impl Node {
                     });
                 }
                 Action::Read(read) => self.threads.read(ReadJob::Blocks(read)),
-                Action::Export(export) => self.threads.read(ReadJob::Chunk(export)),
+                Action::Export(export) => self.threads.read(ReadJob::Export(export)),
                 Action::StoreBase {
                     base,
                     proven,

@@ -242,6 +242,13 @@ impl Node {
         if let Some(failure) = self.engine.failure() {
             return Err(ServerError::Apply(super::explain(failure)));
         }
+        if let Some(blocks) = self.engine.gives_up() {
+            return Err(ServerError::BadDisk {
+                blocks,
+                path: self.config.path.display().to_string(),
+                server: self.config.id,
+            });
+        }
         // Behind the jobs whose entries it may speak of: the log thread relies on it.
         self.chosen
             .store(self.engine.replica().chosen().0, Ordering::Release);
@@ -287,8 +294,10 @@ impl Node {
                 Event::LogRead { to, tail_for, read } => {
                     self.engine.handle_log_read(now, to, tail_for, read);
                 }
-                Event::Read { ticket, result } => self.engine.handle_read(now, ticket, result),
-                Event::Exported { to, message } => self.send_to_peer(to, message),
+                Event::Read { read, result } => self.engine.handle_read(now, read, result),
+                Event::Exported { export, exported } => {
+                    self.engine.handle_exported(now, export, exported);
+                }
                 Event::EntriesRead {
                     client,
                     tag,

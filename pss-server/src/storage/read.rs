@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pss_core::chunk::ChunkStore;
-use pss_core::engine::{ChunkExport, ClientId, LogPage, VolumeRead};
+use pss_core::engine::{ClientId, Export, LogPage, VolumeRead};
 use pss_core::log::{self, LogReadError, LogReader};
 use pss_core::paxos;
 use pss_core::types::{Ballot, ServerId, Slot};
@@ -21,8 +21,8 @@ use crate::storage::queue::Queue;
 pub(crate) enum ReadJob {
     /// Read blocks for a client.
     Blocks(VolumeRead),
-    /// Read a chunk for another server.
-    Chunk(ChunkExport),
+    /// Read a chunk or blocks for another server.
+    Export(Export),
     /// Read entries for another server.
     Log {
         /// Which.
@@ -82,17 +82,11 @@ impl ReadThread {
                 if let Err(error) = &result {
                     tracing::error!(volume = read.volume.id.0, "a read failed: {error}");
                 }
-                Some(Event::Read {
-                    ticket: read.ticket,
-                    result,
-                })
+                Some(Event::Read { read, result })
             }
-            ReadJob::Chunk(export) => {
-                let message = export.run(&self.chunks);
-                Some(Event::Exported {
-                    to: export.to,
-                    message,
-                })
+            ReadJob::Export(export) => {
+                let exported = export.run(&self.chunks);
+                Some(Event::Exported { export, exported })
             }
             ReadJob::Log {
                 to,

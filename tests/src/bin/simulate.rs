@@ -17,6 +17,9 @@ struct Arguments {
     /// First seed. With `--seeds 1` this replays one cell.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// From one seed to the next: with `--seed 7 --step 8` only cells whose chunks rot, for instance.
+    #[arg(long, default_value_t = 1)]
+    step: u64,
     /// Requests of all clients of a cell.
     #[arg(long, default_value_t = 2000)]
     operations: u32,
@@ -50,7 +53,8 @@ fn main() -> ExitCode {
     };
     let jobs = arguments.jobs.unwrap_or(cores).max(1);
     let next = AtomicU64::new(arguments.seed);
-    let end = arguments.seed + arguments.seeds;
+    let step = arguments.step.max(1);
+    let end = arguments.seed + arguments.seeds * step;
     let total: Mutex<Report> = Mutex::default();
     let failed = AtomicU64::new(0);
     let start = Instant::now();
@@ -58,7 +62,7 @@ fn main() -> ExitCode {
         for _ in 0..jobs {
             scope.spawn(|| {
                 loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    let seed = next.fetch_add(step, Ordering::Relaxed);
                     if seed >= end || (bug.is_some() && failed.load(Ordering::Relaxed) > 0) {
                         return;
                     }

@@ -119,7 +119,7 @@ impl Rig {
                     }
                     Action::Read(read) => {
                         let result = read.run(&Arc::clone(&self.engine.chunks));
-                        self.engine.handle_read(self.now, read.ticket, result);
+                        self.engine.handle_read(self.now, read, result);
                     }
                     _ => {}
                 }

@@ -223,6 +223,8 @@ fn status() -> ServerStatus {
         free_bytes: 1 << 40,
         total_bytes: 1 << 41,
         bad_blocks: 0,
+        repaired_blocks: 0,
+        lost_blocks: 0,
         clients: 2,
         peers: vec![PeerStatus {
             server: ServerId(0),

@@ -80,6 +80,10 @@ fn progress() -> impl Strategy<Value = Progress> {
     })
 }
 
+fn blocks() -> impl Strategy<Value = Vec<u64>> {
+    prop::collection::vec(any::<u64>(), 0..=BLOCKS_ASKED_MAX)
+}
+
 fn datagram_message() -> impl Strategy<Value = Message> {
     let ballots = || any::<(u64, u8)>().prop_map(|(number, server)| ballot(number, server));
     let ids = move || {
@@ -143,6 +147,17 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         slots().prop_map(|after| Message::CatchUp { after }),
         (slots(), slots()).prop_map(|(first, chosen)| Message::LogGone { first, chosen }),
         progress().prop_map(Message::Progress),
+        (slots(), any::<u32>(), blocks()).prop_map(|(at_least, volume, blocks)| {
+            Message::Sync(SyncMessage::RequestBlocks {
+                at_least,
+                volume: VolumeId(volume),
+                blocks,
+            })
+        }),
+        any::<u32>().prop_map(|volume| {
+            let volume = VolumeId(volume);
+            Message::Sync(SyncMessage::BlocksRefused { volume })
+        }),
     ]
 }
 
@@ -200,6 +215,15 @@ fn frame_message() -> impl Strategy<Value = Message> {
             }
         }),
         Just(SyncMessage::Refused),
+        (any::<(u64, u32)>(), blocks(), blocks()).prop_map(|((slot, volume), damaged, blocks)| {
+            SyncMessage::Blocks {
+                as_of: Slot(slot),
+                volume: VolumeId(volume),
+                damaged,
+                data: Bytes::from(vec![slot as u8; blocks.len() * BLOCK_BYTES]),
+                blocks,
+            }
+        }),
     ];
     prop_oneof![
         datagram_message(),
@@ -504,6 +528,28 @@ fn literal_messages() {
             "251900000000000000030000001a000000929c6ed0",
         ),
         (Message::Sync(SyncMessage::Refused), "26"),
+        (
+            Message::Sync(SyncMessage::RequestBlocks {
+                at_least: Slot(25),
+                volume,
+                blocks: vec![32, 33],
+            }),
+            "281900000000000000030000000200000020000000000000002100000000000000",
+        ),
+        (
+            Message::Sync(SyncMessage::Blocks {
+                as_of: Slot(25),
+                volume,
+                damaged: vec![32],
+                blocks: vec![33],
+                data: Bytes::from(vec![7; BLOCK_BYTES]),
+            }),
+            "29190000000000000003000000010000002000000000000000010000002100000000000000a9788697",
+        ),
+        (
+            Message::Sync(SyncMessage::BlocksRefused { volume }),
+            "2a03000000",
+        ),
     ];
     for (message, hex) in messages {
         let header = frame_of(&message).header;
@@ -541,6 +587,51 @@ fn payload_of_entries_is_not_copied() {
         assert!(whole.contains(&part.as_ptr()));
     }
     entries.iter().for_each(|entry| entry.verify().unwrap());
+}
+
+#[test]
+fn blocks_are_bounded_and_complete() {
+    let blocks = |count: usize| (0..count as u64).collect::<Vec<_>>();
+    let request = |count| {
+        Message::Sync(SyncMessage::RequestBlocks {
+            at_least: Slot(u64::MAX),
+            volume: VolumeId(1),
+            blocks: blocks(count),
+        })
+    };
+    let most = request(BLOCKS_ASKED_MAX);
+    assert_eq!(decode_frame(frame_of(&most)).unwrap(), most);
+    let mut datagram = Vec::new();
+    datagrams(1, Some(1))
+        .encode(ServerId(2), &most, &mut datagram)
+        .unwrap();
+    let more = decode_frame(frame_of(&request(BLOCKS_ASKED_MAX + 1)));
+    assert!(matches!(more, Err(DecodeError::TooLong { .. })), "{more:?}");
+    // Data of fewer or more blocks than are named, or changed ones.
+    let answer = |named, bytes| {
+        Message::Sync(SyncMessage::Blocks {
+            as_of: Slot(1),
+            volume: VolumeId(1),
+            damaged: Vec::new(),
+            blocks: blocks(named),
+            data: Bytes::from(vec![1; bytes]),
+        })
+    };
+    for (named, bytes) in [
+        (1, 0),
+        (0, BLOCK_BYTES),
+        (2, BLOCK_BYTES),
+        (1, BLOCK_BYTES - 1),
+    ] {
+        let decoded = decode_frame(frame_of(&answer(named, bytes)));
+        assert!(
+            matches!(decoded, Err(DecodeError::PayloadLength { .. })),
+            "{decoded:?}"
+        );
+    }
+    let mut frame = frame_of(&answer(1, BLOCK_BYTES));
+    frame.payload = Bytes::from(vec![2; BLOCK_BYTES]);
+    assert_eq!(decode_frame(frame), Err(DecodeError::Checksum));
 }
 
 #[test]
