@@ -37,7 +37,8 @@ use crate::storage::{self, ApplyError, Stalled};
 use crate::throttle::Throttle;
 use crate::time::Instant;
 use crate::types::{
-    Ballot, ChunkIndex, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+    Ballot, ChunkIndex, EntryId, Incarnation, Marks, RequestNumber, ServerId, SessionId, Slot,
+    VolumeId,
 };
 use crate::volume::device::{Extent, ReadPart};
 use crate::wire::client::{
@@ -129,6 +130,8 @@ pub enum Action {
         base: EntryId,
         /// See [`storage::CheckpointRecord::installing`].
         proven: Slot,
+        /// See [`storage::CheckpointRecord::marks`].
+        marks: Marks,
         /// The state, encoded.
         state: Bytes,
     },
@@ -234,6 +237,8 @@ pub struct Checkpoint {
     /// Whether chunks are still being copied to this server; see
     /// [`storage::CheckpointRecord::installing`].
     pub installing: Option<Slot>,
+    /// [`storage::CheckpointRecord::marks`].
+    pub marks: Marks,
     /// The state is between two entries, because the disk is full: only flush the chunks, which frees what was
     /// zeroed, store nothing, and call [`Engine::handle_checkpoint_done`] with slot 0.
     pub flush_only: bool,
@@ -324,8 +329,8 @@ pub struct Engine {
     backlog: VecDeque<Entry>,
     backlog_bytes: usize,
     forgetful: bool,
-    /// See [`Replica::is_rejoining`]; what was logged last.
-    rejoins: bool,
+    /// [`Replica::is_rejoining`] and [`Replica::was_set_back`], as they were logged last.
+    rejoins: (bool, bool),
 }
 
 impl Engine {
@@ -391,7 +396,7 @@ impl Engine {
             backlog: VecDeque::new(),
             backlog_bytes: 0,
             forgetful: false,
-            rejoins: false,
+            rejoins: (false, false),
         };
         engine.logged_event = engine.state.events_made();
         engine.share_volumes();
@@ -498,24 +503,30 @@ impl Engine {
 
     fn log_rejoining(&mut self) {
         let rejoins = self.replica.is_rejoining();
-        if rejoins == self.rejoins {
+        let state = (rejoins, rejoins && self.replica.was_set_back());
+        if state == self.rejoins || self.replica.changes_life() {
             return;
         }
-        self.rejoins = rejoins;
+        self.rejoins = state;
         let life = self.replica.incarnation();
         let counts = self.replica.admitted().of(self.replica.id());
-        if !rejoins {
-            tracing::info!("everything is learned: this server votes and counts again");
-        } else if counts > life {
-            tracing::error!(
-                "another data directory has taken the place of this one (incarnation {counts}, this one is {life}): \
-                 this server will not count again; format it with --replace if it shall"
-            );
-        } else {
-            tracing::warn!(
+        match state {
+            (false, _) => {
+                tracing::info!("everything is learned: this server votes and counts again");
+            }
+            (true, true) => tracing::error!(
+                "this data directory is older than what others have seen of this server: it was restored from a backup, or its \
+                 disk lost writes; as incarnation {life} the server learns what the others hold, and neither votes nor counts \
+                 until it has"
+            ),
+            (true, false) if counts > life => tracing::error!(
+                "another data directory has taken the place of this one (incarnation {counts}, this one is {life}): this server \
+                 does not count while that one runs"
+            ),
+            (true, false) => tracing::warn!(
                 "this data directory is new to the cell (incarnation {life}): the server learns what the others hold, \
                  and neither votes nor counts until it has"
-            );
+            ),
         }
     }
 
@@ -896,6 +907,7 @@ impl Engine {
             applied,
             state: self.state.encode(),
             installing: self.copying.as_ref().and_then(Copying::installing),
+            marks: self.replica.marks().clone(),
             flush_only,
             chunks,
         }));

@@ -19,6 +19,7 @@ mod leader;
 pub mod message;
 pub mod output;
 pub mod quorum;
+mod standing;
 mod tail;
 #[cfg(test)]
 mod tests;
@@ -34,9 +35,10 @@ use crate::paxos::leader::Leader;
 use crate::paxos::message::{Message, Progress};
 use crate::paxos::output::{Output, Persist, WriteId};
 use crate::paxos::quorum::Membership;
+use crate::paxos::standing::Unmet;
 use crate::paxos::tail::Tail;
 use crate::time::Instant;
-use crate::types::{Admitted, Ballot, EntryId, Incarnation, ServerId, Slot};
+use crate::types::{Admitted, Ballot, EntryId, Incarnation, Marks, ServerId, Slot};
 
 /// What a replica is told at its start.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
@@ -135,6 +137,8 @@ pub struct Recovered {
     pub rejoining: bool,
     /// Which lives of servers count, as of `applied`.
     pub admitted: Admitted,
+    /// What it had seen of others.
+    pub marks: Marks,
 }
 
 /// A deliberate bug, for the tests of the tests.
@@ -173,6 +177,8 @@ pub enum Bug {
     CountOldLives,
     /// Takes itself for complete while chunks are still being copied to it.
     CountIncomplete,
+    /// Does not care that others have seen more of it than its disk knows.
+    DenyForgotten,
 }
 
 /// What a replica is doing.
@@ -214,6 +220,8 @@ pub struct PeerView {
     pub heard: Option<Instant>,
     /// Which life of it that was.
     pub life: Incarnation,
+    /// The latest life of it that was heard since this server started, and when last.
+    pub latest: (Incarnation, Instant),
     /// Where it stood then.
     pub progress: Progress,
     /// Up to where its log is durably equal to ours, if we lead.
@@ -250,6 +258,18 @@ pub struct Replica {
     changes_life: bool,
     /// See [`Replica::note_complete`].
     complete: bool,
+    /// See [`Replica::marks`].
+    marks: Marks,
+    /// Servers that have not said yet what they saw of this one.
+    unmet: Vec<Unmet>,
+    /// When they were asked last.
+    asked_at: Instant,
+    /// Promise and last entry at the start.
+    started_with: (Ballot, EntryId),
+    /// See [`Replica::was_set_back`].
+    set_back: bool,
+    /// Others have heard a later life of this server lately. It does not vote meanwhile.
+    outlived: bool,
 
     // Learner.
     chosen: Slot,
@@ -306,6 +326,15 @@ impl Replica {
             rejoining: recovered.rejoining,
             changes_life: false,
             complete: recovered.installing.is_none(),
+            marks: recovered.marks,
+            unmet: Vec::new(),
+            asked_at: now,
+            started_with: (
+                recovered.promised,
+                last.max(evidence).max(recovered.doubt.unwrap_or_default()),
+            ),
+            set_back: false,
+            outlived: false,
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
             applied: recovered.applied.slot,
@@ -345,6 +374,7 @@ impl Replica {
             config,
         };
         replica.election_at = replica.quiet_until + replica.jitter();
+        replica.unmet = replica.all_unmet();
         replica.apply_chosen();
         replica
     }
@@ -380,6 +410,13 @@ impl Replica {
         if !is_gone {
             (peer.heard, peer.life) = (Some(now), life);
         }
+        if life >= peer.latest.0 {
+            peer.latest = (life, now);
+        }
+        if !self.is_met(now, from, &message) {
+            self.ask_the_unmet(now);
+            return;
+        }
         match message {
             Message::PreCheck { ballot, .. } => self.on_pre_check(now, from, life, ballot),
             Message::PreCheckAnswer {
@@ -409,6 +446,7 @@ impl Replica {
                     life,
                     admitted,
                 };
+                self.note_promised(from, life, ballot);
                 self.on_promise(now, from, ballot, promised);
             }
             Message::Nack { ballot, promised } if self.counts(from, life) => {
@@ -450,6 +488,7 @@ impl Replica {
                     self.note_progress(from, progress);
                 }
                 if self.counts(from, life) {
+                    self.note_acknowledged(from, life, ballot, durable);
                     let answered = (ballot, sent);
                     self.on_heartbeat_ack(now, from, life, answered, durable, received, progress);
                 }
@@ -477,6 +516,11 @@ impl Replica {
             Message::Progress(_) => {}
             Message::Rejoin => self.on_rejoin(from, life),
             Message::Absent { ballot } => self.on_absent(now, from, life, ballot),
+            Message::Standing { standing, asks } if standing.life == life => {
+                self.on_standing(now, from, standing, asks);
+            }
+            Message::Standing { .. } => {}
+            Message::Seen { mark, alive } => self.on_seen(now, from, mark, alive),
             // Of a life that does not count.
             Message::PreCheckAnswer { .. }
             | Message::Nack { .. }
@@ -539,7 +583,9 @@ impl Replica {
                 self.send(server, Message::Progress(progress));
             }
             self.ask_to_rejoin();
+            self.tell_standing();
         }
+        self.ask_the_unmet(now);
         self.advance(now);
     }
 
@@ -555,7 +601,8 @@ impl Replica {
             _ if self.may_lead() => self.election_at,
             _ => self.progress_at,
         };
-        role.min(self.progress_at).min(self.catch_up.next_at())
+        let next = role.min(self.progress_at).min(self.catch_up.next_at());
+        self.ask_at().map_or(next, |at| next.min(at))
     }
 
     /// The server's free space, and where its log begins now.
@@ -695,7 +742,8 @@ impl Replica {
 
     /// Whether this server votes and acknowledges.
     fn is_core(&self) -> bool {
-        let learns = self.rejoining && self.bug != Some(Bug::VoteWhileLearning);
+        let learns = self.rejoining || self.outlived;
+        let learns = learns && self.bug != Some(Bug::VoteWhileLearning);
         self.config.members.core.contains(&self.config.id) && !learns
     }
 

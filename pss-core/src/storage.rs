@@ -23,7 +23,7 @@ use crate::disk::Disk;
 use crate::entry::Entry;
 use crate::log::{Log, LogError, LogParams, LogRead, LogReadError, Recovered};
 use crate::state::{State, Volume};
-use crate::types::{EntryId, ServerId, Slot};
+use crate::types::{EntryId, Marks, ServerId, Slot};
 
 /// Entries are read for replay in pieces of about this size.
 const REPLAY_BYTES: usize = 8 << 20;
@@ -97,6 +97,8 @@ pub struct Storage {
     pub checkpointed: Slot,
     /// See [`CheckpointRecord::installing`].
     pub installing: Option<Slot>,
+    /// See [`CheckpointRecord::marks`].
+    pub marks: Marks,
     /// What the log held.
     pub recovered: Recovered,
     /// The disk was too full to go on applying after `applied`.
@@ -133,6 +135,7 @@ impl Storage {
             applied: record.applied,
             checkpointed: record.applied.slot,
             installing: record.installing,
+            marks: record.marks,
             recovered,
             stalled: None,
         };

@@ -1,5 +1,6 @@
 //! Names for the things that must not be mixed up.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -110,6 +111,20 @@ impl fmt::Display for EntryId {
         write!(f, "{}@{}", self.slot, self.ballot)
     }
 }
+
+/// How much a server has bound itself to: nothing that it has told others is beyond it. It only rises, in this order.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct Standing {
+    /// Life of its data directory.
+    pub life: Incarnation,
+    /// Its durable promise.
+    pub promised: Ballot,
+    /// The last entry that it has acknowledged under that promise.
+    pub acknowledged: EntryId,
+}
+
+/// The greatest standing of other servers that one has seen.
+pub type Marks = BTreeMap<ServerId, Standing>;
 
 /// Which life of each server counts, as an entry of the log has said: promises and acknowledgements of another
 /// one do not. `Incarnation(0)`: nobody has said it yet, any counts.

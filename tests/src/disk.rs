@@ -119,6 +119,22 @@ struct Inode {
     durable_length: u64,
 }
 
+impl Inode {
+    /// What of it is durable.
+    fn backup(&self) -> Inode {
+        let page = |slot: &Slot| Slot {
+            current: slot.durable.clone(),
+            durable: slot.durable.clone(),
+        };
+        Inode {
+            pages: self.pages.iter().map(page).collect(),
+            length: self.durable_length,
+            durable_length: self.durable_length,
+            ..Inode::default()
+        }
+    }
+}
+
 type InodeRef = Arc<Mutex<Inode>>;
 
 #[derive(Clone)]
@@ -354,6 +370,24 @@ impl SimDisk {
         }
         inner.names = inner.durable_names.clone();
         inner.count_pages();
+    }
+
+    /// A copy of what is durable, as a backup of a stopped server's disk holds it.
+    pub fn backup(&self) -> SimDisk {
+        let copy = SimDisk::new();
+        let inner = lock(&self.inner);
+        let mut target = lock(&copy.inner);
+        for (path, node) in &inner.durable_names {
+            let node = match node {
+                Node::Directory => Node::Directory,
+                Node::File(file) => Node::File(Arc::new(Mutex::new(lock(file).backup()))),
+            };
+            target.names.insert(path.clone(), node);
+        }
+        target.durable_names = target.names.clone();
+        target.count_pages();
+        drop(target);
+        copy
     }
 
     /// The process dies, the machine does not: nothing is lost, but open files give errors.

@@ -23,7 +23,8 @@ use pss_core::paxos::{Bug, Config, RoleKind, Tuning};
 use pss_core::state::{AdminAction, CHUNK_BYTES_MIN};
 use pss_core::time::Instant;
 use pss_core::types::{
-    Ballot, ChunkIndex, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
+    Ballot, ChunkIndex, EntryId, Incarnation, Marks, RequestNumber, ServerId, SessionId, Slot,
+    VolumeId,
 };
 use pss_core::wire::client::{Browse, ChunkStatus, Reply, ReplyError, Request, RequestBody};
 
@@ -73,7 +74,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 20] = [
+pub const BUGS: [SimBug; 21] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -90,6 +91,7 @@ pub const BUGS: [SimBug; 20] = [
     SimBug::Agreement(Bug::VoteWhileLearning),
     SimBug::Agreement(Bug::CountOldLives),
     SimBug::Agreement(Bug::CountIncomplete),
+    SimBug::Agreement(Bug::DenyForgotten),
     SimBug::ForgetSessions,
     SimBug::Repair(RepairBug::Unverified),
     SimBug::Repair(RepairBug::Older),
@@ -158,6 +160,8 @@ pub struct Report {
     pub wipes: u64,
     /// and of these, formatted as if they had always been empty.
     pub plain_wipes: u64,
+    /// Directories that were restored from an old backup.
+    pub restored: u64,
     /// Ballots that led.
     pub leaders: u64,
     /// Simulated time, milliseconds.
@@ -191,6 +195,7 @@ impl Report {
         self.lost_for_good += other.lost_for_good;
         self.wipes += other.wipes;
         self.plain_wipes += other.plain_wipes;
+        self.restored += other.restored;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
     }
@@ -291,6 +296,7 @@ enum Work {
     StoreBase {
         base: EntryId,
         proven: Slot,
+        marks: Marks,
         state: bytes::Bytes,
     },
     Checkpoint(Checkpoint),
@@ -361,6 +367,8 @@ struct Node {
     wiped: Option<BTreeMap<Slot, EntryId>>,
     /// Nobody told it that it replaces another.
     is_plain: bool,
+    /// Its directory was restored from a backup of this life.
+    restored: Option<Incarnation>,
     /// When it stopped: the end of its log, and behind which slot it was being cut.
     stopped_at: (String, u64),
     cut_pending: Option<Slot>,
@@ -394,6 +402,8 @@ pub struct Sim {
     rival: Option<Ballot>,
     /// Chunks that are copied get lost on the way.
     loses_chunks: bool,
+    /// Entries get lost on the way to this server.
+    starves: Option<usize>,
     /// Faults of chunks follow from this, so that they shift no others.
     rot: Rng,
     rots: bool,
@@ -468,6 +478,7 @@ impl Sim {
                 incarnation: Incarnation(1),
                 wiped: None,
                 is_plain: false,
+                restored: None,
                 stopped_at: (String::new(), 0),
                 cut_pending: None,
             })
@@ -508,6 +519,7 @@ impl Sim {
             fifo: BTreeMap::new(),
             rival: None,
             loses_chunks: false,
+            starves: None,
             config,
         }
     }
@@ -536,6 +548,7 @@ impl Sim {
         self.step_until("every server reaches the same slot", Sim::has_converged)?;
         self.rot_in_calm()?;
         self.lead_with_a_disk_that_hangs()?;
+        self.restore_an_old_backup()?;
         self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
         self.check_history()?;
@@ -578,6 +591,80 @@ impl Sim {
         self.crash(index);
         self.schedule(self.now, Event::Start { node: index });
         self.step_until("the disk that hung catches up", Sim::has_converged)
+    }
+
+    /// Of three servers one is stopped, and comes back with what a backup held of it that is older than what it has
+    /// acknowledged; who has that from it is away, and the third has heard of it, but does not hold it. Nobody may lead
+    /// before the second is back. In some cells the backup is of an earlier life.
+    fn restore_an_old_backup(&mut self) -> Checked<()> {
+        if self.core != 3 || self.config.seed % 5 != 3 {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        let knows = |sim: &Sim| {
+            let running = sim.nodes[..3].iter().filter_map(|it| it.running.as_ref());
+            let mut admitted = running.map(|it| it.engine.replica().admitted());
+            admitted.all(|it| (0..3).all(|id| it.of(ServerId(id)) > Incarnation(0)))
+        };
+        self.step_until("there is a leader that knows all", |sim| {
+            leads(sim).is_some() && knows(sim)
+        })?;
+        let holds = leads(self).unwrap_or(0);
+        let (restored, hears) = ((holds + 1) % 3, (holds + 2) % 3);
+        let life = self.nodes[restored].life_sent();
+        self.crash(restored);
+        let backup = self.nodes[restored].disk.backup();
+        if self.rot.chance(300) {
+            self.write(1)?;
+            self.wipe(restored)?;
+        }
+        self.schedule(self.now, Event::Start { node: restored });
+        self.step_until("who was backed up is back", Sim::has_converged)?;
+        self.starves = Some(hears);
+        let started = self.nodes[hears].life;
+        self.write(4)?;
+        let until = self.now + 2 * SECOND;
+        while self.now < until {
+            self.step()?;
+        }
+        let hears_all = self.nodes[hears].running.is_some() && self.nodes[hears].life == started;
+        if leads(self) != Some(holds) || !hears_all {
+            // Another order of things; a disk failed, or somebody slept.
+            self.starves = None;
+            return self.step_until("every server is there", Sim::has_converged);
+        }
+        self.crash(restored);
+        self.crash(holds);
+        self.starves = None;
+        self.report.restored += 1;
+        let node = &mut self.nodes[restored];
+        node.disk = backup;
+        node.wiped = Some(std::mem::take(&mut node.disk_log));
+        node.is_plain = false;
+        node.restored = Some(life);
+        node.promised = Ballot::default();
+        node.seen_chosen = Slot(0);
+        let id = node.id;
+        self.trace(|| format!("server {id} is restored from a backup"));
+        self.schedule(self.now, Event::Start { node: restored });
+        let until = self.now + 6 * SECOND;
+        // A start may have been waiting for it from before.
+        while self.now < until && self.nodes[holds].running.is_none() {
+            self.step()?;
+            if leads(self).is_some() {
+                return self.fail("a server leads that lacks what was chosen");
+            }
+        }
+        let node = &self.nodes[restored];
+        let running = node.running.as_ref();
+        if !running.is_some_and(|it| it.engine.replica().is_rejoining())
+            && self.nodes[hears].life != started
+        {
+            // A disk failed, and with it nobody is left who knows better but who holds everything.
+            self.nodes[restored].wiped = None;
+        }
+        self.schedule(self.now, Event::Start { node: holds });
+        self.step_until("who was restored has learned all", Sim::has_converged)
     }
 
     /// Of three servers one is lost for good while chunks are being copied to another, which has
@@ -749,6 +836,7 @@ impl Sim {
             recovered.tail.last().map_or(recovered.applied, |it| it.id),
             recovered.chosen,
         );
+        let claims = recovered.evidence.max(recovered.doubt).unwrap_or_default();
         let ids = sim_storage::ids(&storage);
         let parts = sim_storage::Parts::new(storage, node.disk.disk());
         let chunks = Arc::clone(&parts.chunks);
@@ -775,7 +863,7 @@ impl Sim {
         });
         let id = node.id;
         self.trace(|| {
-            format!("server {id} starts: last {last}, chosen {chosen}, installing {installing}")
+            format!("server {id} starts: last {last}, chosen {chosen}, installing {installing}, claims {claims}")
         });
         if lower {
             return self.fail(format!("server {id} forgot a promise"));
@@ -953,6 +1041,7 @@ impl Sim {
             Action::StoreBase {
                 base,
                 proven,
+                marks,
                 state,
             } => {
                 self.report.copies += 1;
@@ -962,6 +1051,7 @@ impl Sim {
                 let work = Work::StoreBase {
                     base,
                     proven,
+                    marks,
                     state,
                 };
                 self.queue_checkpoint(index, work);
@@ -1043,6 +1133,13 @@ impl Sim {
         let life = self.nodes[a].life_sent();
         let is_chunk = matches!(message, Message::Sync(SyncMessage::Chunk { .. }));
         if self.loses_chunks && is_chunk {
+            return;
+        }
+        let is_entries = matches!(
+            message,
+            Message::Accept { .. } | Message::Chosen { .. } | Message::Sync(_)
+        );
+        if self.starves == Some(b) && is_entries {
             return;
         }
         if self.blocked[a][b] || self.rng.chance(self.loss_per_mille) {
@@ -1286,10 +1383,14 @@ impl Sim {
             Some(Work::StoreBase {
                 base,
                 proven,
+                marks,
                 state,
-            }) => running.storage.store_base(base, proven, &state).map(|()| {
-                running.engine.handle_base_stored(now);
-            }),
+            }) => running
+                .storage
+                .store_base(base, proven, &marks, &state)
+                .map(|()| {
+                    running.engine.handle_base_stored(now);
+                }),
             _ => Ok(()),
         };
         if let Err(error) = stored {
@@ -1448,6 +1549,7 @@ impl Sim {
         // What it held before it counted again helped to choose nothing.
         node.wiped = node.wiped.take().or(is_core.then_some(held));
         node.is_plain = is_plain;
+        node.restored = None;
         node.promised = Ballot::default();
         node.rotted.clear();
         node.rot_pending = false;
@@ -2001,6 +2103,13 @@ impl Sim {
         if replica.applied() > replica.chosen() {
             return self.fail(format!("server {id}: applied beyond what is chosen"));
         }
+        if replica.is_rejoining()
+            && index < self.core
+            && node.wiped.is_none()
+            && node.restored.is_none()
+        {
+            return self.fail(format!("server {id} has forgotten nothing and rejoins"));
+        }
         let (from, until) = (node.seen_chosen, replica.chosen());
         let leads = matches!(replica.role(), RoleKind::Leader { .. });
         node.seen_chosen = until;
@@ -2036,7 +2145,9 @@ impl Sim {
         };
         let replica = running.engine.replica();
         let is_admitted = replica.admitted().of(node.id) == replica.incarnation();
-        if replica.is_rejoining() || !is_admitted {
+        // Who was restored has to find out before it says anything.
+        let knows = node.restored != Some(replica.incarnation());
+        if replica.is_rejoining() || !is_admitted || !knows {
             return Ok(());
         }
         let first = node.disk_log.keys().next().copied();

@@ -13,7 +13,7 @@ use pss_core::state::Volume;
 use pss_core::storage::{
     CheckpointFile, Identity, IdentityFacts, Storage, StorageError, StorageParams,
 };
-use pss_core::types::{Ballot, EntryId, GroupId, Incarnation, ServerId, Slot};
+use pss_core::types::{Ballot, EntryId, GroupId, Incarnation, Marks, ServerId, Slot};
 use pss_core::volume::device::ReadPart;
 
 use crate::disk::SimDisk;
@@ -90,6 +90,7 @@ pub(crate) fn recovered(storage: &Storage) -> Recovered {
         installing: storage.installing,
         rejoining: storage.identity.facts().rejoining,
         admitted: *storage.state.admitted(),
+        marks: storage.marks.clone(),
     }
 }
 
@@ -225,6 +226,7 @@ impl Parts {
         let Checkpoint {
             applied,
             installing,
+            marks,
             state,
             flush_only,
             ..
@@ -233,7 +235,7 @@ impl Parts {
             return Ok(());
         }
         self.checkpoint
-            .store(applied, installing, &state)
+            .store(applied, installing, &marks, &state)
             .map_err(|error| error.to_string())
     }
 
@@ -245,10 +247,11 @@ impl Parts {
         &mut self,
         base: EntryId,
         proven: Slot,
+        marks: &Marks,
         state: &[u8],
     ) -> Result<(), String> {
         self.checkpoint
-            .store(base, Some(proven), state)
+            .store(base, Some(proven), marks, state)
             .map_err(|error| error.to_string())
     }
 

@@ -25,7 +25,7 @@ use pss_core::state::{Answer, Effect, State, Volume};
 use pss_core::storage::{ApplyError, Identity, IdentityFacts, Storage, StorageParams, apply_entry};
 use pss_core::time::Instant;
 use pss_core::types::{
-    BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, RequestNumber, ServerId,
+    BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, Marks, RequestNumber, ServerId,
     SessionId, Slot, VolumeId,
 };
 use pss_core::volume::device::ReadPart;
@@ -972,7 +972,10 @@ impl World {
             return Ok(());
         }
         checkpoint.flush().map_err(|_| Stopped)?;
-        let stored = self.storage.checkpoint.store(applied, None, &state);
+        let stored = self
+            .storage
+            .checkpoint
+            .store(applied, None, &Marks::new(), &state);
         stored.map_err(|_| Stopped)?;
         self.checkpointed = applied.slot;
         self.storage.log.trim(applied.slot).map_err(|_| Stopped)
@@ -1178,7 +1181,10 @@ fn shrink_and_grow(world: &mut World, rng: &mut Rng) -> Result<(), Stopped> {
     let entry = world.entry_of(write(255));
     world.carry_out(entry)?;
     checkpoint.flush().map_err(|_| Stopped)?;
-    let stored = world.storage.checkpoint.store(applied, None, &state);
+    let stored = world
+        .storage
+        .checkpoint
+        .store(applied, None, &Marks::new(), &state);
     stored.map_err(|_| Stopped)?;
     for _ in 0..4 {
         world.empty_trash(rng)?;
@@ -1518,7 +1524,7 @@ fn checkpoint(world: &mut World) {
     world
         .storage
         .checkpoint
-        .store(world.storage.applied, None, &state)
+        .store(world.storage.applied, None, &Marks::new(), &state)
         .unwrap();
 }
 

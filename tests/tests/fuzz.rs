@@ -35,7 +35,7 @@ use pss_core::state::{AdminAction, AdminEvent, Refusal, Volume, VolumeTimes};
 use pss_core::time::Instant;
 use pss_core::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, RequestNumber, ServerId,
-    SessionId, Slot, VolumeId,
+    SessionId, Slot, Standing, VolumeId,
 };
 use pss_core::volume::device::{BlockDevice, CompletionQueue, Extent, ReadPart};
 use pss_core::wire::auth::{Handshake, HandshakeConfig, MacKey, Role};
@@ -369,6 +369,11 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
         free_bytes: 1 << 40,
         installing: false,
     };
+    let standing = Standing {
+        life: Incarnation(3),
+        promised: ballot,
+        acknowledged: id(4, 7),
+    };
     let short = vec![
         Message::PreCheck {
             ballot,
@@ -386,6 +391,14 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
         },
         Message::Rejoin,
         Message::Absent { ballot },
+        Message::Standing {
+            standing,
+            asks: true,
+        },
+        Message::Seen {
+            mark: standing,
+            alive: false,
+        },
         Message::Promise {
             ballot,
             last: id(4, 7),

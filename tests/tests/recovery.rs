@@ -156,7 +156,7 @@ fn a_directory_that_was_formatted_without_a_word_is_found_out() {
 
 /// An old disk whose place is taken comes back, and goes again: it never counts, and nothing is lost.
 #[test]
-fn an_old_disk_that_comes_back_does_not_count() {
+fn an_old_disk_that_comes_back_learns_what_it_missed() {
     let mut cell = Cell::started(Layout::small(3), VOLUME);
     let mut client = cell.client(0);
     write_all(&mut client, &pattern(1));
@@ -180,23 +180,67 @@ fn an_old_disk_that_comes_back_does_not_count() {
     cell.wait_current();
     write_all(&mut client, &pattern(2));
 
-    cell.stop(2);
+    // The disk of before finds out that it was replaced, and learns what it missed; then the other one does.
     let new = cell.bench.path("new");
-    fs::rename(&path, &new).expect("it is there");
-    fs::rename(&old, &path).expect("it is there");
-    cell.start(2);
-    wait_until("it is found out", PATIENCE, || {
-        cell.servers[&2]
-            .text()
-            .contains("has taken the place of this one")
-    });
-    let status = cell.status().expect("the cell works");
-    assert_eq!(status["servers_that_may_fail"], 0, "{status:#}");
+    for (count, away, here) in [(1, &new, &old), (2, &old, &new)] {
+        cell.stop(2);
+        fs::rename(&path, away).expect("it is there");
+        fs::rename(here, &path).expect("it is there");
+        cell.start(2);
+        wait_until("it is found out", PATIENCE, || {
+            let log = cell.servers[&2].text();
+            log.matches("older than what others have seen").count() == count
+        });
+        cell.wait_current();
+        assert!(cell.content(2, "v", 64 << 10, SIZE) == pattern(2));
+    }
+    assert!(read_all(&mut client) == pattern(2));
+}
+
+/// A directory that was restored from a backup of the same life looks as if nothing was missing. The others have seen more of it.
+#[test]
+fn an_old_backup_is_found_out() {
+    let mut cell = Cell::started(Layout::small(3), VOLUME);
+    let mut client = cell.client(0);
+    write_all(&mut client, &pattern(1));
+    cell.wait_current();
     cell.stop(2);
-    fs::rename(&path, &old).expect("it is there");
-    fs::rename(&new, &path).expect("it is there");
+    let (path, backup) = (cell.path(2), cell.bench.path("backup"));
+    let copied = std::process::Command::new("cp")
+        .arg("-a")
+        .args([&path, &backup])
+        .status();
+    assert!(copied.expect("there is cp").success());
     cell.start(2);
     cell.wait_current();
+    write_all(&mut client, &pattern(2));
+    cell.wait_current();
+
+    // All stop; what the others have seen is on their disks. One of them stays away.
+    for id in 0..3 {
+        cell.stop(id);
+    }
+    let led = |cell: &Cell, id: u8| {
+        let log = fs::read_to_string(cell.bench.path(&format!("pssd{id}.log")));
+        log.unwrap_or_default().matches("leads under").count()
+    };
+    let before = [led(&cell, 1), led(&cell, 2)];
+    fs::remove_dir_all(&path).expect("it is there");
+    fs::rename(&backup, &path).expect("it is there");
+    cell.start(1);
+    cell.start(2);
+    wait_until("it is found out", PATIENCE, || {
+        let log = cell.servers[&2].text();
+        log.contains("older than what others have seen")
+    });
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let led = [led(&cell, 1), led(&cell, 2)];
+    assert_eq!(led, before, "two of three must not count");
+    cell.start(0);
+    cell.wait_current();
+    assert!(read_all(&mut client) == pattern(2));
+    cell.stop(0);
+    // Now it counts.
     assert!(read_all(&mut client) == pattern(2));
 }
 

@@ -529,6 +529,7 @@ impl Engine {
         self.actions.push_back(Action::StoreBase {
             base,
             proven: copying.proven,
+            marks: self.replica.marks().clone(),
             state,
         });
     }

@@ -274,7 +274,7 @@ impl Replica {
 
     /// Whether it answers heartbeats: learners do as well, for whoever wants to know where they stand.
     fn acknowledges(&self) -> bool {
-        self.is_core() || !self.rejoining
+        self.is_core() || !self.rejoining && !self.outlived
     }
 
     /// Tells the leader how far our log is durably equal to its own.

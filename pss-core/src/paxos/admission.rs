@@ -113,7 +113,13 @@ impl Replica {
         }
         let admitted = self.tail.admitted_through(learned);
         if !self.rejoining && !admitted.counts(me, self.config.incarnation) {
-            self.start_to_rejoin(now, admitted.of(me));
+            // What this life has promised so far it should not have, so it ends; but if it is the older one, its place
+            // may be taken: see `on_seen`.
+            let mut life = self.config.incarnation;
+            if life > admitted.of(me) {
+                life.0 += 1;
+            }
+            self.begin_life(now, life);
         }
         let is_admitted = admitted.of(me) == self.config.incarnation;
         let complete = self.complete || self.bug == Some(Bug::CountIncomplete);
@@ -128,17 +134,13 @@ impl Replica {
         }
     }
 
-    /// Another life of this server counts. What this one has promised so far it should not have: it begins another,
-    /// unless it is the older one and its place is taken.
-    fn start_to_rejoin(&mut self, now: Instant, counts: Incarnation) {
+    /// This server rejoins, in this life.
+    pub(super) fn begin_life(&mut self, now: Instant, life: Incarnation) {
         self.step_down(now);
         self.rejoining = true;
         self.changes_life = true;
         self.promise_to = None;
-        let mut life = self.config.incarnation;
-        if life > counts {
-            life.0 += 1;
-        }
+        self.unmet.clear();
         let life = Some(life);
         self.persist(Persist::Rejoining(life), PendingWrite::Rejoining(life));
     }

@@ -4,7 +4,9 @@ use bytes::Bytes;
 
 use crate::entry::Entry;
 use crate::time::Instant;
-use crate::types::{Admitted, Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, VolumeId};
+use crate::types::{
+    Admitted, Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, Standing, VolumeId,
+};
 
 /// A message between two servers. The network may lose, double, delay and reorder messages.
 #[derive(Clone, Debug, Eq, PartialEq, Hash)]
@@ -162,6 +164,20 @@ pub enum Message {
     Progress(Progress),
     /// A server whose disk is new asks the leader to let it in: its life, the sender's incarnation, shall count.
     Rejoin,
+    /// Where the sender stands, to everyone, now and then.
+    Standing {
+        /// Nothing that it has promised or acknowledged is beyond it.
+        standing: Standing,
+        /// It has started, and asks for the receiver's mark of it, which `standing` shall not raise.
+        asks: bool,
+    },
+    /// Answer to `Standing`: the sender's mark of the receiver.
+    Seen {
+        /// The greatest standing that was seen.
+        mark: Standing,
+        /// Whether a later life than that of the question was heard lately.
+        alive: bool,
+    },
     /// Copying of chunks.
     Sync(SyncMessage),
 }

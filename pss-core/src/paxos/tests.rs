@@ -4,10 +4,12 @@
 //! Outputs are compared as text. A log is written as the ballots of its entries: `log([1.0, 1.0, 3.2])`
 //! stands for entries 1 and 2 of ballot (1, server 0) and entry 3 of ballot (3, server 2).
 
+mod standing;
+
 use super::*;
 use crate::entry::{Command, Op};
 use crate::paxos::output::RoleChange;
-use crate::types::{RequestNumber, SessionId, VolumeId};
+use crate::types::{RequestNumber, SessionId, Standing, VolumeId};
 
 /// `1.2` is ballot (1, server 2).
 fn ballot(text: f64) -> Ballot {
@@ -241,8 +243,25 @@ fn show_message(message: &Message) -> Option<String> {
         LogGone { first, .. } => format!("gone before {first}"),
         Rejoin => "rejoin".to_owned(),
         Absent { ballot } => format!("absent {ballot}"),
+        Standing { standing, asks } => {
+            let asks = if *asks { "asks, stands" } else { "stands" };
+            format!("{asks} {}", show_standing(standing))
+        }
+        Seen { mark, alive } => {
+            let alive = if *alive { " alive" } else { "" };
+            format!("seen {}{alive}", show_standing(mark))
+        }
         Progress(_) | Sync(_) => return None,
     })
+}
+
+fn show_standing(standing: &Standing) -> String {
+    let Standing {
+        life,
+        promised,
+        acknowledged,
+    } = standing;
+    format!("life {life} promised {promised} to {acknowledged}")
 }
 
 const NOTHING: [&str; 0] = [];
@@ -278,6 +297,14 @@ impl Server {
             replica: Replica::new(config, recovered, now),
             now,
             writes: VecDeque::new(),
+        }
+    }
+
+    /// Servers 1 and 2 have never seen more of it than it knows.
+    fn meet(&mut self) {
+        for other in [1, 2] {
+            let (mark, alive) = (Standing::default(), false);
+            self.gets_of(other, 1, Message::Seen { mark, alive });
         }
     }
 
@@ -1621,6 +1648,7 @@ fn a_rejoining_server_waits_for_its_chunks() {
 fn another_life_that_counts_makes_a_server_rejoin() {
     let recovered = Recovered::default();
     let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
     server.pass(1000);
     server.gets(1, heartbeat(2.1, 0));
     server.all_persisted();
@@ -1694,6 +1722,7 @@ fn a_leader_admits_the_founders() {
         ..Recovered::default()
     };
     let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
     server.pass(500);
     server.elect(EntryId::default());
     server.all_persisted();
@@ -1839,6 +1868,7 @@ fn the_barrier_admits_the_lives_that_promised() {
         ..Recovered::default()
     };
     let mut server = Server::start_life(Incarnation(7), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
     server.pass(500);
     server.wait(0);
     server.gets_of(1, 3, pre_check_answer(2.0, EntryId::default()));

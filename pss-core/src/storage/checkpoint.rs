@@ -7,7 +7,7 @@ use bytes::{Buf, BufMut};
 use super::pair::{Pair, PairError};
 use crate::disk::Disk;
 use crate::state::{BadState, State};
-use crate::types::{Ballot, EntryId, ServerId, Slot};
+use crate::types::{Ballot, EntryId, Incarnation, Marks, SERVERS_MAX, ServerId, Slot, Standing};
 
 const NAME: &str = "checkpoint";
 const MAGIC: &[u8; 8] = b"PSSCKPT1";
@@ -17,6 +17,9 @@ const PROVEN_BYTES: usize = 8;
 const COMPLETE: u8 = 0;
 const INSTALLING: u8 = 1;
 const INSTALLING_PARTLY_PROVEN: u8 = 2;
+/// Added to one of these: marks follow.
+const WITH_MARKS: u8 = 4;
+const MARK_BYTES: usize = 35;
 
 /// In [`CheckpointRecord::installing`]: the data of all chunks are as their tables say.
 pub const ALL_PROVEN: Slot = Slot(u64::MAX);
@@ -28,9 +31,11 @@ pub const ALL_PROVEN: Slot = Slot(u64::MAX);
 /// | 0  | 8     | slot of the last entry that was applied                                   |
 /// | 8  | 8     | number of its ballot                                                      |
 /// | 16 | 1     | server id of its ballot                                                   |
-/// | 17 | 1     | 1 or 2: chunks are being copied from another server; 2: with a proven slot |
-/// | 18 | 6     | zero                                                                      |
+/// | 17 | 1     | 1 or 2: chunks are being copied from another server; 2: with a proven slot; 4 more: with marks |
+/// | 18 | 1     | number of marks                                                           |
+/// | 19 | 5     | zero                                                                      |
 /// | 24 | 8     | the proven slot, if at 17 is 2; otherwise left out                        |
+/// |    | 35 each | marks: server id; incarnation u64; promised ballot (number u64, server); acknowledged entry (ballot, slot u64) |
 /// |    |       | the replicated state                                                      |
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct CheckpointRecord {
@@ -39,6 +44,8 @@ pub struct CheckpointRecord {
     /// Chunks are being copied from another server: those here are not complete. A table that was last
     /// changed above this slot may be newer than the data of its chunk, so it proves nothing.
     pub installing: Option<Slot>,
+    /// What this server has seen of others: [`crate::paxos::Replica::marks`].
+    pub marks: Marks,
     /// The replicated state there.
     pub state: State,
 }
@@ -53,7 +60,12 @@ impl CheckpointFile {
     pub(super) fn create(disk: Arc<dyn Disk>) -> Result<CheckpointFile, PairError> {
         let pair = Pair::create(disk, NAME, MAGIC);
         let mut file = CheckpointFile { pair };
-        file.store(EntryId::default(), None, &State::default().encode())?;
+        file.store(
+            EntryId::default(),
+            None,
+            &Marks::new(),
+            &State::default().encode(),
+        )?;
         Ok(file)
     }
 
@@ -79,14 +91,16 @@ impl CheckpointFile {
         &mut self,
         applied: EntryId,
         installing: Option<Slot>,
+        marks: &Marks,
         state: &[u8],
     ) -> Result<(), PairError> {
-        self.pair.store(&encode(applied, installing, state))
+        self.pair.store(&encode(applied, installing, marks, state))
     }
 }
 
-fn encode(applied: EntryId, installing: Option<Slot>, state: &[u8]) -> Vec<u8> {
-    let mut body = Vec::with_capacity(FIXED_BYTES + PROVEN_BYTES + state.len());
+fn encode(applied: EntryId, installing: Option<Slot>, marks: &Marks, state: &[u8]) -> Vec<u8> {
+    let marks_bytes = marks.len() * MARK_BYTES;
+    let mut body = Vec::with_capacity(FIXED_BYTES + PROVEN_BYTES + marks_bytes + state.len());
     body.put_u64_le(applied.slot.0);
     body.put_u64_le(applied.ballot.number);
     body.put_u8(applied.ballot.server.0);
@@ -95,10 +109,24 @@ fn encode(applied: EntryId, installing: Option<Slot>, state: &[u8]) -> Vec<u8> {
         Some(ALL_PROVEN) => (INSTALLING, None),
         Some(proven) => (INSTALLING_PARTLY_PROVEN, Some(proven)),
     };
-    body.put_u8(kind);
-    body.put_bytes(0, 6);
+    body.put_u8(if marks.is_empty() {
+        kind
+    } else {
+        kind + WITH_MARKS
+    });
+    body.put_u8(marks.len() as u8);
+    body.put_bytes(0, 5);
     if let Some(proven) = proven {
         body.put_u64_le(proven.0);
+    }
+    for (server, mark) in marks {
+        body.put_u8(server.0);
+        body.put_u64_le(mark.life.0);
+        for ballot in [mark.promised, mark.acknowledged.ballot] {
+            body.put_u64_le(ballot.number);
+            body.put_u8(ballot.server.0);
+        }
+        body.put_u64_le(mark.acknowledged.slot.0);
     }
     body.put_slice(state);
     body
@@ -127,7 +155,12 @@ fn decode(body: &[u8]) -> Result<CheckpointRecord, BadCheckpoint> {
     let slot = Slot(input.get_u64_le());
     let number = input.get_u64_le();
     let server = ServerId(input.get_u8());
-    let installing = match input.get_u8() {
+    let (kind, with_marks) = match input.get_u8() {
+        kind @ WITH_MARKS..=6 => (kind - WITH_MARKS, true),
+        kind => (kind, false),
+    };
+    let marks_count = usize::from(input.get_u8());
+    let installing = match kind {
         COMPLETE => None,
         INSTALLING => Some(ALL_PROVEN),
         INSTALLING_PARTLY_PROVEN => match state.try_get_u64_le() {
@@ -140,6 +173,16 @@ fn decode(body: &[u8]) -> Result<CheckpointRecord, BadCheckpoint> {
             )));
         }
     };
+    let mut marks = Marks::new();
+    if with_marks {
+        if marks_count > SERVERS_MAX {
+            return Err(BadCheckpoint::Malformed);
+        }
+        let split = state.split_at_checked(marks_count * MARK_BYTES);
+        let (listed, rest) = split.ok_or(BadCheckpoint::Malformed)?;
+        marks.extend(listed.chunks_exact(MARK_BYTES).map(decode_mark));
+        state = rest;
+    }
     let state = State::decode(state)?;
     let ballot = Ballot { number, server };
     if state.applied() != slot {
@@ -148,8 +191,28 @@ fn decode(body: &[u8]) -> Result<CheckpointRecord, BadCheckpoint> {
     Ok(CheckpointRecord {
         applied: EntryId { ballot, slot },
         installing,
+        marks,
         state,
     })
+}
+
+/// Of [`MARK_BYTES`].
+fn decode_mark(mut input: &[u8]) -> (ServerId, Standing) {
+    let server = ServerId(input.get_u8());
+    let life = Incarnation(input.get_u64_le());
+    let mut ballot = || Ballot {
+        number: input.get_u64_le(),
+        server: ServerId(input.get_u8()),
+    };
+    let (promised, ballot) = (ballot(), ballot());
+    let slot = Slot(input.get_u64_le());
+    let acknowledged = EntryId { ballot, slot };
+    let standing = Standing {
+        life,
+        promised,
+        acknowledged,
+    };
+    (server, standing)
 }
 
 #[cfg(test)]
@@ -169,7 +232,7 @@ mod tests {
                 &[2, 0, 0, 0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0],
             ),
         ] {
-            let body = encode(applied, installing, &state);
+            let body = encode(applied, installing, &Marks::new(), &state);
             assert_eq!(body[..17], [0; 17]);
             assert_eq!(body[17..17 + start.len()], *start);
             assert_eq!(body[17 + start.len()..], state);
@@ -179,9 +242,39 @@ mod tests {
     }
 
     #[test]
+    fn marks_come_back() {
+        let state = State::default().encode();
+        let ballot = |number, server| Ballot {
+            number,
+            server: ServerId(server),
+        };
+        let mark = |number| Standing {
+            life: Incarnation(number),
+            promised: ballot(number + 1, 2),
+            acknowledged: EntryId {
+                ballot: ballot(number, 1),
+                slot: Slot(number + 7),
+            },
+        };
+        let marks = Marks::from([(ServerId(0), mark(5)), (ServerId(7), mark(6))]);
+        for installing in [None, Some(ALL_PROVEN), Some(Slot(3))] {
+            let body = encode(EntryId::default(), installing, &marks, &state);
+            let record = decode(&body).unwrap();
+            assert_eq!((&record.marks, record.installing), (&marks, installing));
+            let cut = decode(&body[..body.len() - state.len() - 1]);
+            assert_eq!(cut, Err(BadCheckpoint::Malformed));
+        }
+        let mut body = encode(EntryId::default(), None, &marks, &state);
+        assert_eq!(body[17..19], [4, 2]);
+        assert_eq!(body[24..34], [0, 5, 0, 0, 0, 0, 0, 0, 0, 6]);
+        body[18] = 9;
+        assert_eq!(decode(&body), Err(BadCheckpoint::Malformed));
+    }
+
+    #[test]
     fn wrong_bodies_are_refused() {
         let state = State::default().encode();
-        let mut body = encode(EntryId::default(), Some(Slot(5)), &state);
+        let mut body = encode(EntryId::default(), Some(Slot(5)), &Marks::new(), &state);
         let short = decode(&body[..FIXED_BYTES + 7]);
         assert_eq!(short, Err(BadCheckpoint::Malformed));
         body[17] = 3;
@@ -204,7 +297,8 @@ mod tests {
             (0, "both copies of checkpoint are damaged"),
         ] {
             state[..2].copy_from_slice(&u16::to_le_bytes(version));
-            file.store(EntryId::default(), None, &state).unwrap();
+            file.store(EntryId::default(), None, &Marks::new(), &state)
+                .unwrap();
             let copies = || {
                 ["checkpoint.0", "checkpoint.1"]
                     .map(|it| std::fs::read(directory.path().join(it)).unwrap())

@@ -32,7 +32,7 @@ use crate::paxos::message::{BLOCKS_ASKED_MAX, ChunkSummary, Message, Progress, S
 use crate::time::Instant;
 use crate::types::{
     Admitted, BLOCK_BYTES, Ballot, ChunkIndex, EntryId, GroupId, Incarnation, SERVERS_MAX,
-    ServerId, Slot, VolumeId,
+    ServerId, Slot, Standing, VolumeId,
 };
 use crate::wire::DecodeError;
 use crate::wire::auth::MacKey;
@@ -265,6 +265,16 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
             put.u8(20);
             put.ballot(*ballot);
         }
+        Message::Standing { standing, asks } => {
+            put.u8(21);
+            put.standing(standing);
+            put.u8(u8::from(*asks));
+        }
+        Message::Seen { mark, alive } => {
+            put.u8(22);
+            put.standing(mark);
+            put.u8(u8::from(*alive));
+        }
         Message::Sync(message) => encode_sync(message, &mut put),
     }
 }
@@ -461,6 +471,14 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
         20 => Message::Absent {
             ballot: input.ballot()?,
         },
+        21 => Message::Standing {
+            standing: input.standing()?,
+            asks: input.flag()?,
+        },
+        22 => Message::Seen {
+            mark: input.standing()?,
+            alive: input.flag()?,
+        },
         code => Message::Sync(decode_sync(code, input, &mut payload)?),
     };
     input.end()?;
@@ -583,6 +601,12 @@ impl Output<'_> {
         self.u8(u8::from(progress.installing));
     }
 
+    fn standing(&mut self, standing: &Standing) {
+        self.u64(standing.life.0);
+        self.ballot(standing.promised);
+        self.entry_id(standing.acknowledged);
+    }
+
     /// The incarnation of each server that counts.
     fn admitted(&mut self, admitted: &Admitted) {
         for (_, incarnation) in admitted.iter() {
@@ -634,6 +658,14 @@ impl Input<'_> {
             log_first: Slot(self.u64()?),
             free_bytes: self.u64()?,
             installing: self.flag()?,
+        })
+    }
+
+    fn standing(&mut self) -> Result<Standing, DecodeError> {
+        Ok(Standing {
+            life: Incarnation(self.u64()?),
+            promised: self.ballot()?,
+            acknowledged: self.entry_id()?,
         })
     }
 

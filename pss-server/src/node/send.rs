@@ -60,11 +60,13 @@ impl Node {
                 Action::StoreBase {
                     base,
                     proven,
+                    marks,
                     state,
                 } => {
                     let job = CheckpointJob::StoreBase {
                         base,
                         proven,
+                        marks,
                         state,
                     };
                     self.threads.checkpoint(job);

@@ -8,7 +8,7 @@ use pss_core::chunk::ChunkError;
 use pss_core::engine::Checkpoint;
 use pss_core::log::Spares;
 use pss_core::storage::CheckpointFile;
-use pss_core::types::{EntryId, Slot};
+use pss_core::types::{EntryId, Marks, Slot};
 
 use crate::node::ServerError;
 use crate::node::inbox::Event;
@@ -26,6 +26,7 @@ pub(crate) enum CheckpointJob {
     StoreBase {
         base: EntryId,
         proven: Slot,
+        marks: Marks,
         state: Bytes,
     },
 }
@@ -60,6 +61,7 @@ impl CheckpointThread {
                     applied,
                     state,
                     installing,
+                    marks,
                     flush_only,
                     chunks,
                 } = checkpoint;
@@ -78,15 +80,16 @@ impl CheckpointThread {
                 if flush_only {
                     return Ok(Event::CheckpointDone(Slot(0)));
                 }
-                self.file.store(applied, installing, &state)?;
+                self.file.store(applied, installing, &marks, &state)?;
                 Ok(Event::CheckpointDone(applied.slot))
             }
             CheckpointJob::StoreBase {
                 base,
                 proven,
+                marks,
                 state,
             } => {
-                self.file.store(base, Some(proven), &state)?;
+                self.file.store(base, Some(proven), &marks, &state)?;
                 Ok(Event::BaseStored)
             }
         }

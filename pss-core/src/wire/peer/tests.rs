@@ -29,6 +29,17 @@ fn ballot(number: u64, server: u8) -> Ballot {
     }
 }
 
+fn standing() -> Standing {
+    Standing {
+        life: Incarnation(7),
+        promised: ballot(5, 1),
+        acknowledged: EntryId {
+            ballot: ballot(6, 2),
+            slot: Slot(9),
+        },
+    }
+}
+
 fn lives() -> impl Strategy<Value = Admitted> {
     prop::collection::vec((0..8u8, any::<u64>()), 0..4).prop_map(|lives| {
         let mut admitted = Admitted::default();
@@ -93,6 +104,13 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         })
     };
     let slots = || any::<u64>().prop_map(Slot);
+    let standings = move || {
+        (any::<u64>(), ballots(), ids()).prop_map(|(life, promised, acknowledged)| Standing {
+            life: Incarnation(life),
+            promised,
+            acknowledged,
+        })
+    };
     prop_oneof![
         (ballots(), ids()).prop_map(|(ballot, last)| Message::PreCheck { ballot, last }),
         (ballots(), any::<bool>(), ballots(), ids()).prop_map(
@@ -119,6 +137,9 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         ),
         Just(Message::Rejoin),
         ballots().prop_map(|ballot| Message::Absent { ballot }),
+        (standings(), any::<bool>())
+            .prop_map(|(standing, asks)| Message::Standing { standing, asks }),
+        (standings(), any::<bool>()).prop_map(|(mark, alive)| Message::Seen { mark, alive }),
         (ballots(), ballots()).prop_map(|(ballot, promised)| Message::Nack { ballot, promised }),
         (ballots(), slots()).prop_map(|(ballot, durable)| Message::Accepted { ballot, durable }),
         (ballots(), slots()).prop_map(|(ballot, resume_after)| Message::AcceptRejected {
@@ -398,6 +419,26 @@ fn literal_messages() {
                 ballot: ballot(5, 1),
             },
             "14050000000000000001",
+        ),
+        (
+            Message::Standing {
+                standing: standing(),
+                asks: true,
+            },
+            concat!(
+                "15070000000000000005000000000000000106000000000000000209000000000000",
+                "0001"
+            ),
+        ),
+        (
+            Message::Seen {
+                mark: standing(),
+                alive: false,
+            },
+            concat!(
+                "16070000000000000005000000000000000106000000000000000209000000000000",
+                "0000"
+            ),
         ),
         (
             Message::Nack {
