@@ -612,6 +612,7 @@ impl Sim {
         let holds = leads(self).unwrap_or(0);
         let (restored, hears) = ((holds + 1) % 3, (holds + 2) % 3);
         let life = self.nodes[restored].life_sent();
+        let saved = self.nodes[restored].log_last();
         self.crash(restored);
         let backup = self.nodes[restored].disk.backup();
         if self.rot.chance(300) {
@@ -627,9 +628,10 @@ impl Sim {
         while self.now < until {
             self.step()?;
         }
+        let forgets = self.nodes[restored].log_last() > saved;
         let hears_all = self.nodes[hears].running.is_some() && self.nodes[hears].life == started;
-        if leads(self) != Some(holds) || !hears_all {
-            // Another order of things; a disk failed, or somebody slept.
+        if leads(self) != Some(holds) || !hears_all || !forgets {
+            // Another order of things; a disk failed, somebody slept, or nothing was written.
             self.starves = None;
             return self.step_until("every server is there", Sim::has_converged);
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::entry::Entry;
 use crate::paxos::message::Message;
 use crate::paxos::output::Output;
-use crate::paxos::{PendingWrite, Replica, Role};
+use crate::paxos::{PendingWrite, Replica};
 use crate::time::Instant;
 use crate::types::{Ballot, EntryId, ServerId, Slot};
 
@@ -100,7 +100,7 @@ impl Replica {
         }
         let behind = self.catch_up.known_chosen > self.chosen;
         let stuck = now.since(self.catch_up.progress.1) >= PATIENCE;
-        if !self.is_core() || (behind && stuck && matches!(self.role, Role::Follower)) {
+        if !self.is_core() || (behind && stuck && !self.compares_logs()) {
             self.ask(now);
         }
     }
@@ -292,7 +292,7 @@ impl Replica {
             self.catch_up.asked = None;
         }
         // A leader's log holds everything that is chosen; a candidate's is being compared.
-        if !matches!(self.role, Role::Follower) {
+        if self.compares_logs() {
             return;
         }
         // Whose entries are chosen has won phase 1: the leader that we follow has lost, and so have the

@@ -64,6 +64,16 @@ impl Replica {
         self.is_core() && is_whole && !self.has_backlog()
     }
 
+    /// Whether it leads, or has used a ballot to. Who only asks whether it could win may have to learn first: as long as it
+    /// does not know which lives of others count, it can neither win nor help others to.
+    pub(super) fn compares_logs(&self) -> bool {
+        match &self.role {
+            Role::Follower => false,
+            Role::Candidate(candidate) => !matches!(candidate.stage, Stage::PreCheck { .. }),
+            Role::Leader(_) => true,
+        }
+    }
+
     pub(super) fn election_timeout(&mut self, now: Instant) {
         if now < self.election_at {
             return;
