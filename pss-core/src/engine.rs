@@ -29,6 +29,8 @@ pub use crate::engine::inspect::LogPage;
 use crate::engine::repair::Repairs;
 pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
 use crate::entry::{Command, Entry, Op};
+use crate::members::Members;
+use crate::paxos::members::ChangeRefused;
 use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
@@ -565,6 +567,16 @@ impl Engine {
         self.log_bytes = log_bytes;
         let free = free_bytes.saturating_sub(self.config.reserve_bytes);
         self.replica.note_storage(free, log_first);
+    }
+
+    /// Proposes a list of servers.
+    ///
+    /// # Errors
+    /// See [`Replica::change_members`].
+    pub fn change_members(&mut self, now: Instant, members: Members) -> Result<(), ChangeRefused> {
+        let proposed = self.replica.change_members(now, members);
+        self.drain(now);
+        proposed
     }
 
     /// Hands the leadership over; see [`Replica::hand_over`].

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, Bytes};
 use serde::{Deserialize, Serialize};
 
+use crate::members::Members;
 use crate::types::{
     BLOCK_BYTES, Ballot, EntryId, Incarnation, RequestNumber, ServerId, SessionId, Slot, VolumeId,
 };
@@ -171,6 +172,11 @@ pub enum Op {
         /// Which life of its data directory.
         incarnation: Incarnation,
     },
+    /// From here on these are the servers: see [`crate::paxos::members`].
+    SetMembers {
+        /// Who.
+        members: Arc<Members>,
+    },
 }
 
 /// Where the requests of a session come from, for people.
@@ -296,6 +302,9 @@ pub enum EntryError {
     /// A request about reservations is malformed.
     #[error("entry holds a request about reservations that is none")]
     Reservation,
+    /// A list of servers is malformed.
+    #[error("entry holds a list of servers that is none: {0}")]
+    Members(#[from] crate::members::BadMembers),
     /// An address is of a family that this version does not know.
     #[error("entry has an address of unknown family {0}")]
     UnknownFamily(u8),
@@ -309,6 +318,7 @@ impl EntryError {
             EntryError::UnknownCommand(code) => format!("command code {code}"),
             EntryError::UnknownFamily(family) => format!("an address of family {family}"),
             EntryError::Reservation => "a request about reservations".to_owned(),
+            EntryError::Members(_) => "a list of servers".to_owned(),
             EntryError::Truncated | EntryError::NotUtf8 | EntryError::PayloadLength { .. } => {
                 "a form of a command".to_owned()
             }
@@ -473,6 +483,7 @@ impl Op {
             Op::OpenSessionFrom { .. } => 14,
             Op::Note { .. } => 15,
             Op::AdmitServer { .. } => 16,
+            Op::SetMembers { .. } => 17,
         }
     }
 
@@ -561,6 +572,7 @@ impl Op {
                 out.put_u8(server.0);
                 out.put_u64_le(incarnation.0);
             }
+            Op::SetMembers { members } => members.encode(out),
         }
     }
 
@@ -648,6 +660,9 @@ impl Op {
                 server: ServerId(get_u8(input)?),
                 incarnation: Incarnation(get_u64(input)?),
             },
+            17 => Op::SetMembers {
+                members: Arc::new(Members::decode(input)?),
+            },
             unknown => return Err(EntryError::UnknownCommand(unknown)),
         })
     }
@@ -703,6 +718,7 @@ fn get_string(input: &mut &[u8]) -> Result<String, EntryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::members::Member;
     use crate::volume::reservation::{Nexus, ReservationAction};
 
     fn sample() -> Entry {
@@ -759,6 +775,18 @@ mod tests {
                 command(Op::AdmitServer {
                     server: ServerId(2),
                     incarnation: Incarnation(1 << 40),
+                }),
+                command(Op::SetMembers {
+                    members: Arc::new(Members {
+                        epoch: 1,
+                        version: 2,
+                        list: vec![Member {
+                            id: ServerId(3),
+                            core: true,
+                            host: "s3".into(),
+                            path: "/srv".into(),
+                        }],
+                    }),
                 }),
             ]
             .into(),

@@ -11,6 +11,7 @@ pub mod engine;
 pub mod entry;
 pub mod key;
 pub mod log;
+pub mod members;
 pub mod paxos;
 pub mod payload;
 pub mod servers;

@@ -16,6 +16,7 @@ mod admission;
 mod catch_up;
 mod election;
 mod leader;
+pub mod members;
 pub mod message;
 pub mod output;
 pub mod quorum;
@@ -25,9 +26,11 @@ mod tail;
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::entry::Entry;
+use crate::members::Members;
 pub use crate::paxos::catch_up::LogRead;
 use crate::paxos::catch_up::{CatchUp, Feeding};
 use crate::paxos::election::{Candidate, Promised};
@@ -47,7 +50,7 @@ pub struct Config {
     pub id: ServerId,
     /// Life of its data directory; 0: nobody tells lives apart.
     pub incarnation: Incarnation,
-    /// The servers of the cell.
+    /// The servers of the cell, if its log does not list others.
     pub members: Membership,
     /// Times and bounds.
     pub tuning: Tuning,
@@ -139,6 +142,8 @@ pub struct Recovered {
     pub admitted: Admitted,
     /// What it had seen of others.
     pub marks: Marks,
+    /// The servers, if the log has listed them, as of `applied`.
+    pub members: Option<Arc<Members>>,
 }
 
 /// A deliberate bug, for the tests of the tests.
@@ -177,6 +182,12 @@ pub enum Bug {
     CountOldLives,
     /// Takes itself for complete while chunks are still being copied to it.
     CountIncomplete,
+    /// Proposes a change of the servers before the last one is chosen.
+    ChangeUnchosen,
+    /// Takes changes of more than one core server at a time.
+    ChangeMany,
+    /// A candidate counts its promises by the list that its log had before it took over another.
+    CountByOldList,
     /// Does not care that others have seen more of it than its disk knows.
     DenyForgotten,
 }
@@ -231,7 +242,10 @@ pub struct PeerView {
 /// One server's part of the agreement. See the module's text.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct Replica {
+    /// Its members are those of the log, if that lists them.
     config: Config,
+    /// Those of the configuration.
+    listed: Membership,
     rng: u64,
     bug: Option<Bug>,
 
@@ -303,13 +317,14 @@ pub struct Replica {
 impl Replica {
     /// A server that starts at `now` with what it found on its disk.
     pub fn new(config: Config, recovered: Recovered, now: Instant) -> Replica {
-        let mut tail = Tail::new(recovered.applied, recovered.admitted);
+        let mut tail = Tail::new(recovered.applied, recovered.admitted, recovered.members);
         for entry in recovered.tail {
             tail.push(entry);
         }
         let last = tail.last();
         let evidence = recovered.evidence.unwrap_or_default();
-        let alone = config.members.core == [config.id];
+        let members = tail.members().map(|it| it.membership());
+        let alone = members.as_ref().unwrap_or(&config.members).core == [config.id];
         let mut replica = Replica {
             rng: config.seed ^ 0x9e37_79b9_7f4a_7c15,
             bug: None,
@@ -371,8 +386,10 @@ impl Replica {
             outputs: VecDeque::new(),
             announced: false,
             tail,
+            listed: config.members.clone(),
             config,
         };
+        replica.follow_members();
         replica.election_at = replica.quiet_until + replica.jitter();
         replica.unmet = replica.all_unmet();
         replica.apply_chosen();
@@ -623,8 +640,14 @@ impl Replica {
     }
 
     /// The state at `base` is durable and chunks are being copied: start the log behind it. `admitted`: which
-    /// lives of servers count, as that state says.
-    pub fn handle_base(&mut self, now: Instant, base: EntryId, admitted: Admitted) {
+    /// lives of servers count, and `members`: who they are, as that state says.
+    pub fn handle_base(
+        &mut self,
+        now: Instant,
+        base: EntryId,
+        admitted: Admitted,
+        members: Option<Arc<Members>>,
+    ) {
         assert!(self.needs_base(base), "the log does not hold it");
         // Whose chunks are incomplete must not lead: not even if it is about to win.
         self.step_down(now);
@@ -632,7 +655,8 @@ impl Replica {
             // The leader that we follow has lost: what its log holds beyond here need not be what is chosen.
             self.promise(base.ballot);
         }
-        self.tail = Tail::new(base, admitted);
+        self.tail = Tail::new(base, admitted, members);
+        self.follow_members();
         self.highest_number = self.highest_number.max(base.ballot.number);
         self.complete = false;
         self.claim(base);

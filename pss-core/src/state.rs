@@ -7,11 +7,13 @@ mod events;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use bytes::{Buf, BufMut};
 use serde::{Deserialize, Serialize};
 
 use crate::entry::{Command, NOTE_BYTES_MAX, Op, Origin, USER_NAME_MAX, VOLUME_NAME_MAX};
+use crate::members::Members;
 use crate::state::events::Events;
 pub use crate::state::events::{AdminAction, AdminEvent, EVENTS_MAX};
 use crate::types::{
@@ -257,6 +259,8 @@ pub struct State {
     /// What was done to the cell.
     events: Events,
     admitted: Admitted,
+    /// The servers; `None`: those of server.conf.
+    members: Option<Arc<Members>>,
 }
 
 /// When a volume was made and changed, by the clocks of those who led: milliseconds since the beginning of 1970,
@@ -331,6 +335,11 @@ impl State {
     /// When a volume was made and changed.
     pub fn times(&self, volume: VolumeId) -> VolumeTimes {
         self.times.get(&volume).copied().unwrap_or_default()
+    }
+
+    /// The servers, if the log has listed them.
+    pub fn members(&self) -> Option<&Arc<Members>> {
+        self.members.as_ref()
     }
 
     /// Which life of each server counts.
@@ -413,7 +422,8 @@ impl State {
             | Op::Detach { .. }
             | Op::Reserve { .. }
             | Op::Clock { .. }
-            | Op::AdmitServer { .. } => return None,
+            | Op::AdmitServer { .. }
+            | Op::SetMembers { .. } => return None,
         })
     }
 
@@ -596,6 +606,10 @@ impl State {
                 incarnation,
             } => {
                 self.admitted.admit(*server, *incarnation);
+                Ok(Answer::Done)
+            }
+            Op::SetMembers { members } => {
+                self.members = Some(Arc::clone(members));
                 Ok(Answer::Done)
             }
             Op::EndSessions { sessions } => {
@@ -910,6 +924,8 @@ const STATE_VERSION_CLOCK: u16 = 3;
 const STATE_VERSION_EVENTS: u16 = 4;
 /// With all of that, which life of each server counts.
 const STATE_VERSION_LIVES: u16 = 5;
+/// With all of that, the servers.
+const STATE_VERSION_MEMBERS: u16 = 6;
 
 /// Why bytes are no state.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -918,7 +934,7 @@ pub enum BadState {
     #[error("the bytes are not a replicated state")]
     Malformed,
     /// A newer program has written it.
-    #[error("replicated state of version {0}, this program knows up to {STATE_VERSION_LIVES}")]
+    #[error("replicated state of version {0}, this program knows up to {STATE_VERSION_MEMBERS}")]
     Version(u16),
 }
 
@@ -930,6 +946,7 @@ impl State {
         let mut out = Vec::new();
         let people = self.events.made() > 0 || self.origins().next().is_some();
         let version = match (self.clock_ms, self.reservations.is_empty()) {
+            _ if self.members.is_some() => STATE_VERSION_MEMBERS,
             _ if self.admitted != Admitted::default() => STATE_VERSION_LIVES,
             _ if people => STATE_VERSION_EVENTS,
             (0, true) => STATE_VERSION,
@@ -983,6 +1000,9 @@ impl State {
             let lives = self.admitted.iter();
             lives.for_each(|(_, incarnation)| out.put_u64_le(incarnation.0));
         }
+        if let Some(members) = &self.members {
+            members.encode(&mut out);
+        }
         out
     }
 
@@ -999,7 +1019,7 @@ impl State {
     pub fn decode(mut bytes: &[u8]) -> Result<State, BadState> {
         let input = &mut bytes;
         let version = input.try_get_u16_le().map_err(|_| BadState::Malformed)?;
-        if version > STATE_VERSION_LIVES {
+        if version > STATE_VERSION_MEMBERS {
             return Err(BadState::Version(version));
         }
         if version < STATE_VERSION {
@@ -1062,6 +1082,10 @@ impl State {
             for server in (0..SERVERS_MAX as u8).map(ServerId) {
                 state.admitted.admit(server, Incarnation(u64_of(input)?));
             }
+        }
+        if version >= STATE_VERSION_MEMBERS {
+            let members = Members::decode(input).map_err(|_| BadState::Malformed)?;
+            state.members = Some(Arc::new(members));
         }
         if input.is_empty() {
             Ok(state)

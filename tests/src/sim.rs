@@ -16,6 +16,7 @@ use pss_core::engine::{
     Action, Checkpoint, ClientId, Engine, EngineConfig, Export, RepairBug, VolumeRead,
 };
 use pss_core::entry::Origin;
+use pss_core::members::{Member, Members};
 use pss_core::paxos::message::{Message, SyncMessage};
 use pss_core::paxos::output::{Persist, WriteId};
 use pss_core::paxos::quorum::Membership;
@@ -46,6 +47,7 @@ const VOLUME_BLOCKS: u64 = 16 * 16;
 const OUT_OF_BUDGET: &str = "the faults have taken every copy";
 /// What rots in chunks follows from the seed and this.
 const ROT_SEED: u64 = 0x726f_7421_726f_7421;
+const CHANGES_SEED: u64 = 0x6d65_6d62_6572_7321;
 
 /// What is simulated.
 #[derive(Clone, Debug)]
@@ -74,7 +76,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 21] = [
+pub const BUGS: [SimBug; 24] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -92,6 +94,9 @@ pub const BUGS: [SimBug; 21] = [
     SimBug::Agreement(Bug::CountOldLives),
     SimBug::Agreement(Bug::CountIncomplete),
     SimBug::Agreement(Bug::DenyForgotten),
+    SimBug::Agreement(Bug::ChangeUnchosen),
+    SimBug::Agreement(Bug::ChangeMany),
+    SimBug::Agreement(Bug::CountByOldList),
     SimBug::ForgetSessions,
     SimBug::Repair(RepairBug::Unverified),
     SimBug::Repair(RepairBug::Older),
@@ -162,6 +167,8 @@ pub struct Report {
     pub plain_wipes: u64,
     /// Directories that were restored from an old backup.
     pub restored: u64,
+    /// Changes of the servers that were proposed.
+    pub changes: u64,
     /// Ballots that led.
     pub leaders: u64,
     /// Simulated time, milliseconds.
@@ -196,6 +203,7 @@ impl Report {
         self.wipes += other.wipes;
         self.plain_wipes += other.plain_wipes;
         self.restored += other.restored;
+        self.changes += other.changes;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
     }
@@ -278,6 +286,8 @@ enum Event {
         client: usize,
     },
     Fault,
+    /// The servers change.
+    Change,
     /// Something rots in a chunk.
     Rot,
     Heal,
@@ -404,6 +414,10 @@ pub struct Sim {
     loses_chunks: bool,
     /// Entries get lost on the way to this server.
     starves: Option<usize>,
+    /// The servers that the cell begins with.
+    listed: Vec<ServerId>,
+    /// Changes of the servers follow from this.
+    changes: Rng,
     /// Faults of chunks follow from this, so that they shift no others.
     rot: Rng,
     rots: bool,
@@ -413,6 +427,11 @@ pub struct Sim {
     table_rots: std::collections::BTreeSet<String>,
     /// Since then nothing is in the way of a repair.
     calm_since: Option<u64>,
+}
+
+/// In some cells servers come and go.
+fn changes_members(seed: u64) -> bool {
+    seed % 8 == 3
 }
 
 type Checked<T> = Result<T, Failure>;
@@ -454,7 +473,11 @@ pub fn run_caught(config: SimConfig) -> Result<Report, Failure> {
 impl Sim {
     fn new(config: SimConfig) -> Sim {
         let mut rng = Rng::new(config.seed);
-        let core = usize::from(config.core.unwrap_or(3 + rng.below(3) as u8));
+        let mut core = usize::from(config.core.unwrap_or(3 + rng.below(3) as u8));
+        let started_with = core.min(3);
+        if changes_members(config.seed) {
+            core = 5;
+        }
         let learners = rng.below(3) as usize;
         let ids = (0..core as u8).chain((0..learners as u8).map(|it| 5 + it));
         let nodes: Vec<Node> = ids
@@ -484,6 +507,12 @@ impl Sim {
             })
             .collect();
         let count = nodes.len();
+        let mut listed: Vec<ServerId> = nodes.iter().map(|node| node.id).collect();
+        if changes_members(config.seed) {
+            listed.retain(|id| usize::from(id.0) < started_with || !id.is_core());
+            // Every server may come to vote.
+            core = count;
+        }
         let clients = rng.between(2, 5);
         let each = config.operations / clients as u32;
         let clients = (0..clients).map(|id| Client::new(id, each, 1 + rng.below(4) as usize));
@@ -520,6 +549,8 @@ impl Sim {
             rival: None,
             loses_chunks: false,
             starves: None,
+            listed,
+            changes: Rng::new(config.seed ^ CHANGES_SEED),
             config,
         }
     }
@@ -537,6 +568,9 @@ impl Sim {
         let first_fault = self.now + self.rng.below(SECOND);
         self.schedule(first_fault, Event::Fault);
         self.begin_rotting();
+        if changes_members(self.config.seed) {
+            self.schedule(first_fault, Event::Change);
+        }
         let heal_at = self.now + FAULTS_UNTIL;
         while self.now < heal_at && !self.clients.iter().all(Client::is_done) {
             self.step()?;
@@ -572,7 +606,7 @@ impl Sim {
 
     /// A disk that hangs for good is one server less, even if it is the leader's and the network lives.
     fn lead_with_a_disk_that_hangs(&mut self) -> Checked<()> {
-        if !self.config.seed.is_multiple_of(3) {
+        if !self.config.seed.is_multiple_of(3) || self.members().core.len() < 3 {
             return Ok(());
         }
         let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
@@ -597,7 +631,7 @@ impl Sim {
     /// acknowledged; who has that from it is away, and the third has heard of it, but does not hold it. Nobody may lead
     /// before the second is back. In some cells the backup is of an earlier life.
     fn restore_an_old_backup(&mut self) -> Checked<()> {
-        if self.core != 3 || self.config.seed % 5 != 3 {
+        if self.core != 3 || self.config.seed % 5 != 3 || changes_members(self.config.seed) {
             return Ok(());
         }
         let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
@@ -673,7 +707,7 @@ impl Sim {
     /// acknowledged entries for chunks that it does not have; the third has slept meanwhile. Nothing of
     /// what was answered is lost.
     fn lose_a_server_while_another_installs(&mut self) -> Checked<()> {
-        if self.core != 3 || self.config.seed % 5 != 2 {
+        if self.core != 3 || self.config.seed % 5 != 2 || changes_members(self.config.seed) {
             return Ok(());
         }
         let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
@@ -812,7 +846,7 @@ impl Sim {
             return Ok(());
         }
         let now = self.clock(index);
-        let members = Membership::new(self.nodes.iter().map(|node| node.id));
+        let members = Membership::new(self.listed.iter().copied());
         let seed = self.rng.next();
         let rivals = self.has_rivals();
         let node = &mut self.nodes[index];
@@ -1243,6 +1277,7 @@ impl Sim {
                 Ok(())
             }
             Event::Fault => self.fault(),
+            Event::Change => self.change(),
             Event::Rot => {
                 self.rot_chunk();
                 Ok(())
@@ -1500,6 +1535,83 @@ impl Sim {
             // One at a time: a second one of the same name is refused anyway.
             let _ = running.engine.replica_mut().propose(vec![command]);
         }
+    }
+
+    // ---- Changes of the servers.
+
+    /// Who the servers are, by the newest list that is chosen.
+    fn members(&self) -> Membership {
+        let running = self.nodes.iter().filter_map(|it| it.running.as_ref());
+        let lists = running.filter_map(|it| it.engine.state().members());
+        match lists.max_by_key(|it| it.version) {
+            Some(members) => members.membership(),
+            None => Membership::new(self.listed.iter().copied()),
+        }
+    }
+
+    /// Servers come and go while everything else goes wrong.
+    fn change(&mut self) -> Checked<()> {
+        if !self.faults {
+            return Ok(());
+        }
+        let next = self.now + self.changes.between(5 * MS, 400 * MS);
+        self.schedule(next, Event::Change);
+        let Some(index) = self.nodes.iter().position(Node::leads) else {
+            return Ok(());
+        };
+        let now = self.clock(index);
+        let count = self.nodes.len() as u64;
+        let Some(running) = &mut self.nodes[index].running else {
+            return Ok(());
+        };
+        let replica = running.engine.replica();
+        let member = |id: ServerId, core: bool| Member {
+            id,
+            core,
+            host: format!("server{id}"),
+            path: "/data".to_owned(),
+        };
+        let mut members = match replica.members() {
+            Some(members) => Members::clone(members),
+            None => {
+                let list = self.listed.iter().map(|id| member(*id, id.is_core()));
+                let list = list.collect();
+                Members {
+                    list,
+                    ..Members::default()
+                }
+            }
+        };
+        members.version += 1;
+        let id = ServerId(self.changes.below(count) as u8);
+        let core = members.list.iter().filter(|it| it.core).count();
+        match members.list.iter().position(|it| it.id == id) {
+            None => members.list.push(member(id, false)),
+            Some(at) if members.list[at].core => {
+                if core <= 2 {
+                    return Ok(());
+                }
+                match self.changes.chance(500) {
+                    true => members.list[at].core = false,
+                    false => drop(members.list.remove(at)),
+                }
+            }
+            Some(at) => match self.changes.chance(700) {
+                true => members.list[at].core = true,
+                false => drop(members.list.remove(at)),
+            },
+        }
+        if self.config.bug == Some(SimBug::Agreement(Bug::ChangeMany)) {
+            for member in &mut members.list {
+                member.core |= self.changes.chance(500);
+            }
+        }
+        members.list.sort_by_key(|it| it.id);
+        let text = members.to_string();
+        let changed = running.engine.change_members(now, members);
+        self.report.changes += u64::from(changed.is_ok());
+        self.trace(|| format!("{text}: {changed:?}"));
+        self.after(index)
     }
 
     // ---- Faults.
@@ -2045,7 +2157,12 @@ impl Sim {
     /// What a leader calls chosen lies on the disks of a majority. A copy that has rotted counts: it was
     /// there when the server said so.
     fn check_majority(&self, leader: usize, slot: Slot, entry: EntryId) -> Checked<()> {
-        let core = &self.nodes[..self.core];
+        let lists = |node: &Node| {
+            let running = node.running.as_ref();
+            running.map(|it| it.engine.replica().membership().core.clone())
+        };
+        let listed = lists(&self.nodes[leader]).unwrap_or_default();
+        let core = self.nodes.iter().filter(|it| listed.contains(&it.id));
         let admitted = self.nodes[leader].running.as_ref();
         let admitted = admitted.map(|it| it.engine.replica().admitted());
         // What a disk held that was wiped since counts until the leader knows: it cannot be lost but with another
@@ -2066,20 +2183,22 @@ impl Sim {
                 .next()
                 .is_some_and(|first| *first > slot),
         };
-        let holders = core.iter().filter(holds).count();
-        if holders <= self.core / 2 {
+        let holders = core.clone().filter(holds).count();
+        if holders <= listed.len() / 2 {
             return self.fail(format!(
-                "slot {slot} is called chosen, but {holders} servers hold {entry}"
+                "slot {slot} is called chosen, but {holders} of servers {listed:?} hold {entry}"
             ));
         }
         // And no majority could elect a log without it: the logs are ordered by their last entries.
         let votes = |node: &&Node| node.wiped.is_none();
-        for rival in core.iter().filter(votes).filter(|node| !holds(node)) {
+        for rival in core.filter(votes).filter(|node| !holds(node)) {
+            // It goes by the list in its own log.
+            let listed = lists(rival).unwrap_or_else(|| listed.clone());
+            let core = self.nodes.iter().filter(|it| listed.contains(&it.id));
             let voters = core
-                .iter()
                 .filter(votes)
                 .filter(|node| node.log_last() <= rival.log_last());
-            if voters.count() > self.core / 2 {
+            if listed.contains(&rival.id) && voters.count() > listed.len() / 2 {
                 let (id, last) = (rival.id, rival.log_last());
                 return self.fail(format!(
                     "slot {slot} is called chosen with {entry}, but server {id} may still win with \
@@ -2197,7 +2316,9 @@ impl Sim {
             let settled = settled && node.wiped.is_none();
             settled.then(|| replica.applied())
         };
-        let mut nodes = self.nodes.iter().filter(|node| !node.is_lost);
+        let members = self.members();
+        let is_there = |node: &&Node| !node.is_lost && members.has(node.id);
+        let mut nodes = self.nodes.iter().filter(is_there);
         let first = nodes.next().and_then(applied);
         first.is_some() && nodes.all(|node| applied(node) == first)
     }
@@ -2250,7 +2371,9 @@ impl Sim {
 
     /// What clients noted is there once, with who it was; not more than once if they got no answer.
     fn check_notes(&self) -> Checked<()> {
-        let mut running = self.nodes.iter().filter_map(|node| node.running.as_ref());
+        let members = self.members();
+        let nodes = self.nodes.iter().filter(|it| members.has(it.id));
+        let mut running = nodes.filter_map(|node| node.running.as_ref());
         let Some(running) = running.next() else {
             return Ok(());
         };
@@ -2284,7 +2407,8 @@ impl Sim {
     /// All servers hold the same state and the same bytes.
     fn check_equal_data(&self) -> Checked<()> {
         let mut first: Option<(ServerId, Vec<u8>, Vec<Contents>)> = None;
-        for node in &self.nodes {
+        let members = self.members();
+        for node in self.nodes.iter().filter(|it| members.has(it.id)) {
             let Some(running) = &node.running else {
                 continue;
             };

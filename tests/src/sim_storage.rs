@@ -90,6 +90,7 @@ pub(crate) fn recovered(storage: &Storage) -> Recovered {
         installing: storage.installing,
         rejoining: storage.identity.facts().rejoining,
         admitted: *storage.state.admitted(),
+        members: storage.state.members().cloned(),
         marks: storage.marks.clone(),
     }
 }

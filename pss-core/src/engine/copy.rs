@@ -591,7 +591,8 @@ impl Engine {
         self.installed_base = Some(base.slot);
         self.recovered_last = base.slot;
         let admitted = *self.state.admitted();
-        self.replica.handle_base(now, base, admitted);
+        let members = self.state.members().cloned();
+        self.replica.handle_base(now, base, admitted, members);
         self.drain(now);
         self.copy_timeout(now);
     }

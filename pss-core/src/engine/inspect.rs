@@ -220,6 +220,7 @@ impl CommandInfo {
                 let what = format!("server {server}, incarnation {incarnation}");
                 ("admit", None, Some(what))
             }
+            Op::SetMembers { members } => ("servers", None, Some(members.to_string())),
             Op::EndSessions { sessions } => {
                 let ids: Vec<String> = sessions.iter().take(8).map(|id| id.0.to_string()).collect();
                 let more = if sessions.len() > ids.len() {

@@ -17,7 +17,7 @@ impl Replica {
     ) {
         // Who cannot make a promise durable does not raise hopes.
         let able = self.may_promise(now, None) && !self.disk_hangs(now);
-        let able = able && self.counts(from, life);
+        let able = able && self.counts(from, life) && self.may_win(from);
         let granted = ballot > self.promised && able;
         let answer = Message::PreCheckAnswer {
             ballot,
@@ -224,6 +224,7 @@ impl Replica {
         for entry in &fresh {
             self.tail.push(entry.clone());
         }
+        self.follow_members();
         let last = self.tail.last();
         // What is replaced was not chosen and never will be, nor what followed it, readable or not.
         match replaces {

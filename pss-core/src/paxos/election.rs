@@ -20,6 +20,8 @@ pub(super) struct Candidate {
     released: Option<Ballot>,
     /// Rounds in which it let a server with a longer log go first.
     polite_rounds: u32,
+    /// Who votes, as its log said when it began.
+    core: Vec<ServerId>,
     stage: Stage,
 }
 
@@ -107,6 +109,7 @@ impl Replica {
             ballot,
             released: None,
             polite_rounds,
+            core: self.config.members.core.clone(),
             stage: Stage::PreCheck {
                 granted: BTreeSet::new(),
             },
@@ -174,11 +177,16 @@ impl Replica {
     /// Phase 1a. The candidate's own promise becomes durable first, so that the ballot is never used
     /// twice.
     fn start_prepare(&mut self, now: Instant, released: Option<Ballot>) {
+        if !self.may_lead() {
+            // It has learned meanwhile that it votes no more, or what it lacks.
+            return self.step_down(now);
+        }
         let ballot = self.next_ballot();
         self.role = Role::Candidate(Candidate {
             ballot,
             released,
             polite_rounds: 0,
+            core: self.config.members.core.clone(),
             stage: Stage::Prepare {
                 promises: BTreeMap::new(),
                 absent: BTreeMap::new(),
@@ -277,6 +285,9 @@ impl Replica {
         let majority = self.majority();
         let listed = self.config.members.core.len();
         let own = self.tail.last();
+        // A cell whose servers change may have chosen by the list before with one server more or less: a claim takes one copy
+        // more to deny.
+        let slack = usize::from(self.tail.members().is_some());
         let known = self.admitted();
         let counts_all = self.bug == Some(Bug::CountOldLives);
         let me = (self.config.id, self.config.incarnation);
@@ -311,13 +322,13 @@ impl Replica {
             best,
             answered == listed,
             listed,
-            majority,
+            (majority, slack),
         ) {
             return;
         }
         if own >= best || self.bug == Some(Bug::SkipTail) {
             let promises = std::mem::take(promises);
-            return self.become_leader(now, &promises);
+            return self.lead(now, &promises);
         }
         let source = promises.iter().find(|(_, promised)| promised.have >= best);
         let Some((&from, _)) = source else { return };
@@ -432,10 +443,24 @@ impl Replica {
                 return;
             };
             let promises = std::mem::take(promises);
-            self.become_leader(now, &promises);
+            self.lead(now, &promises);
         } else {
             self.fetch_tail();
         }
+    }
+
+    /// Leads, if the promises are a majority by the list of servers in the log that it leads with: one that was taken over
+    /// from another may have a different one.
+    fn lead(&mut self, now: Instant, promises: &BTreeMap<ServerId, Promised>) {
+        let Role::Candidate(candidate) = &self.role else {
+            return;
+        };
+        let is_same = candidate.core == self.config.members.core && self.is_core();
+        if is_same || self.bug == Some(Bug::CountByOldList) {
+            return self.become_leader(now, promises);
+        }
+        self.step_down(now);
+        self.election_at = now + self.jitter();
     }
 
     /// The leader gives up for us: phase 1 at once.
@@ -464,11 +489,11 @@ fn is_enough<'a>(
     best: EntryId,
     all: bool,
     listed: usize,
-    majority: usize,
+    (majority, slack): (usize, usize),
 ) -> bool {
     let promised = promises.len();
     let clean = promises.clone().filter(|it| it.last <= best).count();
     let without = promises.filter(|it| it.certain <= best).count();
-    let denied = all && promised >= majority && without > listed - majority;
+    let denied = all && promised >= majority && without > listed + slack - majority;
     clean >= majority || denied
 }

@@ -22,7 +22,7 @@ pub(super) struct Leader {
     pub(super) ballot: Ballot,
     /// The first entry of the ballot: nothing counts before a majority has it.
     pub(super) barrier: Slot,
-    followers: BTreeMap<ServerId, Follower>,
+    pub(super) followers: BTreeMap<ServerId, Follower>,
     queue: VecDeque<Command>,
     queue_bytes: usize,
     /// On our clock. The lease is ours before this.
@@ -35,7 +35,7 @@ pub(super) struct Leader {
 }
 
 #[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
-struct Follower {
+pub(super) struct Follower {
     /// Next slot to send; none: where its log stands is not known, or it must catch up first.
     next: Option<Slot>,
     /// Its life that answered last.
@@ -236,6 +236,7 @@ impl Replica {
             commands: commands.into(),
         };
         self.tail.push(entry.clone());
+        self.follow_members();
         self.claim(entry.id);
         let last = entry.id.slot;
         let append = Persist::Append {

@@ -37,6 +37,11 @@ impl Membership {
         Membership { core, learners }
     }
 
+    /// Whether it is one of them.
+    pub fn has(&self, server: ServerId) -> bool {
+        self.core.contains(&server) || self.learners.contains(&server)
+    }
+
     /// Servers of a majority.
     pub fn majority(&self) -> usize {
         majority(self.core.len())

@@ -25,6 +25,12 @@ pub(super) struct Unmet {
     heard: Option<Instant>,
 }
 
+impl Unmet {
+    pub(super) fn server(&self) -> ServerId {
+        self.server
+    }
+}
+
 impl Replica {
     /// The greatest standing of each other server that this one has seen.
     pub fn marks(&self) -> &Marks {

@@ -2,8 +2,10 @@
 //! for servers that lag a little.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::entry::{Entry, Op};
+use crate::members::Members;
 use crate::types::{Admitted, EntryId, Incarnation, ServerId, Slot};
 
 /// Consecutive entries behind `base`.
@@ -18,12 +20,18 @@ pub(super) struct Tail {
     base_admitted: Admitted,
     /// What the entries behind it say of that, in their order.
     admissions: VecDeque<(Slot, ServerId, Incarnation)>,
+    /// The last list of servers up to and including `base`.
+    base_members: Option<Arc<Members>>,
+    /// Those behind it, in their order.
+    lists: VecDeque<(Slot, Arc<Members>)>,
 }
 
 impl Tail {
-    /// Nothing but `base`, and which lives of servers count there.
-    pub(super) fn new(base: EntryId, admitted: Admitted) -> Tail {
+    /// Nothing but `base`, and which lives of servers count there, and who they are.
+    pub(super) fn new(base: EntryId, admitted: Admitted, members: Option<Arc<Members>>) -> Tail {
         Tail {
+            base_members: members,
+            lists: VecDeque::new(),
             base_admitted: admitted,
             admissions: VecDeque::new(),
             base,
@@ -67,13 +75,18 @@ impl Tail {
             "ballots only rise along the log"
         );
         for command in entry.commands.iter() {
-            if let Op::AdmitServer {
-                server,
-                incarnation,
-            } = command.op
-            {
-                let admission = (entry.id.slot, server, incarnation);
-                self.admissions.push_back(admission);
+            match &command.op {
+                Op::AdmitServer {
+                    server,
+                    incarnation,
+                } => {
+                    let admission = (entry.id.slot, *server, *incarnation);
+                    self.admissions.push_back(admission);
+                }
+                Op::SetMembers { members } => {
+                    self.lists.push_back((entry.id.slot, Arc::clone(members)));
+                }
+                _ => {}
             }
         }
         let weight = self.weight_through(last.slot) + entry.weight_bytes() as u64;
@@ -85,6 +98,7 @@ impl Tail {
         assert!(slot >= self.base.slot, "what left memory is chosen");
         self.entries.truncate((slot.0 - self.base.slot.0) as usize);
         self.admissions.retain(|(at, _, _)| *at <= slot);
+        self.lists.retain(|(at, _)| *at <= slot);
     }
 
     /// Weight of the entries behind `after` up to `through`, bytes.
@@ -144,6 +158,35 @@ impl Tail {
         admitted
     }
 
+    /// The last list of servers; `None`: it is that of the configuration.
+    pub(super) fn members(&self) -> Option<&Arc<Members>> {
+        let last = self.lists.back().map(|(_, members)| members);
+        last.or(self.base_members.as_ref())
+    }
+
+    /// The lists of servers that may hold: the last one up to `chosen`, if there is one, and all behind it.
+    pub(super) fn lists_since(&self, chosen: Slot) -> impl Iterator<Item = &Arc<Members>> {
+        let settled = self
+            .lists
+            .iter()
+            .take_while(|(at, _)| *at <= chosen)
+            .count();
+        let base = self.base_members.as_ref().filter(|_| settled == 0);
+        let lists = self.lists.iter().skip(settled.saturating_sub(1));
+        base.into_iter().chain(lists.map(|(_, members)| members))
+    }
+
+    /// Whether there is one up to `slot`.
+    pub(super) fn has_list(&self, slot: Slot) -> bool {
+        let first = self.lists.front();
+        self.base_members.is_some() || first.is_some_and(|(at, _)| *at <= slot)
+    }
+
+    /// Where that stands, if it lies behind `base`.
+    pub(super) fn members_slot(&self) -> Slot {
+        self.lists.back().map_or(Slot(0), |(slot, _)| *slot)
+    }
+
     /// Forgets the first entry. Only for entries that are applied.
     pub(super) fn pop_front(&mut self) {
         if let Some((entry, weight)) = self.entries.pop_front() {
@@ -154,6 +197,13 @@ impl Tail {
             {
                 self.base_admitted.admit(server, incarnation);
                 self.admissions.pop_front();
+            }
+            while self
+                .lists
+                .front()
+                .is_some_and(|(slot, _)| *slot <= entry.id.slot)
+            {
+                self.base_members = self.lists.pop_front().map(|(_, members)| members);
             }
         }
     }

@@ -4,6 +4,7 @@
 //! Outputs are compared as text. A log is written as the ballots of its entries: `log([1.0, 1.0, 3.2])`
 //! stands for entries 1 and 2 of ballot (1, server 0) and entry 3 of ballot (3, server 2).
 
+mod members;
 mod standing;
 
 use super::*;
@@ -757,7 +758,9 @@ fn a_reset_log_ends_a_candidacy() {
     server.gets(1, pre_check_answer(2.0, id(1, 1.0)));
     server.all_persisted();
     let admitted = Admitted::default();
-    server.replica.handle_base(server.now, id(9, 1.1), admitted);
+    server
+        .replica
+        .handle_base(server.now, id(9, 1.1), admitted, None);
     server.gets(1, promise(2.0, id(9, 1.1)));
     assert_eq!(server.replica.role(), RoleKind::Follower);
     assert_eq!(server.slots(), (9, 9, 9));
@@ -1480,7 +1483,9 @@ fn applied_by_a_majority_of_others() {
 fn nobody_is_fed_from_a_log_that_is_to_be_reset() {
     let mut server = Server::awake(1.0, log([1.0, 1.0]));
     let admitted = Admitted::default();
-    server.replica.handle_base(server.now, id(9, 2.1), admitted);
+    server
+        .replica
+        .handle_base(server.now, id(9, 2.1), admitted, None);
     let outputs = server.outputs();
     assert_eq!(outputs, ["persist promise 2.1", "persist reset 9@2.1"]);
     let ask = Message::CatchUp { after: Slot(1) };
@@ -1495,7 +1500,9 @@ fn a_reset_while_entries_are_written() {
     let mut server = Server::awake(2.1, log([]));
     server.gets(1, accept(2.1, EntryId::default(), [2.1, 2.1], 0));
     let admitted = Admitted::default();
-    server.replica.handle_base(server.now, id(9, 2.1), admitted);
+    server
+        .replica
+        .handle_base(server.now, id(9, 2.1), admitted, None);
     server.outputs();
     server.gets(1, accept(2.1, id(9, 2.1), [2.1], 0));
     assert_eq!(server.persisted(), NOTHING, "the old entries");
@@ -1516,7 +1523,9 @@ fn a_base_replaces_entries_that_were_never_chosen() {
     assert!(!server.replica.needs_base(id(2, 1.1)), "the log holds it");
     assert!(server.replica.needs_base(chosen));
     let admitted = Admitted::default();
-    server.replica.handle_base(server.now, chosen, admitted);
+    server
+        .replica
+        .handle_base(server.now, chosen, admitted, None);
     assert_eq!(
         server.outputs(),
         ["persist promise 2.2", "persist reset 2@2.2"]
@@ -1630,7 +1639,9 @@ fn a_rejoining_server_waits_for_its_chunks() {
     let mut server = rejoining();
     let mut admitted = Admitted::default();
     admitted.admit(ServerId(0), Incarnation(7));
-    server.replica.handle_base(server.now, id(9, 2.1), admitted);
+    server
+        .replica
+        .handle_base(server.now, id(9, 2.1), admitted, None);
     server.outputs();
     assert_eq!(server.all_persisted(), NOTHING);
     server.replica.handle_installed();

@@ -292,7 +292,7 @@ mod tests {
         for (version, text) in [
             (
                 9,
-                "checkpoint holds a replicated state of version 9, this program knows up to 5: it was written by a newer version; start that one",
+                "checkpoint holds a replicated state of version 9, this program knows up to 6: it was written by a newer version; start that one",
             ),
             (0, "both copies of checkpoint are damaged"),
         ] {

@@ -99,6 +99,7 @@ pub(super) fn start_with_disk(
         installing: storage.installing,
         rejoining: facts.rejoining,
         admitted: *storage.state.admitted(),
+        members: storage.state.members().cloned(),
         marks: storage.marks,
     };
     let last = storage.log.last().slot;
