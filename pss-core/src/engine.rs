@@ -10,6 +10,7 @@ mod browse;
 mod conflicts;
 mod copy;
 mod inspect;
+mod lag;
 mod repair;
 mod requests;
 mod reservations;
@@ -26,6 +27,7 @@ use crate::chunk::{self, BadBlock, ChunkStore, ReadError};
 use crate::engine::conflicts::{BlockRange, Counts};
 use crate::engine::copy::Copying;
 pub use crate::engine::inspect::LogPage;
+use crate::engine::lag::Pace;
 use crate::engine::repair::Repairs;
 pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
 use crate::entry::{Command, Entry, Op};
@@ -304,6 +306,7 @@ pub struct Engine {
     wall_clock_ms: u64,
     /// What this leader has told the log last.
     told_ms: u64,
+    pace: Pace,
 
     // Housekeeping.
     housekeeping_at: Instant,
@@ -382,6 +385,7 @@ impl Engine {
             volumes: HashMap::new(),
             wall_clock_ms: 0,
             told_ms: 0,
+            pace: Pace::default(),
             housekeeping_at: now + HOUSEKEEPING,
             checkpoint_running: false,
             checkpoint_slot: applied,
@@ -494,6 +498,7 @@ impl Engine {
                 self.replica.resign(now);
             }
             self.expire_sessions(now);
+            self.watch_lags(now);
             self.checkpoint_if_due(now);
             self.check_trouble(now);
         }
@@ -676,6 +681,9 @@ impl Engine {
 
     fn keep_chosen(&mut self, entries: Vec<Entry>) {
         self.backlog_bytes += entries.iter().map(Entry::weight_bytes).sum::<usize>();
+        for entry in &entries {
+            self.pace.note(entry, self.wall_clock_ms);
+        }
         self.backlog.extend(entries);
     }
 

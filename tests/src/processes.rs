@@ -138,6 +138,8 @@ impl Drop for Process {
 pub struct Layout {
     /// Core servers.
     pub servers: u8,
+    /// Learners, ids 5 and on.
+    pub learners: u8,
     /// Gateways.
     pub gateways: usize,
     /// With a cell key.
@@ -151,10 +153,16 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// All servers.
+    pub fn ids(&self) -> impl Iterator<Item = u8> + use<> {
+        (0..self.servers).chain(5..5 + self.learners)
+    }
+
     /// Servers that take little space, and one gateway.
     pub fn small(servers: u8) -> Layout {
         Layout {
             servers,
+            learners: 0,
             gateways: 1,
             key: true,
             flags: "--segment-size 8M --checkpoint-size 8M --log-retain 32M".to_owned(),
@@ -201,11 +209,11 @@ impl Cell {
         };
         cell.bench.servers(cell.conf(|id| cell.host(id)));
         if let Some(mischief) = cell.layout.mischief.clone() {
-            let ids = 0..cell.layout.servers;
+            let ids = cell.layout.ids();
             let proxies = ids.map(|id| Proxy::start(id, cell.proxy(id), cell.host(id), &mischief));
             cell.proxies = proxies.collect();
             cell.write("gateway.conf", &cell.conf(|id| cell.proxy(id)));
-            for own in 0..cell.layout.servers {
+            for own in cell.layout.ids() {
                 let host = |id| match id == own {
                     true => cell.host(id),
                     false => cell.proxy(id),
@@ -216,7 +224,7 @@ impl Cell {
         if cell.layout.key {
             cell.bench.run("pss", "key new cell.key").done();
         }
-        for id in 0..cell.layout.servers {
+        for id in cell.layout.ids() {
             cell.format(id, "");
         }
         cell
@@ -228,7 +236,7 @@ impl Cell {
     /// If that does not work.
     pub fn started(layout: Layout, size: &str) -> Cell {
         let mut cell = Cell::new(layout);
-        for id in 0..cell.layout.servers {
+        for id in cell.layout.ids() {
             cell.start(id);
         }
         cell.wait_current();
@@ -255,7 +263,7 @@ impl Cell {
 
     fn conf(&self, host: impl Fn(u8) -> IpAddr) -> String {
         let record = |id| format!("{id} {} {}\n", host(id), self.path(id).display());
-        (0..self.layout.servers).map(record).collect()
+        self.layout.ids().map(record).collect()
     }
 
     fn write(&self, name: &str, text: &str) {

@@ -802,6 +802,9 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
             durable: 11,
             copying: false,
             silent_ms: Some(3),
+            behind_ms: Some(14_000),
+            behind_bytes: Some(1 << 20),
+            left_s: None,
         }],
     };
     let events = EventList {

@@ -1009,7 +1009,14 @@ impl Engine {
             RoleKind::Follower => "follower",
             RoleKind::Learner => "learner",
         };
+        let lag = |view: &crate::paxos::PeerView| {
+            let applied = view.heard.map(|_| view.progress.applied);
+            applied.and_then(|applied| self.lag_of(applied))
+        };
         let peer = |(server, view): (ServerId, crate::paxos::PeerView)| PeerStatus {
+            behind_ms: lag(&view).map(|lag| lag.ms),
+            behind_bytes: lag(&view).map(|lag| lag.bytes),
+            left_s: self.pace.time_left(server).map(|left| left.as_secs()),
             server,
             alive: view
                 .heard

@@ -127,7 +127,8 @@ impl Replica {
         self.catch_up.turn += 1;
     }
 
-    /// Who to ask: a server that was heard of lately and is not behind us; followers first.
+    /// Who to ask: a server that was heard of lately and is not behind us; followers first, and learners that are
+    /// ahead of us.
     fn feeder(&self, now: Instant) -> Option<ServerId> {
         let alive = |server: &ServerId| {
             let Some(peer) = self.peers.get(server) else {
@@ -136,9 +137,15 @@ impl Replica {
             let lately = peer
                 .heard
                 .is_some_and(|at| now.since(at) < self.config.tuning.lease * 4);
-            lately && Some(*server) != self.leader && peer.progress.chosen >= self.chosen
+            // Two learners that know the same must not wait for each other.
+            let has_some = match server.is_core() {
+                true => peer.progress.chosen >= self.chosen,
+                false => peer.progress.chosen > self.chosen,
+            };
+            lately && Some(*server) != self.leader && has_some
         };
-        let mut feeders: Vec<ServerId> = self.other_core().into_iter().filter(alive).collect();
+        let mut feeders = self.other_servers();
+        feeders.retain(alive);
         if feeders.is_empty() || self.catch_up.turn % 4 == 3 {
             feeders = self
                 .leader
@@ -371,6 +378,6 @@ impl Replica {
                     && peer.progress.chosen > self.chosen
             })
         };
-        self.other_core().into_iter().find(keeps)
+        self.other_servers().into_iter().find(keeps)
     }
 }

@@ -1361,6 +1361,67 @@ fn a_learner_catches_up() {
     assert_eq!(server.persisted(), ["apply [1@1.0 2@1.0]"]);
 }
 
+/// Who is asked for entries, over so many unanswered questions.
+fn asked(server: &mut Server, from: &[(u8, u64)], leader: Option<u8>) -> Vec<u8> {
+    let mut asked = Vec::new();
+    while asked.len() < 12 {
+        for (from, chosen) in from {
+            let progress = Progress {
+                chosen: Slot(*chosen),
+                ..Progress::default()
+            };
+            server.gets(*from, Message::Progress(progress));
+        }
+        if let Some(leader) = leader {
+            let of = 2.0 + f64::from(leader) / 10.0;
+            server.gets(leader, heartbeat(of, 9));
+        }
+        let outputs = server.wait(150);
+        let questions = outputs.iter().filter(|it| it.contains("catch-up after"));
+        asked.extend(questions.map(|it| it[..1].parse::<u8>().unwrap()));
+    }
+    asked.truncate(12);
+    asked
+}
+
+/// The leader has enough to do: it is asked only if others do not answer.
+#[test]
+fn learners_are_fed_by_followers() {
+    let listed = [0, 1, 2, 5, 6];
+    let start = || Server::start_as(5, &listed, tuning(), Recovered::default());
+    let times = |asked: &[u8], who: u8| asked.iter().filter(|it| **it == who).count();
+    let who = asked(&mut start(), &[(0, 9), (1, 9), (2, 9)], Some(1));
+    assert_eq!((times(&who, 1), times(&who, 6)), (3, 0), "{who:?}");
+    assert!(!who[..3].contains(&1), "{who:?}");
+    // A learner that is ahead takes part in feeding, one that knows the same does not.
+    let who = asked(&mut start(), &[(0, 9), (1, 9), (2, 9), (6, 9)], Some(1));
+    assert!(times(&who, 6) > 0, "{who:?}");
+    let who = asked(&mut start(), &[(0, 9), (1, 9), (2, 9), (6, 0)], Some(1));
+    assert_eq!(times(&who, 6), 0, "{who:?}");
+}
+
+/// Core servers that lag get entries from learners too, and so do learners if nobody else is there.
+#[test]
+fn learners_feed() {
+    let mut server = Server::awake(1.0, log([]));
+    let who = asked(&mut server, &[(2, 9), (5, 9)], Some(1));
+    assert!(who.contains(&5) && who.contains(&2), "{who:?}");
+    let mut learner = Server::start_as(6, &[0, 1, 2, 5, 6], tuning(), Recovered::default());
+    let who = asked(&mut learner, &[(5, 9)], None);
+    assert_eq!(who.iter().filter(|it| **it == 5).count(), 9, "{who:?}");
+    // A learner gives what it has.
+    let mut learner = Server::start_as(5, &[0, 1, 2, 5], tuning(), Recovered::default());
+    learner.wait(300);
+    learner.gets(1, chosen(EntryId::default(), [1.0, 1.0], 2));
+    learner.gets(2, chosen(EntryId::default(), [1.0, 1.0], 2));
+    learner.all_persisted();
+    let outputs = learner.gets(2, Message::CatchUp { after: Slot(0) });
+    assert!(
+        outputs.contains(&"2 <- chosen behind 0@0.0 [1@1.0 2@1.0]".to_owned()),
+        "{outputs:?}"
+    );
+}
+
 /// Fed are entries that are chosen and durable; who asks too early waits for them.
 #[test]
 fn a_feeder_answers_when_it_has_something_new() {

@@ -450,6 +450,16 @@ pub struct PeerStatus {
     pub copying: bool,
     /// Milliseconds since it was last heard of; none if never.
     pub silent_ms: Option<u64>,
+    /// How long ago the oldest entry was proposed that it has not applied, milliseconds; 0: there is none. None if
+    /// that is not known.
+    #[serde(default)]
+    pub behind_ms: Option<u64>,
+    /// About how many bytes of the log it has not applied; none if that is not known.
+    #[serde(default)]
+    pub behind_bytes: Option<u64>,
+    /// About how many seconds it takes until it lacks nothing; none if that is not known, or it comes no nearer.
+    #[serde(default)]
+    pub left_s: Option<u64>,
 }
 
 /// A frame that is no request, or no reply. With a tag, the request may be answered with

@@ -25,8 +25,8 @@ pub(super) struct Answers {
 pub(super) enum CopyState {
     /// It holds everything that was chosen when the leader was asked.
     Current,
-    /// It takes part, but so many slots are missing.
-    Behind(u64),
+    /// It takes part, but entries are missing.
+    Behind(Behind),
     /// Chunks are being copied to it: so many of so many, and it takes about so many seconds still, if it says so.
     Copying(Option<(u64, u64)>, Option<u64>),
     /// Its disk is new: it learns everything, and does not count until it has. So many chunks of so many are here, and
@@ -38,6 +38,28 @@ pub(super) enum CopyState {
     Silent(Option<u64>),
     /// Nobody leads, so nobody knows.
     Unknown,
+}
+
+/// What a server lacks that takes part.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Behind {
+    /// Entries.
+    pub(super) slots: u64,
+    /// The age of the oldest, if the leader knows it.
+    pub(super) ms: Option<u64>,
+    /// About how many seconds it takes still, if the leader knows it.
+    pub(super) left_s: Option<u64>,
+}
+
+/// What the leader knows of how far a server is behind.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Lag {
+    /// Chosen entries that it has not applied.
+    pub(super) slots: Option<u64>,
+    /// See [`PeerStatus::behind_ms`].
+    pub(super) ms: Option<u64>,
+    /// See [`PeerStatus::behind_bytes`].
+    pub(super) bytes: Option<u64>,
 }
 
 /// Whether the cell works and what it can lose.
@@ -161,7 +183,40 @@ impl Answers {
             .max(seen.map(|peer| peer.applied));
         match mark.saturating_sub(applied.unwrap_or(0)) {
             0 => CopyState::Current,
-            slots => CopyState::Behind(slots),
+            slots => CopyState::Behind(Behind {
+                slots,
+                ms: seen.and_then(|peer| peer.behind_ms),
+                left_s: seen.and_then(|peer| peer.left_s),
+            }),
+        }
+    }
+
+    /// How far a server is behind, as far as the leader knows.
+    pub(super) fn lag(&self, id: ServerId, state: CopyState) -> Lag {
+        let leader = self.leader();
+        let seen = leader.and_then(|leader| peer(leader, id));
+        let slots = match (state, leader, seen) {
+            (CopyState::Current, ..) => Some(0),
+            (CopyState::Behind(behind), ..) => Some(behind.slots),
+            // What it has applied says nothing of the chunks that are not there yet.
+            (CopyState::Copying(..) | CopyState::Rejoining(..) | CopyState::Unknown, ..) => None,
+            (_, Some(leader), Some(peer)) if peer.silent_ms.is_some() => {
+                Some(leader.chosen.saturating_sub(peer.applied))
+            }
+            _ => None,
+        };
+        match (slots, seen) {
+            (None, _) => Lag::default(),
+            (Some(0), _) | (_, None) => Lag {
+                slots,
+                ms: slots.filter(|slots| *slots == 0),
+                bytes: slots.filter(|slots| *slots == 0),
+            },
+            (_, Some(peer)) => Lag {
+                slots,
+                ms: peer.behind_ms,
+                bytes: peer.behind_bytes,
+            },
         }
     }
 }
@@ -274,12 +329,14 @@ impl Health {
 fn trouble(id: ServerId, state: CopyState) -> Option<String> {
     Some(match state {
         CopyState::Current => return None,
-        CopyState::Behind(slots) => {
-            let unit = if slots == 1 { "slot" } else { "slots" };
-            format!(
-                "Server {id} is {} {unit} behind, catching up.",
-                grouped(slots)
-            )
+        CopyState::Behind(behind) => {
+            let by = match (behind.ms, behind.slots) {
+                (Some(ms @ 1000..), _) => span(ms / 1000),
+                (_, 1) => "1 slot".to_owned(),
+                (_, slots) => format!("{} slots", grouped(slots)),
+            };
+            let left = how_far(None, behind.left_s);
+            format!("Server {id} is {by} behind, catching up{left}.")
         }
         CopyState::Copying(progress, left_s) => {
             format!(
@@ -399,6 +456,9 @@ pub(super) mod tests {
             durable: applied,
             copying: false,
             silent_ms: Some(silent_ms),
+            behind_ms: None,
+            behind_bytes: None,
+            left_s: None,
         }
     }
 
@@ -456,6 +516,27 @@ pub(super) mod tests {
         assert_eq!(
             three.judge(Some(3796)).verdict,
             Verdict::Works { may_fail: 1 }
+        );
+    }
+
+    #[test]
+    fn a_server_behind_by_some_time() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 3796)]);
+        let leader = three.statuses.get_mut(&ServerId(0)).unwrap();
+        let seen = &mut leader.peers[1];
+        (seen.behind_ms, seen.behind_bytes) = (Some(14_200), Some(5 << 20));
+        seen.left_s = Some(190);
+        assert_eq!(
+            sentence(&three),
+            "Server 2 is 14 s behind, catching up, about 3 minutes left. Until then no further server may fail."
+        );
+        let state = three.judge(None).copies[&ServerId(2)];
+        let lag = three.lag(ServerId(2), state);
+        assert_eq!((lag.ms, lag.bytes), (Some(14_200), Some(5 << 20)));
+        let leader = three.statuses.get_mut(&ServerId(0)).unwrap();
+        leader.peers[1].behind_ms = Some(600);
+        assert!(
+            sentence(&three).starts_with("Server 2 is 1,204 slots behind, catching up, about 3")
         );
     }
 

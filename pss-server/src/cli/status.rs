@@ -8,10 +8,10 @@ use pss_core::types::ServerId;
 use serde_json::{Value, json};
 
 use super::cell::Access;
-use super::health::{Answers, CopyState, Health, Verdict};
+use super::health::{Answers, CopyState, Health, Lag, Verdict};
 use super::watch::WatchArgs;
 use super::{CellArgs, CliError, Exit, json_text, print};
-use crate::render::{Table, grouped, left, right};
+use crate::render::{Table, grouped, left, right, span};
 
 /// A server that is behind by what was written in this time is not behind.
 const SETTLE: Duration = Duration::from_millis(300);
@@ -85,23 +85,21 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
         left("STATE"),
         right("APPLIED"),
         right("BEHIND"),
+        right("LAG"),
         right("FREE"),
     ]);
     for (id, state) in &health.copies {
         let own = answers.statuses.get(id);
         let known = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        let behind = match state {
-            CopyState::Current => Some("0".to_owned()),
-            CopyState::Behind(slots) => Some(grouped(*slots)),
-            _ => None,
-        };
+        let lag = answers.lag(*id, *state);
         table.row([
             id.to_string(),
             address(*id),
             known(own.map(|own| own.role.clone())),
             state.word(),
             known(own.map(|own| grouped(own.applied))),
-            known(behind),
+            known(lag.slots.map(grouped)),
+            known(lag_text(lag)),
             known(own.map(|own| format!("{} of {}", Size(own.free_bytes), Size(own.total_bytes)))),
         ]);
     }
@@ -132,6 +130,19 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
     text
 }
 
+/// Time and bytes, as far as they are known.
+fn lag_text(lag: Lag) -> Option<String> {
+    let time = lag.ms.map(|ms| match ms {
+        0 => "0".to_owned(),
+        1..1000 => format!("{ms} ms"),
+        _ => span(ms / 1000),
+    });
+    let bytes = lag.bytes.filter(|bytes| *bytes > 0);
+    let bytes = bytes.map(|bytes| Size(bytes).to_string());
+    let parts: Vec<String> = time.into_iter().chain(bytes).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
 fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) -> String) -> Value {
     let (works, may_fail) = match health.verdict {
         Verdict::Works { may_fail } => (true, may_fail),
@@ -141,6 +152,7 @@ fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
         .copies
         .iter()
         .map(|(id, state)| {
+            let lag = answers.lag(*id, *state);
             json!({
                 "id": id.0,
                 "address": address(*id),
@@ -148,9 +160,12 @@ fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
                 "answers": answers.statuses.contains_key(id),
                 "current": *state == CopyState::Current,
                 "state": state.word(),
-                "behind_slots": match state {
-                    CopyState::Current => Some(0),
-                    CopyState::Behind(slots) => Some(*slots),
+                "behind_slots": lag.slots,
+                "behind_ms": lag.ms,
+                "behind_bytes": lag.bytes,
+                "left_s": match state {
+                    CopyState::Behind(behind) => behind.left_s,
+                    CopyState::Copying(_, left_s) | CopyState::Rejoining(_, left_s) => *left_s,
                     _ => None,
                 },
                 "failure": answers.failures.get(id).map(ToString::to_string),
@@ -176,17 +191,19 @@ mod tests {
 
     #[test]
     fn status_for_people() {
-        let answers = answers(3, &[(1, true, 5000), (2, false, 3)]);
+        let mut answers = answers(3, &[(1, true, 5000), (2, false, 3)]);
+        let leader = answers.statuses.get_mut(&ServerId(0)).unwrap();
+        (leader.peers[1].behind_ms, leader.peers[1].behind_bytes) = (Some(14_200), Some(5 << 20));
         let text = status_text(&answers, &answers.judge(None), |id| {
             format!("127.0.0.1:401{id}")
         });
         assert_eq!(
             text,
             "Server 2 has not been heard from for 14 s: start it. Until then no further server may fail.\n\n\
-             ID  ADDRESS         ROLE      STATE      APPLIED  BEHIND      FREE\n\
-             0   127.0.0.1:4010  leader    current      5,000       0  1G of 2G\n\
-             1   127.0.0.1:4011  follower  current      5,000       0  1G of 2G\n\
-             2   127.0.0.1:4012  -         no answer        -       -         -\n"
+             ID  ADDRESS         ROLE      STATE      APPLIED  BEHIND       LAG      FREE\n\
+             0   127.0.0.1:4010  leader    current      5,000       0         0  1G of 2G\n\
+             1   127.0.0.1:4011  follower  current      5,000       0         0  1G of 2G\n\
+             2   127.0.0.1:4012  -         no answer        -   4,997  14 s, 5M         -\n"
         );
     }
 
@@ -200,6 +217,8 @@ mod tests {
         assert_eq!(value["servers_that_may_fail"], 0);
         assert_eq!(value["leader"], 0);
         assert_eq!(value["servers"][1]["behind_slots"], 1000);
+        assert_eq!(value["servers"][2]["behind_ms"], 0);
+        assert_eq!(value["servers"][1]["behind_ms"], Value::Null);
         assert_eq!(value["servers"][1]["status"]["applied"], 4000);
     }
 

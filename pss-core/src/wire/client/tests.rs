@@ -233,6 +233,9 @@ fn status() -> ServerStatus {
             durable: 11,
             copying: false,
             silent_ms: Some(3),
+            behind_ms: Some(14_000),
+            behind_bytes: Some(1 << 20),
+            left_s: None,
         }],
     }
 }
