@@ -14,6 +14,7 @@ mod lag;
 mod repair;
 mod requests;
 mod reservations;
+mod space;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -321,6 +322,10 @@ pub struct Engine {
     /// The newest checkpoint says so too: the log began behind this slot then.
     installed_base: Option<Slot>,
     log_bytes: u64,
+    /// Of the disk, beside what the log may grow to.
+    free_bytes: u64,
+    /// When [`Engine::handle_timeout`] was called last.
+    looked_at: Instant,
     bytes_applied: u64,
     /// Everything that was in the log at the start is applied again or replaced: until then blocks may
     /// be newer than their checksums.
@@ -394,6 +399,8 @@ impl Engine {
             checkpoint_installing: false,
             installed_base: installing.map(|_| log_base),
             log_bytes: 0,
+            free_bytes: u64::MAX,
+            looked_at: now,
             bytes_applied: 0,
             recovered_last,
             held_last,
@@ -483,6 +490,7 @@ impl Engine {
 
     /// Time has passed: [`Engine::poll_timeout`].
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.looked_at = now;
         self.replica.note_log_full(self.is_log_full(now));
         if now >= self.replica.poll_timeout() {
             self.replica.handle_timeout(now);
@@ -490,7 +498,7 @@ impl Engine {
         if now >= self.housekeeping_at {
             self.housekeeping_at = now + HOUSEKEEPING;
             self.resume_applying(now);
-            if self.stalled.is_some() {
+            if self.is_stalled() {
                 if self.chunks.dirty_count() > 0 {
                     self.start_checkpoint(now);
                 }
@@ -567,13 +575,6 @@ impl Engine {
         }
     }
 
-    /// Free space of the disk, where the log begins, and its size.
-    pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot, log_bytes: u64) {
-        self.log_bytes = log_bytes;
-        let free = free_bytes.saturating_sub(self.config.reserve_bytes);
-        self.replica.note_storage(free, log_first);
-    }
-
     /// Proposes a list of servers.
     ///
     /// # Errors
@@ -620,10 +621,11 @@ impl Engine {
 
     /// Whether the log keeps so much for chunks that are not here yet that it may not grow. As long as they
     /// keep coming, that ends; if they do not, whoever could send them may need our acknowledgement first.
+    /// Or whether there is no space for it.
     fn is_log_full(&self, now: Instant) -> bool {
         let coming = |it: &Copying| it.is_installing() && it.is_moving(now);
         let is_kept = self.installed_base.is_some() && self.copying.as_ref().is_some_and(coming);
-        is_kept && self.log_bytes >= self.config.log_bytes_max
+        is_kept && self.log_bytes >= self.config.log_bytes_max || self.log_lacks_space()
     }
 
     /// See [`EngineConfig::log_bytes_max`]: whether entries are dropped now.
@@ -701,7 +703,7 @@ impl Engine {
 
     fn may_apply(&self) -> bool {
         let stuck = self.failure.is_some() || self.stalled.is_some();
-        !stuck && !self.holds_back() && !self.waits_for_checkpoint()
+        !stuck && !self.holds_back() && !self.waits_for_checkpoint() && !self.waits_for_space()
     }
 
     /// Applies what is chosen, or some of it if that is much, and answers whoever waits for it. To be
@@ -723,6 +725,7 @@ impl Engine {
         let mut bytes = 0;
         while bytes < self.config.apply_bytes
             && !self.waits_for_checkpoint()
+            && !self.waits_for_space()
             && let Some(entry) = self.backlog.pop_front()
         {
             self.backlog_bytes -= entry.weight_bytes();
@@ -833,11 +836,6 @@ impl Engine {
             Err(ApplyError::NoSpace(stalled)) => self.stalled = Some(stalled),
             Err(failure) => self.failure = Some(failure),
         }
-    }
-
-    /// Whether the disk was too full to apply what is chosen; tried again now and then.
-    pub fn is_stalled(&self) -> bool {
-        self.stalled.is_some()
     }
 
     fn answer_command(&mut self, key: CommandKey, answer: Answer) {

@@ -933,13 +933,14 @@ impl Replica {
     }
 
     /// Bytes free on the fullest disk of the best majority, this server's included: what a write must
-    /// find room in.
-    pub fn free_bytes_of_majority(&self) -> u64 {
+    /// find room in. Who was not heard of for ten leases takes no writes now.
+    pub fn free_bytes_of_majority(&self, now: Instant) -> u64 {
+        let patience = self.config.tuning.lease * 10;
         let me = std::iter::once(self.free_bytes);
         let core = &self.config.members.core;
         let others = core.iter().filter_map(|server| self.peers.get(server));
         let free = others
-            .filter(|peer| peer.heard.is_some())
+            .filter(|peer| peer.heard.is_some_and(|at| now.since(at) < patience))
             .map(|peer| peer.progress.free_bytes);
         quorum::reached_by_majority(core.len(), me.chain(free)).unwrap_or(self.free_bytes)
     }

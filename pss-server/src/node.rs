@@ -15,6 +15,7 @@ pub(crate) mod inbox;
 mod inspect;
 mod receive;
 mod send;
+pub(crate) mod space;
 mod start;
 mod turn;
 

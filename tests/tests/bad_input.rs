@@ -692,20 +692,47 @@ fn one_full_disk_holds_nobody_up() {
         written.insert(place, byte);
     }
     check_written(&mut client, &written);
-    println!("{}", cell.status().unwrap()["summary"]);
+    let status = cell.status().unwrap();
+    let summary = status["summary"].as_str().unwrap();
+    assert!(summary.starts_with("Server 1 is "), "{summary}");
+    let text = cell.bench.run("pss", "status").done().stdout();
+    println!("{text}");
+    assert!(text.contains("its disk is full"), "{text}");
+    assert_ne!(status["leader"], 1);
+    // It has warned early, and its log is in no danger: it runs.
     let server = cell.servers.get_mut(&1).unwrap();
-    if !server.runs() {
-        let text = server.text();
-        println!("{}", text.lines().last().unwrap());
-        assert!(text.contains("the disk is full"), "{text}");
-    }
-    // It goes on once there is space: by itself, or when it is started again.
+    let text = server.text();
+    let nearly = text.find("the disk is nearly full");
+    let stalled = text.find("the disk is full");
+    assert!(nearly.is_some() && nearly < stalled, "{text}");
+    assert!(server.runs(), "{text}");
+
+    // With another server away there is no majority that has space: no write waits for one in vain, and everything else
+    // goes on.
+    let away = (status["leader"].as_u64().unwrap() as u8 + 1) % 3;
+    let away = if away == 1 { 2 } else { away };
+    cell.kill(away);
+    wait_until("writes are refused", PATIENCE, || {
+        let begun = Instant::now();
+        let error = write(&mut client, 200 << 20, &pattern(9, 4096));
+        assert!(begun.elapsed() < Duration::from_secs(20), "a write hangs");
+        error == ENOSPC
+    });
+    check_written(&mut client, &written);
+    let text = cell.bench.run("pss", "status").done().stdout();
+    assert!(
+        text.starts_with("Writes are refused: the disk of server 1 is full"),
+        "{text}"
+    );
+    cell.start(away);
+    wait_until("writes go on", PATIENCE, || {
+        write(&mut client, 200 << 20, &pattern(9, 4096)) == 0
+    });
+
+    // Once there is space it goes on by itself.
     fs::remove_file(file).unwrap();
-    if !cell.servers.get_mut(&1).unwrap().runs() {
-        cell.kill(1);
-        cell.start(1);
-    }
     cell.wait_current();
+    assert!(cell.servers.get_mut(&1).unwrap().runs());
     check_written(&mut client, &written);
     for id in 0..3 {
         cell.stop(id);

@@ -44,6 +44,8 @@ const BACKLOG_BYTES_MAX: usize = 128 << 20;
 const LOG_EVERY: Duration = Duration::from_secs(10);
 /// Before this time nobody can tell how long it takes.
 const ESTIMATE_AFTER: Duration = Duration::from_secs(1);
+/// A chunk for which there was no space is asked for again after this time.
+const SPACE_RETRY: Duration = Duration::from_secs(1);
 /// Chunks in one list.
 const LIST_MAX: usize = 1024;
 
@@ -67,6 +69,8 @@ pub(super) struct Copying {
     retry_at: Instant,
     /// When a list or a chunk came last.
     moved_at: Instant,
+    /// There was no space for a chunk.
+    lacks_space: bool,
     chunks_done: u64,
     chunks_known: u64,
     /// As many as the donor has, if it says so.
@@ -103,6 +107,7 @@ impl Copying {
             list_asked: false,
             retry_at: now,
             moved_at: now,
+            lacks_space: false,
             chunks_done: 0,
             chunks_known: 0,
             chunks_total: 0,
@@ -154,6 +159,11 @@ impl Copying {
     /// Whether lists and chunks have come lately.
     pub(super) fn is_moving(&self, now: Instant) -> bool {
         now.since(self.moved_at) < MOVING
+    }
+
+    /// Whether it waits for space on the disk.
+    pub(super) fn lacks_space(&self) -> bool {
+        self.lacks_space
     }
 
     /// Whether a checkpoint made now could undo the stored base.
@@ -303,6 +313,7 @@ impl Engine {
 
     fn ask_chunks(&mut self, now: Instant, donor: ServerId) {
         let at_least = self.needed();
+        let lacks_space = self.chunks_lack_space();
         let Some(copying) = &mut self.copying else {
             return;
         };
@@ -319,6 +330,10 @@ impl Engine {
         }
         if !copying.asked.is_empty() {
             return;
+        }
+        copying.lacks_space |= lacks_space;
+        if lacks_space {
+            return copying.give_up_question(now + SPACE_RETRY);
         }
         for chunk in missing {
             if copying.asked.len() >= CHUNKS_AT_ONCE {
@@ -701,11 +716,16 @@ impl Engine {
                 // Damaged on the way or at the donor: ask another one.
                 return copying.give_up_question(now + RETRY);
             }
+            Err(ChunkError::NoSpace) => {
+                copying.lacks_space = true;
+                return copying.give_up_question(now + SPACE_RETRY);
+            }
             Err(error) => {
                 self.failure = Some(error.into());
                 return;
             }
         }
+        copying.lacks_space = false;
         copying.donor = Some(from);
         missing.remove(&name.1);
         copying.chunks_done += 1;

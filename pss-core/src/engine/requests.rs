@@ -623,7 +623,7 @@ impl Engine {
                 ..
             }
         );
-        if needs_space && self.replica.free_bytes_of_majority() == 0 {
+        if needs_space && self.refuses_writes() {
             return Err(ReplyError::NoSpace);
         }
         Ok(Some((span, merges)))
@@ -1047,6 +1047,9 @@ impl Engine {
             incarnation: replica.incarnation().0,
             lives: lives.map(|(_, life)| life.0).collect(),
             free_bytes: 0,
+            space_left: self.space_left(),
+            full: self.space_left() == 0,
+            stalled: self.is_stalled(),
             total_bytes: 0,
             bad_blocks: self.repairs().found,
             repaired_blocks: self.repairs().repaired,

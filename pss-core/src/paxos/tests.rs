@@ -1331,7 +1331,31 @@ fn a_leader_without_space_resigns() {
 #[test]
 fn unknown_space_is_not_full() {
     let server = Server::leader(log([]));
-    assert!(server.replica.free_bytes_of_majority() > 0);
+    assert!(server.replica.free_bytes_of_majority(server.now) > 0);
+}
+
+/// A write needs space on a majority of those that are there.
+#[test]
+fn space_of_a_server_that_is_away_does_not_count() {
+    let mut server = Server::leader(log([]));
+    let free = |free_bytes| {
+        Message::Progress(Progress {
+            free_bytes,
+            ..Progress::default()
+        })
+    };
+    let left = |server: &Server| server.replica.free_bytes_of_majority(server.now);
+    server.gets(1, free(0));
+    server.gets(2, free(7));
+    assert_eq!(left(&server), 7);
+    server.pass(4900);
+    server.gets(1, free(0));
+    assert_eq!(left(&server), 7, "it may come back");
+    server.pass(200);
+    server.gets(1, free(0));
+    assert_eq!(left(&server), 0);
+    server.gets(2, free(7));
+    assert_eq!(left(&server), 7);
 }
 
 // ---- Catching up.

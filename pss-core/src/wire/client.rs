@@ -417,8 +417,17 @@ pub struct ServerStatus {
     /// By server: the life that counts, 0 if nobody has said it yet.
     #[serde(default)]
     pub lives: Vec<u64>,
-    /// Bytes free for chunks.
+    /// Bytes free beside what the log may grow to.
     pub free_bytes: u64,
+    /// Of these, what is left for volumes; the rest is kept back. 0 if it does not say.
+    #[serde(default)]
+    pub space_left: u64,
+    /// Whether nothing is left for volumes: writes are refused while that is so for a majority.
+    #[serde(default)]
+    pub full: bool,
+    /// Whether it is too full to apply what is chosen, and falls behind.
+    #[serde(default)]
+    pub stalled: bool,
     /// Size of its file system.
     pub total_bytes: u64,
     /// Damaged blocks that were found since the start, each once until it is repaired.

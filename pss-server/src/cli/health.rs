@@ -49,6 +49,8 @@ pub(super) struct Behind {
     pub(super) ms: Option<u64>,
     /// About how many seconds it takes still, if the leader knows it.
     pub(super) left_s: Option<u64>,
+    /// Its disk is too full to go on.
+    pub(super) is_stalled: bool,
 }
 
 /// What the leader knows of how far a server is behind.
@@ -86,6 +88,8 @@ pub(super) struct Health {
     /// What follows.
     pub(super) verdict: Verdict,
     answering: Vec<ServerId>,
+    /// Core servers that have nothing left for volumes, if that are so many that writes are refused.
+    full: Vec<ServerId>,
 }
 
 impl Answers {
@@ -128,7 +132,14 @@ impl Answers {
                 may_fail: current.saturating_sub(majority),
             },
         };
+        let mut full: Vec<ServerId> = core.iter().map(|id| **id).collect();
+        full.retain(|id| self.statuses.get(id).is_some_and(|status| status.full));
+        // Without these there is no majority.
+        if heard.saturating_sub(full.len()) >= majority {
+            full.clear();
+        }
         Health {
+            full,
             leader: leader.map(|leader| leader.server),
             copies,
             verdict,
@@ -187,6 +198,7 @@ impl Answers {
                 slots,
                 ms: seen.and_then(|peer| peer.behind_ms),
                 left_s: seen.and_then(|peer| peer.left_s),
+                is_stalled: own.is_some_and(|status| status.stalled),
             }),
         }
     }
@@ -240,12 +252,27 @@ impl Health {
                     .iter()
                     .filter_map(|(id, state)| trouble(*id, *state))
                     .collect();
-                match troubles.is_empty() {
+                let sentence = match troubles.is_empty() {
                     true => self.all_well(may_fail),
                     false => self.degraded(&troubles.join(" "), may_fail),
+                };
+                match self.full.is_empty() {
+                    true => sentence,
+                    false => format!("{} {sentence}", self.refused()),
                 }
             }
         }
+    }
+
+    fn refused(&self) -> String {
+        let (disk, is) = match self.full.len() {
+            1 => ("disk", "is"),
+            _ => ("disks", "are"),
+        };
+        format!(
+            "Writes are refused: the {disk} of {} {is} full; free some space, or trim or delete volumes.",
+            servers(&self.full)
+        )
     }
 
     fn core(&self) -> usize {
@@ -335,6 +362,11 @@ fn trouble(id: ServerId, state: CopyState) -> Option<String> {
                 (_, 1) => "1 slot".to_owned(),
                 (_, slots) => format!("{} slots", grouped(slots)),
             };
+            if behind.is_stalled {
+                return Some(format!(
+                    "Server {id} is {by} behind, because its disk is full: free some space there."
+                ));
+            }
             let left = how_far(None, behind.left_s);
             format!("Server {id} is {by} behind, catching up{left}.")
         }
@@ -439,6 +471,9 @@ pub(super) mod tests {
             incarnation: 1,
             lives: Vec::new(),
             free_bytes: 1 << 30,
+            space_left: 1 << 30,
+            full: false,
+            stalled: false,
             total_bytes: 2 << 30,
             bad_blocks: 0,
             repaired_blocks: 0,
@@ -538,6 +573,34 @@ pub(super) mod tests {
         assert!(
             sentence(&three).starts_with("Server 2 is 1,204 slots behind, catching up, about 3")
         );
+    }
+
+    #[test]
+    fn full_disks() {
+        let mut three = answers(3, &[(1, true, 5000), (2, true, 3796)]);
+        let fill = |answers: &mut Answers, id| {
+            let status = answers.statuses.get_mut(&ServerId(id)).unwrap();
+            (status.full, status.stalled) = (true, true);
+        };
+        fill(&mut three, 2);
+        assert_eq!(
+            sentence(&three),
+            "Server 2 is 1,204 slots behind, because its disk is full: free some space there. \
+             Until then no further server may fail."
+        );
+        fill(&mut three, 0);
+        assert!(
+            sentence(&three).starts_with(
+                "Writes are refused: the disks of servers 0 and 2 are full; free some space, or trim or delete volumes. \
+                 Server 2 is 1,204"
+            ),
+            "{}",
+            sentence(&three)
+        );
+        // One is away, and one of the two that are left is full.
+        let mut three = answers(3, &[(1, false, 5000), (2, true, 5000)]);
+        fill(&mut three, 2);
+        assert!(sentence(&three).starts_with("Writes are refused: the disk of server 2 is full"));
     }
 
     #[test]

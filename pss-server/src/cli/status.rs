@@ -11,6 +11,7 @@ use super::cell::Access;
 use super::health::{Answers, CopyState, Health, Lag, Verdict};
 use super::watch::WatchArgs;
 use super::{CellArgs, CliError, Exit, json_text, print};
+use crate::node::space::is_nearly_full;
 use crate::render::{Table, grouped, left, right, span};
 
 /// A server that is behind by what was written in this time is not behind.
@@ -123,7 +124,24 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             }
             note
         });
-    let notes: Vec<String> = failures.chain(bad_disks).collect();
+    let full_disks = answers.statuses.iter().filter_map(|(id, own)| {
+        // An older server does not tell.
+        let is_full =
+            own.full || own.space_left > 0 && is_nearly_full(own.space_left, own.total_bytes);
+        let left = match own.space_left {
+            0 => "nothing".to_owned(),
+            left => format!("only {}", Size(left)),
+        };
+        let total = Size(own.total_bytes);
+        let how = match own.full {
+            true => "full",
+            false => "nearly full",
+        };
+        is_full.then(|| {
+            format!("Server {id} has {left} of {total} left for volumes: its disk is {how}.")
+        })
+    });
+    let notes: Vec<String> = failures.chain(bad_disks).chain(full_disks).collect();
     if !notes.is_empty() {
         text.push_str(&format!("\n{}\n", notes.join("\n")));
     }
@@ -204,6 +222,29 @@ mod tests {
              0   127.0.0.1:4010  leader    current      5,000       0         0  1G of 2G\n\
              1   127.0.0.1:4011  follower  current      5,000       0         0  1G of 2G\n\
              2   127.0.0.1:4012  -         no answer        -   4,997  14 s, 5M         -\n"
+        );
+    }
+
+    #[test]
+    fn disks_that_get_full() {
+        let mut answers = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        let mut leave = |id, left: u64| {
+            let own = answers.statuses.get_mut(&ServerId(id)).unwrap();
+            (own.space_left, own.full) = (left, left == 0);
+        };
+        leave(0, 100 << 20);
+        leave(2, 0);
+        let text = status_text(&answers, &answers.judge(None), |_| String::new());
+        let notes: Vec<&str> = text.lines().skip(6).collect();
+        let told = [
+            "",
+            "Server 0 has only 100M of 2G left for volumes: its disk is nearly full.",
+            "Server 2 has nothing of 2G left for volumes: its disk is full.",
+        ];
+        assert_eq!(notes, told, "{text}");
+        assert!(
+            text.starts_with("All 3 copies current. Any 1 server may fail."),
+            "{text}"
         );
     }
 

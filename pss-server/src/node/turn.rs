@@ -26,6 +26,7 @@ use crate::node::ServerError;
 use crate::node::connections::{Connections, Kind};
 use crate::node::datagrams::Batch;
 use crate::node::inbox::{Event, Inbox};
+use crate::node::space::SpaceWatch;
 use crate::peers::Peers;
 use crate::storage::{LogJob, StorageThreads};
 
@@ -108,6 +109,7 @@ pub(super) struct Node {
     stopping: Option<Stopping>,
     /// It was logged that the disk is too full to apply what is chosen.
     stalled: bool,
+    space: SpaceWatch,
     /// The log was trimmed up to this slot.
     trimmed: Slot,
     free_bytes: u64,
@@ -162,6 +164,7 @@ impl Node {
             chores_at: now + CHORES,
             stopping: None,
             stalled: false,
+            space: SpaceWatch::default(),
             trimmed: Slot(0),
             free_bytes: 0,
             total_bytes: 0,
@@ -318,6 +321,8 @@ impl Node {
                 } => {
                     (self.free_bytes, self.total_bytes) = (free_bytes, total_bytes);
                     self.engine.note_storage(free_bytes, log_first, log_bytes);
+                    let left_bytes = self.engine.space_left();
+                    self.space.note(left_bytes, total_bytes, &self.config.path);
                 }
                 Event::Failed(error) => return Err(error),
                 Event::Stop => self.stop(now),
