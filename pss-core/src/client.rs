@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
 
 use crate::key::CellKey;
+use crate::members::Members;
 use crate::state::{Refusal, Volume};
 use crate::types::{ServerId, VolumeId};
 use crate::volume::device::{BlockDevice, BoxFuture, DeviceError, DeviceInfo, Volumes};
@@ -231,14 +232,9 @@ impl Cell {
         let _ = ended.await;
     }
 
-    /// The configured servers.
+    /// The servers: those of the configuration, and those that the cell is known to have besides.
     pub fn servers(&self) -> Vec<ServerId> {
-        self.dialer
-            .config
-            .servers
-            .iter()
-            .map(|(id, _)| *id)
-            .collect()
+        self.dialer.servers()
     }
 
     /// Where one server stands.
@@ -252,23 +248,34 @@ impl Cell {
         }
     }
 
-    /// Where all servers stand, in the order of the configuration.
+    /// Where all servers stand, in the order of their ids; also those that only the others know of.
     pub async fn status_all(&self) -> Vec<(ServerId, Result<ServerStatus, ServerError>)> {
-        let mut questions = JoinSet::new();
-        for server in self.servers() {
-            let dialer = Arc::clone(&self.dialer);
-            questions.spawn(async move {
-                let result = match dialer.ask(server, RequestBody::Status).await {
-                    Ok(ReplyBody::Status(status)) => Ok(*status),
-                    Ok(_) => Err(ServerError::Unexpected),
-                    Err(error) => Err(error),
-                };
-                (server, result)
-            });
+        let mut answers: Vec<(ServerId, Result<ServerStatus, ServerError>)> = Vec::new();
+        loop {
+            let mut questions = JoinSet::new();
+            for server in self.servers() {
+                if answers.iter().any(|(asked, _)| *asked == server) {
+                    continue;
+                }
+                let dialer = Arc::clone(&self.dialer);
+                questions.spawn(async move {
+                    let result = match dialer.ask(server, RequestBody::Status).await {
+                        Ok(ReplyBody::Status(status)) => Ok(*status),
+                        Ok(_) => Err(ServerError::Unexpected),
+                        Err(error) => Err(error),
+                    };
+                    (server, result)
+                });
+            }
+            if questions.is_empty() {
+                break;
+            }
+            let told = questions.join_all().await;
+            let statuses = told.iter().filter_map(|(_, it)| it.as_ref().ok());
+            statuses.for_each(|status| self.dialer.learn(status.members.as_ref()));
+            answers.extend(told);
         }
-        let mut answers = questions.join_all().await;
-        let place = |server| self.servers().iter().position(|listed| *listed == server);
-        answers.sort_by_key(|(server, _)| place(*server));
+        answers.sort_by_key(|(server, _)| *server);
         answers
     }
 
@@ -387,6 +394,15 @@ impl Cell {
     pub async fn note(&self, text: &str) -> Result<(), ClientError> {
         let text = text.to_owned();
         self.change(RequestBody::Note { text }).await
+    }
+
+    /// Proposes another list of servers; see [`RequestBody::SetServers`].
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn set_servers(&self, members: Members) -> Result<(), ClientError> {
+        let members = Box::new(members);
+        self.change(RequestBody::SetServers { members }).await
     }
 
     /// What was done to the cell, by whom and when: of what it still has, the oldest

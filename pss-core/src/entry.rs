@@ -783,7 +783,7 @@ mod tests {
                         list: vec![Member {
                             id: ServerId(3),
                             core: true,
-                            host: "s3".into(),
+                            host: "10.0.0.3".into(),
                             path: "/srv".into(),
                         }],
                     }),

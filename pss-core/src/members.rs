@@ -1,8 +1,10 @@
 //! The servers of a cell, as its log lists them. As long as the log says nothing, the list is that of server.conf.
 
 use std::fmt;
+use std::net::IpAddr;
 
 use bytes::{Buf, BufMut};
+use serde::{Deserialize, Serialize};
 
 use crate::paxos::quorum::Membership;
 use crate::types::{SERVERS_MAX, ServerId};
@@ -15,20 +17,20 @@ pub const PATH_BYTES_MAX: usize = 4096;
 pub const CORE_MAX: usize = 5;
 
 /// A server of the cell.
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Debug, Eq, Hash, PartialEq, Serialize, Deserialize)]
 pub struct Member {
     /// Which.
     pub id: ServerId,
     /// Whether it votes.
     pub core: bool,
-    /// Address or name, as in server.conf.
+    /// Its IP address; empty: that of server.conf.
     pub host: String,
-    /// Its data directory there.
+    /// Its data directory there, for people; empty: that of server.conf.
     pub path: String,
 }
 
 /// All of them, in order of their ids.
-#[derive(Clone, Debug, Default, Eq, Hash, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, Hash, PartialEq, Serialize, Deserialize)]
 pub struct Members {
     /// How often a majority was given up for good.
     pub epoch: u64,
@@ -47,6 +49,9 @@ pub enum BadMembers {
     /// An id twice, not in order, or above 7.
     #[error("a list of members has distinct ids from 0 to 7 in order")]
     Ids,
+    /// A host is no IP address.
+    #[error("the host of server {0} is not an IP address")]
+    Host(ServerId),
     /// Nobody votes, or too many do.
     #[error("a cell has 1 to 5 core servers, not {0}")]
     Core(usize),
@@ -65,6 +70,13 @@ impl fmt::Display for Members {
             write!(f, ", learners {}", ids(false))?;
         }
         write!(f, ", change {}", self.version)
+    }
+}
+
+impl Member {
+    /// Where it is, if that is not left to server.conf.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
     }
 }
 
@@ -103,6 +115,10 @@ impl Members {
             |it: &Member| it.host.len() <= HOST_BYTES_MAX && it.path.len() <= PATH_BYTES_MAX;
         if !self.list.iter().all(short) {
             return Err(BadMembers::Malformed);
+        }
+        let is_address = |it: &&Member| it.host.is_empty() || it.address().is_some();
+        if let Some(bad) = self.list.iter().find(|it| !is_address(it)) {
+            return Err(BadMembers::Host(bad.id));
         }
         match self.list.iter().filter(|it| it.core).count() {
             1..=CORE_MAX => Ok(()),
@@ -210,11 +226,14 @@ mod tests {
         twice.list[1].id = ServerId(0);
         let mut high = three();
         high.list[2].id = ServerId(8);
+        let mut name = three();
+        name.list[1].host = "paxos01".into();
         let mut none = three();
         none.list.iter_mut().for_each(|it| it.core = false);
         for (members, error) in [
             (twice, BadMembers::Ids),
             (high, BadMembers::Ids),
+            (name, BadMembers::Host(ServerId(2))),
             (none, BadMembers::Core(0)),
         ] {
             let mut bytes = Vec::new();

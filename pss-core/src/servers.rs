@@ -429,6 +429,13 @@ impl Servers {
     }
 }
 
+/// Where a server at an address takes connections and datagrams.
+pub fn sockets(id: ServerId, address: IpAddr) -> (SocketAddr, SocketAddr) {
+    let port = |base| base + u16::from(id.0);
+    let tcp = SocketAddr::new(address, port(TCP_PORT_BASE));
+    (tcp, SocketAddr::new(address, port(UDP_PORT_BASE)))
+}
+
 /// Ids for people: `0, 1 and 2`.
 pub struct Ids<'a>(pub &'a [ServerId]);
 

@@ -127,6 +127,26 @@ pub enum Refusal {
     /// The volume would become smaller and end within a block of 4096 bytes.
     #[error("a volume becomes smaller to a multiple of 4096 bytes only")]
     EndWithinBlock = 19,
+    /// An earlier change of the servers is not chosen yet.
+    #[error("another change of the servers is under way")]
+    ServersUnderWay = 20,
+    /// The list of servers follows another one than the last.
+    #[error("the servers have changed meanwhile")]
+    ServersOutdated = 21,
+    /// More than one core server would come or go.
+    #[error("core servers come and go one at a time")]
+    ServersTooMuch = 22,
+    /// The leader would remove itself; it hands over.
+    #[error("the server leads, and has to hand over first")]
+    ServerLeads = 23,
+    /// One that shall vote is not there, or has not got all data.
+    #[error("the server does not answer, or has not got all data yet")]
+    ServerBehind = 24,
+    /// It is no list of servers.
+    #[error(
+        "that is no list of servers: distinct ids from 0 to 7, IP addresses, and 1 to 5 core servers"
+    )]
+    BadServers = 25,
 }
 
 impl Refusal {
@@ -153,6 +173,12 @@ impl Refusal {
             ReservationsChanged,
             Reserved,
             EndWithinBlock,
+            ServersUnderWay,
+            ServersOutdated,
+            ServersTooMuch,
+            ServerLeads,
+            ServerBehind,
+            BadServers,
         ]
         .into_iter()
         .find(|refusal| *refusal as u8 == code)

@@ -27,6 +27,7 @@ mod key;
 mod links;
 mod manual;
 mod measure;
+mod members;
 mod paxos;
 mod ports;
 mod probe;

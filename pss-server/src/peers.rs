@@ -6,6 +6,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use pss_core::members::Members;
 use pss_core::servers::Servers;
 use pss_core::time::Instant;
 use pss_core::types::{Incarnation, SERVERS_MAX, ServerId};
@@ -18,6 +19,8 @@ pub(crate) const LINK_QUEUE_BYTES_MAX: usize = 64 << 20;
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// Longest pause.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// A connection that lasts so long is wanted.
+const LASTING: Duration = Duration::from_secs(1);
 /// A call that is not answered for this long is given up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -33,6 +36,8 @@ struct Peer {
     incarnation: Incarnation,
     link: Link,
     backoff: Duration,
+    /// The last connection did not last: the other end does not want it.
+    is_unwanted: bool,
     /// What was logged last about the link, so that it is not logged with every call.
     trouble: String,
     counts: LinkCounts,
@@ -74,6 +79,19 @@ enum Link {
 }
 
 impl Peer {
+    fn new(tcp: SocketAddr, udp: SocketAddr, now: Instant) -> Peer {
+        Peer {
+            tcp,
+            udp,
+            incarnation: Incarnation(0),
+            link: Link::Down { call_at: now },
+            backoff: BACKOFF_MIN,
+            is_unwanted: false,
+            trouble: String::new(),
+            counts: LinkCounts::default(),
+        }
+    }
+
     fn view(&self) -> LinkView<'_> {
         let (state, connection, up_since) = match self.link {
             Link::Down { .. } => (LinkState::Down, None, None),
@@ -102,18 +120,33 @@ impl Peers {
                 continue;
             };
             if id != own {
-                all[usize::from(id.0)] = Some(Peer {
-                    tcp,
-                    udp,
-                    incarnation: Incarnation(0),
-                    link: Link::Down { call_at: now },
-                    backoff: BACKOFF_MIN,
-                    trouble: String::new(),
-                    counts: LinkCounts::default(),
-                });
+                all[usize::from(id.0)] = Some(Peer::new(tcp, udp, now));
             }
         }
         Peers { all }
+    }
+
+    /// The log lists these servers: their addresses go before those of server.conf.
+    pub(crate) fn follow(&mut self, members: &Members, own: ServerId, now: Instant) {
+        for member in members.list.iter().filter(|it| it.id != own) {
+            let Some(address) = member.address() else {
+                continue;
+            };
+            let (tcp, udp) = pss_core::servers::sockets(member.id, address);
+            match self.get_mut(member.id) {
+                Some(peer) if peer.tcp == tcp => {}
+                Some(peer) => {
+                    let id = member.id;
+                    tracing::info!(
+                        peer = id.0,
+                        "server {id} is at {tcp} now, not at {}",
+                        peer.tcp
+                    );
+                    (peer.tcp, peer.udp) = (tcp, udp);
+                }
+                None => self.all[usize::from(member.id.0)] = Some(Peer::new(tcp, udp, now)),
+            }
+        }
     }
 
     fn get(&self, server: ServerId) -> Option<&Peer> {
@@ -228,9 +261,11 @@ impl Peers {
                 connection,
                 since: now,
             };
-            peer.backoff = BACKOFF_MIN;
-            peer.trouble.clear();
-            tracing::info!(peer = server.0, "connected to server {server}");
+            if !peer.is_unwanted {
+                peer.backoff = BACKOFF_MIN;
+                peer.trouble.clear();
+                tracing::info!(peer = server.0, "connected to server {server}");
+            }
         }
     }
 
@@ -239,7 +274,14 @@ impl Peers {
         let Some(peer) = self.get_mut(server) else {
             return;
         };
-        let was_up = matches!(peer.link, Link::Up { .. });
+        let (was_up, lasted) = match peer.link {
+            Link::Up { since, .. } => (true, now.since(since) >= LASTING),
+            _ => (false, false),
+        };
+        if lasted {
+            peer.backoff = BACKOFF_MIN;
+        }
+        peer.is_unwanted = was_up && !lasted;
         peer.link = Link::Down {
             call_at: now + peer.backoff,
         };

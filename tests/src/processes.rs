@@ -291,9 +291,20 @@ impl Cell {
 
     /// `pssd start`.
     pub fn start(&mut self, id: u8) {
+        self.start_with(id, None);
+    }
+
+    /// The same with another list of servers.
+    pub fn start_by(&mut self, id: u8, servers: &str) {
+        self.start_with(id, Some(servers));
+    }
+
+    fn start_with(&mut self, id: u8, servers: Option<&str>) {
         let mut command = self.bench.command("pssd");
         command.args(["start", "--id", &id.to_string()]);
-        if self.layout.mischief.is_some() {
+        if let Some(servers) = servers {
+            command.env("PSS_SERVERS", self.bench.path(servers));
+        } else if self.layout.mischief.is_some() {
             command.env("PSS_SERVERS", self.bench.path(&format!("server{id}.conf")));
         }
         command.args(self.layout.flags.split_whitespace());

@@ -1568,7 +1568,7 @@ impl Sim {
         let member = |id: ServerId, core: bool| Member {
             id,
             core,
-            host: format!("server{id}"),
+            host: format!("10.0.0.{id}"),
             path: "/data".to_owned(),
         };
         let mut members = match replica.members() {

@@ -29,6 +29,7 @@ use pss_core::entry::{
 };
 use pss_core::key::{CellId, CellKey};
 use pss_core::log::{Log, LogParams, LogRead};
+use pss_core::members::{Member, Members};
 use pss_core::paxos::message::{ChunkSummary, Message, Progress, SyncMessage};
 use pss_core::servers::ServersFile;
 use pss_core::state::{AdminAction, AdminEvent, Refusal, Volume, VolumeTimes};
@@ -618,6 +619,18 @@ fn requests() -> Vec<RequestBody> {
         RequestBody::Note {
             text: "stop server 2".into(),
         },
+        RequestBody::SetServers {
+            members: Box::new(Members {
+                epoch: 0,
+                version: 1,
+                list: vec![Member {
+                    id: ServerId(1),
+                    core: true,
+                    host: "10.0.0.1".into(),
+                    path: "/srv".into(),
+                }],
+            }),
+        },
         RequestBody::Inspect(Inspect::Process),
         RequestBody::Inspect(Inspect::Clients),
         RequestBody::Inspect(Inspect::Outbound),
@@ -798,6 +811,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         repaired_blocks: 0,
         lost_blocks: 0,
         clients: 2,
+        members: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,

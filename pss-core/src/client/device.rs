@@ -758,6 +758,12 @@ fn device_error(error: &ReplyError) -> DeviceError {
             | Refusal::InvalidRelease
             | Refusal::TooManyRegistrations
             | Refusal::InvalidReservation
+            | Refusal::ServersUnderWay
+            | Refusal::ServersOutdated
+            | Refusal::ServersTooMuch
+            | Refusal::ServerLeads
+            | Refusal::ServerBehind
+            | Refusal::BadServers
             | Refusal::Settled => DeviceError::Io,
         },
     }

@@ -5,7 +5,7 @@ use std::future::poll_fn;
 use std::io::IoSlice;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -17,7 +17,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::client::{CellConfig, ServerError};
 use crate::key::CellId;
-use crate::types::{Ballot, RequestNumber, ServerId, SessionId};
+use crate::members::Members;
+use crate::servers::sockets;
+use crate::types::{Ballot, RequestNumber, SERVERS_MAX, ServerId, SessionId};
 use crate::wire::auth::{Handshake, HandshakeConfig, MacKey, Peer, Role};
 use crate::wire::client::{Reply, ReplyBody, Request, RequestBody, ServerStatus};
 use crate::wire::frame::{Frame, FrameError, FrameKind, FrameLimits, FrameReader, SendQueue};
@@ -51,6 +53,17 @@ pub(super) struct Dialer {
     cell: OnceLock<CellId>,
     /// What came of the last attempt with each server.
     pub(super) outcomes: Mutex<BTreeMap<ServerId, Result<(), ServerError>>>,
+    /// What servers have told of who they are.
+    learned: Mutex<Learned>,
+}
+
+/// The servers as the cell lists them, which goes before the configuration.
+#[derive(Default)]
+struct Learned {
+    /// Epoch and version of the list; (0, 0): none was told.
+    change: (u64, u64),
+    servers: Vec<ServerId>,
+    addresses: BTreeMap<ServerId, SocketAddr>,
 }
 
 impl Dialer {
@@ -60,6 +73,7 @@ impl Dialer {
             config,
             cell: OnceLock::new(),
             outcomes: Mutex::default(),
+            learned: Mutex::default(),
         }
     }
 
@@ -73,7 +87,49 @@ impl Dialer {
         }
     }
 
+    fn learned(&self) -> MutexGuard<'_, Learned> {
+        self.learned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A server says who the servers are: some may have come, gone or moved since the configuration was written.
+    pub(super) fn learn(&self, members: Option<&Members>) {
+        let Some(members) = members else { return };
+        let mut learned = self.learned();
+        let change = (members.epoch, members.version);
+        if change <= learned.change {
+            return;
+        }
+        let addresses = members.list.iter().filter_map(|member| {
+            let (tcp, _) = sockets(member.id, member.address()?);
+            Some((member.id, tcp))
+        });
+        *learned = Learned {
+            change,
+            servers: members.list.iter().map(|it| it.id).collect(),
+            addresses: addresses.collect(),
+        };
+    }
+
+    /// The servers that can be asked: those of the configuration, without any that are known to be gone, and those that are
+    /// known to have come.
+    pub(super) fn servers(&self) -> Vec<ServerId> {
+        let learned = self.learned();
+        let is_there = |id: &ServerId| learned.change == (0, 0) || learned.servers.contains(id);
+        let mut servers: Vec<ServerId> = self.config.servers.iter().map(|it| it.0).collect();
+        servers.retain(is_there);
+        let new = learned.addresses.keys().copied();
+        let new: Vec<ServerId> = new.filter(|id| !servers.contains(id)).collect();
+        servers.extend(new);
+        if servers.is_empty() {
+            servers = self.config.servers.iter().map(|it| it.0).collect();
+        }
+        servers
+    }
+
     fn address(&self, server: ServerId) -> Result<SocketAddr, ServerError> {
+        if let Some(address) = self.learned().addresses.get(&server) {
+            return Ok(*address);
+        }
         let mut servers = self.config.servers.iter();
         match servers.find(|(id, _)| *id == server) {
             Some((_, address)) => Ok(*address),
@@ -188,6 +244,7 @@ impl Dialer {
             None => connection.insert(self.dial(server).await?),
         };
         let status = self.status_on(connection).await?;
+        self.learn(status.members.as_ref());
         Ok((status.role == "leader").then_some(status.ballot))
     }
 }
@@ -201,16 +258,20 @@ struct Report {
 ///
 /// `named` is the server that another one has called the leader: if it agrees, nobody else is heard.
 pub(super) async fn find_leader(dialer: Arc<Dialer>, named: Option<ServerId>) -> Connection {
-    let servers = dialer.config.servers.clone();
-    let (sender, mut reports) = mpsc::channel(2 * servers.len().max(1));
+    let (sender, mut reports) = mpsc::channel(2 * SERVERS_MAX);
     let mut searches = JoinSet::new();
-    for (server, _) in &servers {
-        let (dialer, sender, server) = (Arc::clone(&dialer), sender.clone(), *server);
-        searches.spawn(async move { dialer.await_leadership(server, sender).await });
-    }
+    let mut servers: Vec<ServerId> = Vec::new();
     let mut answered = 0;
     let mut best = None;
     while best.is_none() {
+        // The first answers may tell of servers that the configuration does not know.
+        for server in dialer.servers() {
+            if !servers.contains(&server) {
+                servers.push(server);
+                let (dialer, sender) = (Arc::clone(&dialer), sender.clone());
+                searches.spawn(async move { dialer.await_leadership(server, sender).await });
+            }
+        }
         // The sender above lives, so there is always another report to wait for.
         let report = reports.recv().await;
         answered += 1;

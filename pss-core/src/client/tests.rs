@@ -430,6 +430,7 @@ impl Store {
             RequestBody::Reserve { .. }
             | RequestBody::Reservations { .. }
             | RequestBody::Events { .. }
+            | RequestBody::SetServers { .. }
             | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
             RequestBody::Note { text } => self.apply(command(Op::Note { text }), |_| {}),
             RequestBody::Status | RequestBody::Shutdown | RequestBody::Inspect(_) => Answer::Done,
@@ -475,6 +476,7 @@ fn status(server: u8, leader: u8) -> ServerStatus {
         lost_blocks: 0,
         clients: 0,
         peers: vec![],
+        members: None,
     }
 }
 

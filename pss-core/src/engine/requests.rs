@@ -9,7 +9,9 @@ use crate::chunk::ReadError;
 use crate::engine::conflicts::BlockRange;
 use crate::engine::{Action, ClientId, CommandKey, Engine, Fetched, ReadWhat, VolumeRead, Waiting};
 use crate::entry::{Command, Entry, Op, Origin, block_checksums};
+use crate::members::Members;
 use crate::paxos::RoleKind;
+use crate::paxos::members::ChangeRefused;
 use crate::state::{Refusal, Volume};
 use crate::time::Instant;
 use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
@@ -152,8 +154,29 @@ impl Engine {
         };
         match &request.body {
             RequestBody::KeepAlive => self.reply(client, request.tag, Ok(ReplyBody::Done)),
+            RequestBody::SetServers { members } => {
+                let done = self.set_servers(now, Members::clone(members));
+                self.reply(client, request.tag, done);
+            }
             _ if reads => self.read_request(now, client, request),
             _ => self.change_request(client, request),
+        }
+    }
+
+    fn set_servers(&mut self, now: Instant, members: Members) -> Result<ReplyBody, ReplyError> {
+        let refused = |refusal| Err(ReplyError::Refused(refusal));
+        match self.change_members(now, members) {
+            Ok(()) => Ok(ReplyBody::Done),
+            Err(ChangeRefused::NotLeader) => Err(ReplyError::NotLeader { leader: None }),
+            Err(ChangeRefused::UnderWay) => refused(Refusal::ServersUnderWay),
+            Err(ChangeRefused::TooMuch) => refused(Refusal::ServersTooMuch),
+            Err(ChangeRefused::Behind(_)) => refused(Refusal::ServerBehind),
+            Err(ChangeRefused::Outdated) => refused(Refusal::ServersOutdated),
+            Err(ChangeRefused::Bad(_)) => refused(Refusal::BadServers),
+            Err(ChangeRefused::Leader) => {
+                self.hand_over(now);
+                refused(Refusal::ServerLeads)
+            }
         }
     }
 
@@ -1056,6 +1079,7 @@ impl Engine {
             lost_blocks: self.repairs().lost,
             clients: 0,
             peers: replica.peers().map(peer).collect(),
+            members: self.state.members().map(|members| Members::clone(members)),
         }
     }
 }

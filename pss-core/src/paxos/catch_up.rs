@@ -138,7 +138,7 @@ impl Replica {
                 .heard
                 .is_some_and(|at| now.since(at) < self.config.tuning.lease * 4);
             // Two learners that know the same must not wait for each other.
-            let has_some = match server.is_core() {
+            let has_some = match self.config.members.core.contains(server) {
                 true => peer.progress.chosen >= self.chosen,
                 false => peer.progress.chosen > self.chosen,
             };

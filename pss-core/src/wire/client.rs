@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::entry::{NOTE_BYTES_MAX, USER_NAME_MAX};
+use crate::members::Members;
 use crate::state::{Refusal, Volume, VolumeTimes};
 use crate::types::{
     BLOCK_BYTES, Ballot, ChunkIndex, GroupId, RequestNumber, SERVERS_MAX, ServerId, SessionId,
@@ -209,6 +210,12 @@ pub enum RequestBody {
     Note {
         /// At most [`NOTE_BYTES_MAX`].
         text: String,
+    },
+    /// Proposes another list of servers, which follows the last one. `Done` says that it was proposed; that it holds is
+    /// seen in [`ServerStatus::members`].
+    SetServers {
+        /// All of them.
+        members: Box<Members>,
     },
 }
 
@@ -442,6 +449,9 @@ pub struct ServerStatus {
     pub clients: u32,
     /// The other servers as it sees them.
     pub peers: Vec<PeerStatus>,
+    /// The servers as its log lists them; none: as server.conf does.
+    #[serde(default)]
+    pub members: Option<Members>,
 }
 
 /// One server as seen by another.
@@ -655,6 +665,7 @@ impl RequestBody {
             RequestBody::Inspect(_) => 24,
             RequestBody::Events { .. } => 25,
             RequestBody::Note { .. } => 26,
+            RequestBody::SetServers { .. } => 27,
         }
     }
 
@@ -772,6 +783,12 @@ impl RequestBody {
             RequestBody::Inspect(what) => what.encode(put),
             RequestBody::Events { after } => put.u64(*after),
             RequestBody::Note { text } => put.string(shortened(text, NOTE_BYTES_MAX)),
+            RequestBody::SetServers { members } => {
+                let mut bytes = Vec::new();
+                members.encode(&mut bytes);
+                put.u32(bytes.len() as u32);
+                put.bytes(&bytes);
+            }
         }
     }
 
@@ -867,6 +884,17 @@ impl RequestBody {
             26 => RequestBody::Note {
                 text: string("note", input, NOTE_BYTES_MAX)?,
             },
+            27 => {
+                let length = input.count(1)?;
+                let mut bytes = input.bytes(length)?;
+                let members = Members::decode(&mut bytes).map_err(|_| DecodeError::Truncated)?;
+                if !bytes.is_empty() {
+                    return Err(DecodeError::Trailing);
+                }
+                RequestBody::SetServers {
+                    members: Box::new(members),
+                }
+            }
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "request",

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pss_core::client::{Cell, CellConfig, ClientError, ServerError, Shrink};
+use pss_core::members::Members;
 use pss_core::state::{Refusal, Volume};
 use pss_core::types::{ServerId, VolumeId};
 use pss_core::wire::client::{EventList, ReplyError, VolumeStatus};
@@ -83,7 +84,8 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
             | Refusal::BadSize
             | Refusal::BadChunkSize
             | Refusal::WouldShrink
-            | Refusal::EndWithinBlock => Exit::Usage,
+            | Refusal::EndWithinBlock
+            | Refusal::BadServers => Exit::Usage,
             Refusal::StaleSession
             | Refusal::OutOfRange
             | Refusal::TooMany
@@ -94,7 +96,12 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
             | Refusal::InvalidReservation
             | Refusal::ReservationsChanged
             | Refusal::Reserved
-            | Refusal::Settled => Exit::Failed,
+            | Refusal::Settled
+            | Refusal::ServersUnderWay
+            | Refusal::ServersOutdated
+            | Refusal::ServersTooMuch
+            | Refusal::ServerLeads
+            | Refusal::ServerBehind => Exit::Failed,
         },
         ClientError::Reply(ReplyError::NoSpace) => {
             return CliError::new(
@@ -333,6 +340,15 @@ impl Access {
                 answer,
             })
             .collect()
+    }
+
+    /// Proposes another list of servers. What the cell has against it is for the caller.
+    pub(super) fn set_servers(&self, members: Members) -> Result<Option<Refusal>, CliError> {
+        match self.runtime.block_on(self.cell.set_servers(members)) {
+            Ok(()) => Ok(None),
+            Err(ClientError::Refused(refusal)) => Ok(Some(refusal)),
+            Err(error) => self.wait(async { Err(error) }),
+        }
     }
 
     /// Has the cell note what is about to be done outside of it. If it cannot, says so and goes on.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 
 use pss_core::client::ServerError;
+use pss_core::members::Members;
 use pss_core::servers::Ids;
 use pss_core::types::ServerId;
 use pss_core::wire::client::{PeerStatus, ServerStatus};
@@ -85,6 +86,8 @@ pub(super) struct Health {
     pub(super) leader: Option<ServerId>,
     /// The copies of all listed servers.
     pub(super) copies: BTreeMap<ServerId, CopyState>,
+    /// The servers that vote.
+    pub(super) core: Vec<ServerId>,
     /// What follows.
     pub(super) verdict: Verdict,
     answering: Vec<ServerId>,
@@ -101,6 +104,62 @@ impl Answers {
             .max_by_key(|status| status.ballot)
     }
 
+    /// The servers as the log lists them, by the newest list that anyone has told; none: as server.conf does.
+    pub(super) fn members(&self) -> Option<&Members> {
+        let lists = self.statuses.values().filter_map(|it| it.members.as_ref());
+        lists.max_by_key(|it| (it.epoch, it.version))
+    }
+
+    /// All servers, and those of them that vote.
+    fn servers(&self) -> (Vec<ServerId>, Vec<ServerId>) {
+        let Some(members) = self.members() else {
+            let core = self.listed.iter().copied().filter(|id| id.is_core());
+            return (self.listed.clone(), core.collect());
+        };
+        let all = members.list.iter().map(|it| it.id).collect();
+        (all, members.membership().core)
+    }
+
+    /// What server.conf says that is not so any more.
+    pub(super) fn stale_lines(&self) -> Vec<String> {
+        let Some(members) = self.members() else {
+            return Vec::new();
+        };
+        let missing = members
+            .list
+            .iter()
+            .filter(|it| !self.listed.contains(&it.id));
+        let missing = missing.map(|it| {
+            format!(
+                "Server {} belongs to the cell and is not in server.conf here: add the line '{} {} {}'.",
+                it.id, it.id, it.host, it.path
+            )
+        });
+        let gone = self.listed.iter().filter(|id| members.get(**id).is_none());
+        let gone = gone.map(|id| {
+            format!("Server {id} is in server.conf here, and was taken out of the cell: take the line out.")
+        });
+        missing.chain(gone).collect()
+    }
+
+    /// What a server that is to vote is waited for.
+    pub(super) fn progress(&self, health: &Health, id: ServerId) -> String {
+        let state = health.copies.get(&id).copied();
+        match state {
+            Some(
+                CopyState::Copying(Some((done, total)), _)
+                | CopyState::Rejoining(Some((done, total)), _),
+            ) => {
+                format!("has {} of {} chunks", grouped(done), grouped(total))
+            }
+            Some(CopyState::Behind(behind)) => format!("lacks {} entries", grouped(behind.slots)),
+            Some(CopyState::Silent(_) | CopyState::Apart(_)) => {
+                "does not answer the others: is it formatted and started?".to_owned()
+            }
+            _ => "is learning".to_owned(),
+        }
+    }
+
     /// The slot that a copy must reach to be current, if these answers decide.
     pub(super) fn mark(&self) -> Option<u64> {
         self.leader().map(|leader| leader.chosen)
@@ -111,12 +170,12 @@ impl Answers {
     pub(super) fn judge(&self, mark: Option<u64>) -> Health {
         let leader = self.leader();
         let mark = mark.or(self.mark()).unwrap_or(0);
-        let copies: BTreeMap<_, _> = self
-            .listed
+        let (servers, votes) = self.servers();
+        let copies: BTreeMap<_, _> = servers
             .iter()
             .map(|id| (*id, self.copy_state(*id, leader, mark)))
             .collect();
-        let core: Vec<_> = self.listed.iter().filter(|id| id.is_core()).collect();
+        let core: Vec<_> = votes.iter().collect();
         let majority = core.len() / 2 + 1;
         let counts = |id: &&&ServerId| !self.statuses.get(**id).is_some_and(|it| it.rejoining);
         let heard = core.iter().filter(counts);
@@ -139,6 +198,7 @@ impl Answers {
             full.clear();
         }
         Health {
+            core: votes.clone(),
             full,
             leader: leader.map(|leader| leader.server),
             copies,
@@ -238,6 +298,12 @@ fn peer(leader: &ServerStatus, id: ServerId) -> Option<&PeerStatus> {
 }
 
 impl Health {
+    /// Those of the servers that hold everything.
+    pub(super) fn current(&self, servers: &[ServerId]) -> Vec<ServerId> {
+        let is_current = |id: &ServerId| self.copies.get(id) == Some(&CopyState::Current);
+        servers.iter().copied().filter(is_current).collect()
+    }
+
     /// The first line of `pss status`.
     pub(super) fn sentence(&self) -> String {
         match self.verdict {
@@ -276,14 +342,14 @@ impl Health {
     }
 
     fn core(&self) -> usize {
-        self.copies.keys().filter(|id| id.is_core()).count()
+        self.core.len()
     }
 
     fn no_majority(&self) -> String {
         let core = self.core();
         let majority = core / 2 + 1;
         let mut answering = self.answering.clone();
-        answering.retain(|id| id.is_core());
+        answering.retain(|id| self.core.contains(id));
         let who = match answering.len() {
             0 => format!("none of {core} core servers answers"),
             1 => format!(
@@ -333,7 +399,7 @@ impl Health {
         let core_is_well = self
             .copies
             .iter()
-            .filter(|(id, _)| id.is_core())
+            .filter(|(id, _)| self.core.contains(id))
             .all(|(_, state)| *state == CopyState::Current);
         // Learners do not count towards what may fail.
         if core_is_well {
@@ -480,6 +546,7 @@ pub(super) mod tests {
             lost_blocks: 0,
             clients: 0,
             peers: Vec::new(),
+            members: None,
         }
     }
 

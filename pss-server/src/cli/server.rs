@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use super::cell::Access;
 use super::health::{Answers, CopyState, Health, Verdict};
 use super::status::look;
-use super::{CellArgs, CliError, confirm, links, parse_id, ports, print, print_json, probe, say};
+use super::{
+    CellArgs, CliError, confirm, links, members, parse_id, ports, print, print_json, probe, say,
+};
 use crate::render::{Table, left, right, span};
 
 #[derive(Debug, Subcommand)]
@@ -24,6 +26,14 @@ pub(super) enum ServerVerb {
         #[arg(long)]
         yes: bool,
     },
+    /// Adds a server to the running cell
+    #[command(after_help = members::ADD_EXAMPLES)]
+    Add(members::PlaceArgs),
+    /// Takes a server out of the running cell
+    Remove(members::RemoveArgs),
+    /// Gives a server of the running cell another address or data directory
+    #[command(after_help = members::REPLACE_EXAMPLES)]
+    Replace(members::PlaceArgs),
     /// Shows what a server holds open: clients, what waits for the other servers, files
     #[command(after_help = probe::EXAMPLES)]
     Probe(probe::ProbeArgs),
@@ -39,6 +49,9 @@ pub(super) fn run(args: &CellArgs, verb: ServerVerb) -> Result<(), CliError> {
     match verb {
         ServerVerb::List => list(args),
         ServerVerb::Shutdown { id, yes } => shutdown(args, id, yes),
+        ServerVerb::Add(place) => members::add(args, &place),
+        ServerVerb::Remove(remove) => members::remove(args, &remove),
+        ServerVerb::Replace(place) => members::replace(args, &place),
         ServerVerb::Probe(probe) => probe::run(args, &probe),
         ServerVerb::Links(links) => links::run(args, &links),
         ServerVerb::Ports(ports) => ports::run(args, &ports),
@@ -158,13 +171,18 @@ pub(super) fn shutdown(args: &CellArgs, id: u8, yes: bool) -> Result<(), CliErro
 
 /// What speaks against stopping a server: that the cell works now and would not without it.
 fn objection(health: &Health, id: ServerId) -> Option<String> {
-    let core = || health.copies.iter().filter(|(id, _)| id.is_core());
+    let core = || {
+        health
+            .copies
+            .iter()
+            .filter(|(id, _)| health.core.contains(id))
+    };
     let majority = core().count() / 2 + 1;
     let left = core()
         .filter(|(other, state)| **other != id && **state == CopyState::Current)
         .count();
     let works = matches!(health.verdict, Verdict::Works { .. });
-    (id.is_core() && works && left < majority).then(|| {
+    (health.core.contains(&id) && works && left < majority).then(|| {
         format!(
             "Without server {id} no majority is left: all volumes stand still until a server comes back. Stop it?"
         )

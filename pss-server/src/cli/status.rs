@@ -141,7 +141,8 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             format!("Server {id} has {left} of {total} left for volumes: its disk is {how}.")
         })
     });
-    let notes: Vec<String> = failures.chain(bad_disks).chain(full_disks).collect();
+    let notes = failures.chain(bad_disks).chain(full_disks);
+    let notes: Vec<String> = notes.chain(answers.stale_lines()).collect();
     if !notes.is_empty() {
         text.push_str(&format!("\n{}\n", notes.join("\n")));
     }
@@ -174,7 +175,7 @@ fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             json!({
                 "id": id.0,
                 "address": address(*id),
-                "core": id.is_core(),
+                "core": health.core.contains(id),
                 "answers": answers.statuses.contains_key(id),
                 "current": *state == CopyState::Current,
                 "state": state.word(),

@@ -93,6 +93,8 @@ pub(super) struct Node {
     /// Connections that have something to read, in turn.
     pub(super) ready: VecDeque<usize>,
     pub(super) peers: Peers,
+    /// Epoch and version of the servers that `peers` follow.
+    members: Option<(u64, u64)>,
     events: Vec<Event>,
 
     // Going out.
@@ -137,6 +139,7 @@ impl Node {
     pub(super) fn new(config: ServerConfig, parts: NodeParts, now: Instant) -> Node {
         Node {
             peers: Peers::new(&config.servers, config.id, now),
+            members: None,
             config,
             sockets: parts.sockets,
             inbox: parts.inbox,
@@ -239,6 +242,7 @@ impl Node {
             self.engine.apply_chosen(now);
             self.carry_out(now);
         }
+        self.follow_members(now);
         self.finish_reads();
         let flow = self.stop_if_done(now);
         self.send();
@@ -256,6 +260,26 @@ impl Node {
         self.chosen
             .store(self.engine.replica().chosen().0, Ordering::Release);
         Ok(flow)
+    }
+
+    /// Servers may have come, gone or moved.
+    fn follow_members(&mut self, now: Instant) {
+        let Some(members) = self.engine.state().members() else {
+            return;
+        };
+        let change = (members.epoch, members.version);
+        if self.members == Some(change) {
+            return;
+        }
+        self.members = Some(change);
+        let own = self.config.id;
+        self.peers.follow(members, own, now);
+        match members.get(own) {
+            Some(_) => tracing::info!("the servers of the cell: {members}"),
+            None => tracing::warn!(
+                "this server is none of the cell's any more ({members}): stop it, and take it out of server.conf"
+            ),
+        }
     }
 
     /// Answers the reads that are done.

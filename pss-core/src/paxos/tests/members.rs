@@ -9,7 +9,7 @@ fn list(version: u64, core: &[u8], learners: &[u8]) -> Members {
     let member = |id: u8, core| Member {
         id: ServerId(id),
         core,
-        host: format!("s{id}"),
+        host: format!("10.0.0.{id}"),
         path: "/srv".into(),
     };
     let mut list: Vec<Member> = core.iter().map(|id| member(*id, true)).collect();

@@ -67,6 +67,7 @@ fn body() -> impl Strategy<Value = RequestBody> {
             .prop_map(|(nonce, name, user)| RequestBody::OpenSession { nonce, name, user }),
         any::<u64>().prop_map(|after| RequestBody::Events { after }),
         "[a-zé\\x00]{0,60}".prop_map(|text| RequestBody::Note { text }),
+        Just(RequestBody::SetServers { members: members() }),
         Just(RequestBody::EndSession),
         Just(RequestBody::KeepAlive),
         (volume(), offset(), 0..=REQUEST_BYTES_MAX as u32).prop_map(
@@ -198,6 +199,20 @@ fn reserve(volume: VolumeId, key: u64) -> RequestBody {
     RequestBody::Reserve { volume, request }
 }
 
+fn members() -> Box<Members> {
+    let member = crate::members::Member {
+        id: ServerId(3),
+        core: true,
+        host: "10.0.0.3".into(),
+        path: "/a".into(),
+    };
+    Box::new(Members {
+        epoch: 1,
+        version: 2,
+        list: vec![member],
+    })
+}
+
 fn status() -> ServerStatus {
     ServerStatus {
         cell: "c".into(),
@@ -229,6 +244,7 @@ fn status() -> ServerStatus {
         repaired_blocks: 0,
         lost_blocks: 0,
         clients: 2,
+        members: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,
@@ -455,6 +471,15 @@ fn literal_requests() {
             },
             26,
             "040073746f70",
+        ),
+        (
+            RequestBody::SetServers { members: members() },
+            27,
+            concat!(
+                "2100000001000000000000000200000000000000010301",
+                "080031302e302e302e33",
+                "02002f61",
+            ),
         ),
         (RequestBody::EndSession, 2, ""),
         (RequestBody::KeepAlive, 3, ""),
