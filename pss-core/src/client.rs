@@ -294,6 +294,19 @@ impl Cell {
         }
     }
 
+    /// Has a server give up the majority and go on alone.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn recover(&self, server: ServerId, members: Members) -> Result<(), ServerError> {
+        let members = Box::new(members);
+        let body = RequestBody::Recover { members };
+        match self.dialer.ask(server, body).await? {
+            ReplyBody::Done => Ok(()),
+            _ => Err(ServerError::Unexpected),
+        }
+    }
+
     /// Stops a server cleanly.
     ///
     /// # Errors

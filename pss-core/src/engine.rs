@@ -36,6 +36,7 @@ use crate::members::Members;
 use crate::paxos::members::ChangeRefused;
 use crate::paxos::message::Message;
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
+use crate::paxos::recover::RecoverRefused;
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
 use crate::state::{AdminAction, Answer, State};
 use crate::storage::{self, ApplyError, Stalled};
@@ -534,6 +535,11 @@ impl Engine {
                  disk lost writes; as incarnation {life} the server learns what the others hold, and neither votes nor counts \
                  until it has"
             ),
+            (true, false) if self.replica.given_up_by().is_some() => tracing::error!(
+                "the cell was recovered without this server (loss epoch {}): what it holds does not count any more; to take it in \
+                 again use 'pssd format --replace' and 'pss server add'",
+                self.replica.given_up_by().unwrap_or_default()
+            ),
             (true, false) if counts > life => tracing::error!(
                 "another data directory has taken the place of this one (incarnation {counts}, this one is {life}): this server \
                  does not count while that one runs"
@@ -583,6 +589,16 @@ impl Engine {
         let proposed = self.replica.change_members(now, members);
         self.drain(now);
         proposed
+    }
+
+    /// Gives the majority up.
+    ///
+    /// # Errors
+    /// See [`Replica::recover`].
+    pub fn recover(&mut self, now: Instant, members: Members) -> Result<(), RecoverRefused> {
+        let done = self.replica.recover(now, members);
+        self.drain(now);
+        done
     }
 
     /// Hands the leadership over; see [`Replica::hand_over`].

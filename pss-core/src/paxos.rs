@@ -20,6 +20,7 @@ pub mod members;
 pub mod message;
 pub mod output;
 pub mod quorum;
+pub mod recover;
 mod standing;
 mod tail;
 #[cfg(test)]
@@ -188,6 +189,8 @@ pub enum Bug {
     ChangeMany,
     /// A candidate counts its promises by the list that its log had before it took over another.
     CountByOldList,
+    /// Votes on though the cell was recovered without it.
+    IgnoreEpoch,
     /// Does not care that others have seen more of it than its disk knows.
     DenyForgotten,
 }
@@ -284,6 +287,8 @@ pub struct Replica {
     set_back: bool,
     /// Others have heard a later life of this server lately. It does not vote meanwhile.
     outlived: bool,
+    /// The latest loss epoch that was heard of, if that is later than the log's.
+    given_up_by: Option<u64>,
 
     // Learner.
     chosen: Slot,
@@ -350,6 +355,7 @@ impl Replica {
             ),
             set_back: false,
             outlived: false,
+            given_up_by: None,
             chosen: recovered.chosen.max(recovered.applied.slot).min(last.slot),
             applying: recovered.applied.slot,
             applied: recovered.applied.slot,
@@ -533,11 +539,15 @@ impl Replica {
             Message::Progress(_) => {}
             Message::Rejoin => self.on_rejoin(from, life),
             Message::Absent { ballot } => self.on_absent(now, from, life, ballot),
-            Message::Standing { standing, asks } if standing.life == life => {
-                self.on_standing(now, from, standing, asks);
+            Message::Standing {
+                standing,
+                asks,
+                epoch,
+            } if standing.life == life => {
+                self.on_standing(now, from, standing, asks, epoch);
             }
             Message::Standing { .. } => {}
-            Message::Seen { mark, alive } => self.on_seen(now, from, mark, alive),
+            Message::Seen { mark, alive, epoch } => self.on_seen(now, from, mark, alive, epoch),
             // Of a life that does not count.
             Message::PreCheckAnswer { .. }
             | Message::Nack { .. }

@@ -147,6 +147,12 @@ pub enum Refusal {
         "that is no list of servers: distinct ids from 0 to 7, IP addresses, and 1 to 5 core servers"
     )]
     BadServers = 25,
+    /// A majority is there, so nothing is lost for good.
+    #[error("a majority of the core servers is there")]
+    MajorityAlive = 26,
+    /// The server lacks data that others may have.
+    #[error("the server has not got all data itself")]
+    Incomplete = 27,
 }
 
 impl Refusal {
@@ -179,6 +185,8 @@ impl Refusal {
             ServerLeads,
             ServerBehind,
             BadServers,
+            MajorityAlive,
+            Incomplete,
         ]
         .into_iter()
         .find(|refusal| *refusal as u8 == code)
@@ -635,6 +643,15 @@ impl State {
                 Ok(Answer::Done)
             }
             Op::SetMembers { members } => {
+                let epoch = self.members.as_ref().map_or(0, |it| it.epoch);
+                if members.epoch > epoch {
+                    // What they were told is done may be lost: whoever has a volume open must look anew.
+                    let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+                    for session in sessions {
+                        self.sessions.remove(&session);
+                        self.end_units(session);
+                    }
+                }
                 self.members = Some(Arc::clone(members));
                 Ok(Answer::Done)
             }

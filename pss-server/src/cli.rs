@@ -31,6 +31,7 @@ mod members;
 mod paxos;
 mod ports;
 mod probe;
+mod recover;
 mod server;
 mod signals;
 mod start;
@@ -180,6 +181,9 @@ struct Pss {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Goes on without a majority that is lost for good
+    #[command(after_help = recover::EXAMPLES)]
+    Recover(recover::RecoverArgs),
     /// Says whether the data are safe, who leads, and who is behind
     Status(status::StatusArgs),
     /// Creates, shows, resizes and deletes volumes
@@ -244,6 +248,7 @@ pub fn pss_main() -> ExitCode {
     let pss = Pss::parse();
     finish("pss", || match pss.verb {
         Verb::Status(args) => status::run(&pss.cell, &args),
+        Verb::Recover(args) => recover::run(&pss.cell, &args),
         Verb::Volume(verb) => volume::run(&pss.cell, verb),
         Verb::Paxos(verb) => paxos::run(&pss.cell, verb),
         Verb::Server(verb) => server::run(&pss.cell, verb),

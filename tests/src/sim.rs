@@ -76,7 +76,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 24] = [
+pub const BUGS: [SimBug; 25] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -94,6 +94,7 @@ pub const BUGS: [SimBug; 24] = [
     SimBug::Agreement(Bug::CountOldLives),
     SimBug::Agreement(Bug::CountIncomplete),
     SimBug::Agreement(Bug::DenyForgotten),
+    SimBug::Agreement(Bug::IgnoreEpoch),
     SimBug::Agreement(Bug::ChangeUnchosen),
     SimBug::Agreement(Bug::ChangeMany),
     SimBug::Agreement(Bug::CountByOldList),
@@ -169,6 +170,8 @@ pub struct Report {
     pub restored: u64,
     /// Changes of the servers that were proposed.
     pub changes: u64,
+    /// Majorities that were given up.
+    pub recovered: u64,
     /// Ballots that led.
     pub leaders: u64,
     /// Simulated time, milliseconds.
@@ -204,6 +207,7 @@ impl Report {
         self.plain_wipes += other.plain_wipes;
         self.restored += other.restored;
         self.changes += other.changes;
+        self.recovered += other.recovered;
         self.leaders += other.leaders;
         self.simulated_ms += other.simulated_ms;
     }
@@ -377,6 +381,10 @@ struct Node {
     wiped: Option<BTreeMap<Slot, EntryId>>,
     /// Nobody told it that it replaces another.
     is_plain: bool,
+    /// The cell goes on without it.
+    given_up: bool,
+    /// It is not started for now.
+    is_away: bool,
     /// Its directory was restored from a backup of this life.
     restored: Option<Incarnation>,
     /// When it stopped: the end of its log, and behind which slot it was being cut.
@@ -502,6 +510,8 @@ impl Sim {
                 wiped: None,
                 is_plain: false,
                 restored: None,
+                given_up: false,
+                is_away: false,
                 stopped_at: (String::new(), 0),
                 cut_pending: None,
             })
@@ -583,6 +593,7 @@ impl Sim {
         self.rot_in_calm()?;
         self.lead_with_a_disk_that_hangs()?;
         self.restore_an_old_backup()?;
+        self.give_up_a_majority()?;
         self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
         self.check_history()?;
@@ -703,6 +714,69 @@ impl Sim {
         self.step_until("who was restored has learned all", Sim::has_converged)
     }
 
+    /// Of three servers two are taken for lost, and the third, which has everything, goes on alone; then the others come back, with
+    /// their votes. Nobody else may lead but who went on, and what was answered is there.
+    fn give_up_a_majority(&mut self) -> Checked<()> {
+        if self.core != 3 || self.config.seed % 5 != 1 || changes_members(self.config.seed) {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        self.step_until("there is a leader", |sim| leads(sim).is_some())?;
+        self.step_until("all are equal", Sim::has_converged)?;
+        let Some(left) = leads(self) else {
+            return Ok(());
+        };
+        let lost = [(left + 1) % 3, (left + 2) % 3];
+        for index in lost {
+            self.crash(index);
+            self.nodes[index].is_away = true;
+        }
+        // Nothing of them is on its way any more.
+        let until = self.now + 8 * SECOND;
+        while self.now < until {
+            self.step()?;
+        }
+        let now = self.clock(left);
+        let ids: Vec<ServerId> = self.nodes.iter().map(|it| it.id).collect();
+        let list = ids.into_iter().enumerate();
+        let list = list.filter(|(index, _)| !lost.contains(index));
+        let member = |(index, id): (usize, ServerId)| Member {
+            id,
+            core: index == left,
+            host: String::new(),
+            path: String::new(),
+        };
+        let members = Members {
+            epoch: 1,
+            version: 1,
+            list: list.map(member).collect(),
+        };
+        let Some(running) = &mut self.nodes[left].running else {
+            return Ok(());
+        };
+        if let Err(error) = running.engine.recover(now, members) {
+            return self.fail(format!("the majority cannot be given up: {error}"));
+        }
+        self.report.recovered += 1;
+        self.after(left)?;
+        self.step_until("who is left leads", |sim| leads(sim) == Some(left))?;
+        for index in lost {
+            // As whoever is given up.
+            self.nodes[index].given_up = true;
+            self.nodes[index].is_away = false;
+            self.schedule(self.now, Event::Start { node: index });
+        }
+        let until = self.now + 6 * SECOND;
+        while self.now < until {
+            self.step()?;
+            if leads(self).is_some_and(|it| lost.contains(&it)) {
+                return self.fail("a server leads that was given up");
+            }
+        }
+        self.write(3)?;
+        self.step_until("who is left holds the same", Sim::has_converged)
+    }
+
     /// Of three servers one is lost for good while chunks are being copied to another, which has
     /// acknowledged entries for chunks that it does not have; the third has slept meanwhile. Nothing of
     /// what was answered is lost.
@@ -725,10 +799,10 @@ impl Sim {
         self.step_until("chunks are copied", |sim| {
             installs(sim) || sim.has_converged()
         })?;
-        if !installs(self) {
-            // Someone had the entries in memory still.
+        if !installs(self) || leads(self) != Some(lost) {
+            // Someone had the entries in memory still, or the one that is to be lost lags itself.
             self.loses_chunks = false;
-            return Ok(());
+            return self.step_until("all are there again", Sim::has_converged);
         }
         self.crash(sleeps);
         self.write_until_trimmed(&[lost], sleeps)?;
@@ -842,7 +916,7 @@ impl Sim {
     }
 
     fn start(&mut self, index: usize) -> Checked<()> {
-        if self.nodes[index].running.is_some() {
+        if self.nodes[index].running.is_some() || self.nodes[index].is_away {
             return Ok(());
         }
         let now = self.clock(index);
@@ -2228,6 +2302,7 @@ impl Sim {
             && index < self.core
             && node.wiped.is_none()
             && node.restored.is_none()
+            && !node.given_up
         {
             return self.fail(format!("server {id} has forgotten nothing and rejoins"));
         }

@@ -395,10 +395,12 @@ fn messages() -> (Vec<Message>, Vec<Message>) {
         Message::Standing {
             standing,
             asks: true,
+            epoch: 1,
         },
         Message::Seen {
             mark: standing,
             alive: false,
+            epoch: 1,
         },
         Message::Promise {
             ballot,
@@ -812,6 +814,8 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         lost_blocks: 0,
         clients: 2,
         members: None,
+        last_ballot: ballot(3, 1),
+        given_up_by: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,
@@ -822,6 +826,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
             behind_ms: Some(14_000),
             behind_bytes: Some(1 << 20),
             left_s: None,
+            acknowledged: 12,
         }],
     };
     let events = EventList {

@@ -81,7 +81,10 @@ fn a_thousand_cells_keep_every_promise() {
         assert!(total.strayed > 500 && total.repaired > 5000, "{total:?}");
         assert!(total.out_of_budget < 5, "{total:?}");
         assert!(total.wipes > 500 && total.plain_wipes > 50, "{total:?}");
-        assert!(total.restored > 20 && total.changes > 500, "{total:?}");
+        assert!(
+            total.restored > 20 && total.changes > 500 && total.recovered > 20,
+            "{total:?}"
+        );
         assert!(total.lost_writes > 100 && total.stalls > 100, "{total:?}");
         assert!(
             total.ended > 1000 && total.ends_asked > total.ended,

@@ -764,6 +764,8 @@ fn device_error(error: &ReplyError) -> DeviceError {
             | Refusal::ServerLeads
             | Refusal::ServerBehind
             | Refusal::BadServers
+            | Refusal::MajorityAlive
+            | Refusal::Incomplete
             | Refusal::Settled => DeviceError::Io,
         },
     }

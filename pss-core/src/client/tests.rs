@@ -431,6 +431,7 @@ impl Store {
             | RequestBody::Reservations { .. }
             | RequestBody::Events { .. }
             | RequestBody::SetServers { .. }
+            | RequestBody::Recover { .. }
             | RequestBody::Checked { .. } => return Err(ReplyError::Invalid),
             RequestBody::Note { text } => self.apply(command(Op::Note { text }), |_| {}),
             RequestBody::Status | RequestBody::Shutdown | RequestBody::Inspect(_) => Answer::Done,
@@ -477,6 +478,8 @@ fn status(server: u8, leader: u8) -> ServerStatus {
         clients: 0,
         peers: vec![],
         members: None,
+        last_ballot: Ballot::default(),
+        given_up_by: None,
     }
 }
 

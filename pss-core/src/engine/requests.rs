@@ -12,6 +12,7 @@ use crate::entry::{Command, Entry, Op, Origin, block_checksums};
 use crate::members::Members;
 use crate::paxos::RoleKind;
 use crate::paxos::members::ChangeRefused;
+use crate::paxos::recover::RecoverRefused;
 use crate::state::{Refusal, Volume};
 use crate::time::Instant;
 use crate::types::{BLOCK_BYTES, RequestNumber, ServerId, SessionId, VolumeId};
@@ -102,6 +103,18 @@ impl Engine {
             RequestBody::Shutdown => {
                 self.reply(client, request.tag, Ok(ReplyBody::Done));
                 return self.actions.push_back(Action::Shutdown);
+            }
+            RequestBody::Recover { members } => {
+                let answer = match self.recover(now, Members::clone(members)) {
+                    Ok(()) => Ok(ReplyBody::Done),
+                    Err(error) => Err(ReplyError::Refused(match error {
+                        RecoverRefused::MajorityAlive(_) => Refusal::MajorityAlive,
+                        RecoverRefused::Incomplete => Refusal::Incomplete,
+                        RecoverRefused::NotAlone => Refusal::ServersOutdated,
+                        RecoverRefused::Bad(_) => Refusal::BadServers,
+                    })),
+                };
+                return self.reply(client, request.tag, answer);
             }
             RequestBody::Inspect(what) => {
                 let (tag, what) = (request.tag, *what);
@@ -1041,6 +1054,10 @@ impl Engine {
             behind_bytes: lag(&view).map(|lag| lag.bytes),
             left_s: self.pace.time_left(server).map(|left| left.as_secs()),
             server,
+            acknowledged: replica
+                .marks()
+                .get(&server)
+                .map_or(0, |mark| mark.acknowledged.slot.0),
             alive: view
                 .heard
                 .is_some_and(|at| now.since(at).as_millis() < 3000),
@@ -1080,6 +1097,8 @@ impl Engine {
             clients: 0,
             peers: replica.peers().map(peer).collect(),
             members: self.state.members().map(|members| Members::clone(members)),
+            last_ballot: replica.last().ballot,
+            given_up_by: replica.given_up_by(),
         }
     }
 }

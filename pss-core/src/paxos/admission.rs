@@ -60,12 +60,12 @@ impl Replica {
     }
 
     pub(super) fn on_rejoin(&mut self, from: ServerId, incarnation: Incarnation) {
-        let is_core = self.config.members.core.contains(&from);
+        let is_member = self.config.members.has(from);
         let is_later = incarnation > self.admitted().of(from);
         let Role::Leader(leader) = &mut self.role else {
             return;
         };
-        if self.announced && is_core && is_later {
+        if self.announced && is_member && is_later {
             // What it acknowledged in an earlier life is gone.
             leader.forget(from);
             self.append_own(vec![Command::internal(Op::AdmitServer {
@@ -83,7 +83,11 @@ impl Replica {
         };
         let admitted = self.admitted();
         let me = (self.config.id, self.config.incarnation);
-        let lives = leader.lives().chain([me]);
+        // One that learns, and is to vote, is let in before: a cell of one could not let it in afterwards.
+        let learners = self.config.members.learners.iter();
+        let learners = learners.filter(|id| id.is_core());
+        let learners = learners.filter_map(|id| Some((*id, self.peers.get(id)?.life)));
+        let lives = leader.lives().chain(learners).chain([me]);
         let new = lives.filter(|(server, incarnation)| {
             admitted.of(*server) == Incarnation(0) && *incarnation > Incarnation(0)
         });
@@ -108,7 +112,7 @@ impl Replica {
     pub(super) fn check_life(&mut self, now: Instant) {
         let me = self.config.id;
         let learned = self.chosen.min(self.durable);
-        if learned < self.tail.base().slot || !self.config.members.core.contains(&me) {
+        if learned < self.tail.base().slot || !self.config.members.has(me) {
             return;
         }
         let admitted = self.tail.admitted_through(learned);

@@ -124,7 +124,7 @@ impl Replica {
         }
     }
 
-    fn next_ballot(&self) -> Ballot {
+    pub(super) fn next_ballot(&self) -> Ballot {
         let number = self.highest_number.max(self.promised.number) + 1;
         Ballot {
             number,

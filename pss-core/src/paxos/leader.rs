@@ -70,7 +70,10 @@ impl Follower {
 impl Leader {
     /// What a follower has told counts no more: its disk is new.
     pub(super) fn forget(&mut self, server: ServerId) {
-        self.followers.insert(server, Follower::default());
+        // One that only learns is none of them.
+        if let Some(follower) = self.followers.get_mut(&server) {
+            *follower = Follower::default();
+        }
     }
 
     /// The lives of the followers that have answered.

@@ -99,11 +99,14 @@ impl Replica {
 
     /// Whether another server could vote without anybody waiting for it.
     pub fn is_up_to_date(&self, now: Instant, server: ServerId) -> bool {
+        let admitted = self.tail.admitted_through(self.chosen);
         self.peers.get(&server).is_some_and(|peer| {
+            // Its life must count, or nothing could be chosen that makes it count.
+            let counts = !server.is_core() || admitted.of(server) == peer.life;
             let lately = self.config.tuning.lease * 2;
             let is_there = peer.heard.is_some_and(|at| now.since(at) < lately);
             let applied = peer.progress.applied.0 + LAG_SLOTS_MAX;
-            is_there && !peer.progress.installing && applied >= self.chosen.0
+            is_there && counts && !peer.progress.installing && applied >= self.chosen.0
         })
     }
 

@@ -170,6 +170,8 @@ pub enum Message {
         standing: Standing,
         /// It has started, and asks for the receiver's mark of it, which `standing` shall not raise.
         asks: bool,
+        /// How often a majority was given up, as its log says.
+        epoch: u64,
     },
     /// Answer to `Standing`: the sender's mark of the receiver.
     Seen {
@@ -177,6 +179,8 @@ pub enum Message {
         mark: Standing,
         /// Whether a later life than that of the question was heard lately.
         alive: bool,
+        /// As in `Standing`.
+        epoch: u64,
     },
     /// Copying of chunks.
     Sync(SyncMessage),

@@ -70,10 +70,15 @@ impl Replica {
         if self.config.incarnation == Incarnation(0) {
             return;
         }
-        let standing = self.standing();
+        let (standing, epoch) = (self.standing(), self.epoch());
         for to in self.other_servers() {
             let asks = self.asks(to);
-            self.send(to, Message::Standing { standing, asks });
+            let told = Message::Standing {
+                standing,
+                asks,
+                epoch,
+            };
+            self.send(to, told);
         }
     }
 
@@ -167,10 +172,12 @@ impl Replica {
         from: ServerId,
         standing: Standing,
         asks: bool,
+        epoch: u64,
     ) {
         if self.config.incarnation == Incarnation(0) {
             return;
         }
+        self.note_epoch(now, epoch);
         if !asks {
             self.raise_mark(from, standing);
         }
@@ -181,18 +188,28 @@ impl Replica {
             ..Standing::default()
         };
         let mark = self.marks.get(&from).map_or(counts, |it| counts.max(*it));
-        if asks || standing < mark {
+        let own = self.epoch();
+        if asks || standing < mark || epoch < own {
             let lately = self.config.tuning.lease * 4;
             let alive = self.peers.get(&from).is_some_and(|view| {
                 let (life, heard) = view.latest;
                 life > standing.life && now.since(heard) < lately
             });
-            self.send(from, Message::Seen { mark, alive });
+            let epoch = own;
+            self.send(from, Message::Seen { mark, alive, epoch });
         }
     }
 
     /// What another server has seen of this one; `alive`: lately, of a later life.
-    pub(super) fn on_seen(&mut self, now: Instant, from: ServerId, seen: Standing, alive: bool) {
+    pub(super) fn on_seen(
+        &mut self,
+        now: Instant,
+        from: ServerId,
+        seen: Standing,
+        alive: bool,
+        epoch: u64,
+    ) {
+        self.note_epoch(now, epoch);
         let is_core = self.config.members.core.contains(&self.config.id);
         if !is_core || self.changes_life || self.bug == Some(Bug::DenyForgotten) {
             return;

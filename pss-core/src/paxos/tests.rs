@@ -5,6 +5,7 @@
 //! stands for entries 1 and 2 of ballot (1, server 0) and entry 3 of ballot (3, server 2).
 
 mod members;
+mod recover;
 mod standing;
 
 use super::*;
@@ -244,13 +245,17 @@ fn show_message(message: &Message) -> Option<String> {
         LogGone { first, .. } => format!("gone before {first}"),
         Rejoin => "rejoin".to_owned(),
         Absent { ballot } => format!("absent {ballot}"),
-        Standing { standing, asks } => {
+        Standing { standing, asks, .. } => {
             let asks = if *asks { "asks, stands" } else { "stands" };
             format!("{asks} {}", show_standing(standing))
         }
-        Seen { mark, alive } => {
+        Seen { mark, alive, epoch } => {
             let alive = if *alive { " alive" } else { "" };
-            format!("seen {}{alive}", show_standing(mark))
+            let epoch = match epoch {
+                0 => String::new(),
+                epoch => format!(" epoch {epoch}"),
+            };
+            format!("seen {}{alive}{epoch}", show_standing(mark))
         }
         Progress(_) | Sync(_) => return None,
     })
@@ -304,8 +309,8 @@ impl Server {
     /// Servers 1 and 2 have never seen more of it than it knows.
     fn meet(&mut self) {
         for other in [1, 2] {
-            let (mark, alive) = (Standing::default(), false);
-            self.gets_of(other, 1, Message::Seen { mark, alive });
+            let (mark, alive, epoch) = (Standing::default(), false, 0);
+            self.gets_of(other, 1, Message::Seen { mark, alive, epoch });
         }
     }
 

@@ -217,6 +217,11 @@ pub enum RequestBody {
         /// All of them.
         members: Box<Members>,
     },
+    /// Has this server give up the majority and go on alone: see [`crate::paxos::recover`].
+    Recover {
+        /// The list that it goes on with.
+        members: Box<Members>,
+    },
 }
 
 /// What [`RequestBody::Browse`] looks at.
@@ -452,6 +457,12 @@ pub struct ServerStatus {
     /// The servers as its log lists them; none: as server.conf does.
     #[serde(default)]
     pub members: Option<Members>,
+    /// Ballot of the last entry of its log.
+    #[serde(default)]
+    pub last_ballot: Ballot,
+    /// The loss epoch of the cell that has given this server up.
+    #[serde(default)]
+    pub given_up_by: Option<u64>,
 }
 
 /// One server as seen by another.
@@ -479,6 +490,9 @@ pub struct PeerStatus {
     /// About how many seconds it takes until it lacks nothing; none if that is not known, or it comes no nearer.
     #[serde(default)]
     pub left_s: Option<u64>,
+    /// Last slot that it is known to have acknowledged, over restarts of the one that says so.
+    #[serde(default)]
+    pub acknowledged: u64,
 }
 
 /// A frame that is no request, or no reply. With a tag, the request may be answered with
@@ -666,6 +680,7 @@ impl RequestBody {
             RequestBody::Events { .. } => 25,
             RequestBody::Note { .. } => 26,
             RequestBody::SetServers { .. } => 27,
+            RequestBody::Recover { .. } => 28,
         }
     }
 
@@ -783,7 +798,7 @@ impl RequestBody {
             RequestBody::Inspect(what) => what.encode(put),
             RequestBody::Events { after } => put.u64(*after),
             RequestBody::Note { text } => put.string(shortened(text, NOTE_BYTES_MAX)),
-            RequestBody::SetServers { members } => {
+            RequestBody::SetServers { members } | RequestBody::Recover { members } => {
                 let mut bytes = Vec::new();
                 members.encode(&mut bytes);
                 put.u32(bytes.len() as u32);
@@ -884,15 +899,17 @@ impl RequestBody {
             26 => RequestBody::Note {
                 text: string("note", input, NOTE_BYTES_MAX)?,
             },
-            27 => {
+            27 | 28 => {
                 let length = input.count(1)?;
                 let mut bytes = input.bytes(length)?;
                 let members = Members::decode(&mut bytes).map_err(|_| DecodeError::Truncated)?;
                 if !bytes.is_empty() {
                     return Err(DecodeError::Trailing);
                 }
-                RequestBody::SetServers {
-                    members: Box::new(members),
+                let members = Box::new(members);
+                match code {
+                    27 => RequestBody::SetServers { members },
+                    _ => RequestBody::Recover { members },
                 }
             }
             code => {

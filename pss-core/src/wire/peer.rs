@@ -265,15 +265,21 @@ fn encode(message: &Message, out: &mut Vec<u8>) {
             put.u8(20);
             put.ballot(*ballot);
         }
-        Message::Standing { standing, asks } => {
+        Message::Standing {
+            standing,
+            asks,
+            epoch,
+        } => {
             put.u8(21);
             put.standing(standing);
             put.u8(u8::from(*asks));
+            put.u64(*epoch);
         }
-        Message::Seen { mark, alive } => {
+        Message::Seen { mark, alive, epoch } => {
             put.u8(22);
             put.standing(mark);
             put.u8(u8::from(*alive));
+            put.u64(*epoch);
         }
         Message::Sync(message) => encode_sync(message, &mut put),
     }
@@ -474,10 +480,12 @@ fn decode(header: &[u8], payload: Bytes) -> Result<Message, DecodeError> {
         21 => Message::Standing {
             standing: input.standing()?,
             asks: input.flag()?,
+            epoch: input.u64()?,
         },
         22 => Message::Seen {
             mark: input.standing()?,
             alive: input.flag()?,
+            epoch: input.u64()?,
         },
         code => Message::Sync(decode_sync(code, input, &mut payload)?),
     };

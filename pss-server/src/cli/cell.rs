@@ -101,6 +101,8 @@ pub(crate) async fn explain(files: &CellFiles, cell: &Cell, error: ClientError) 
             | Refusal::ServersOutdated
             | Refusal::ServersTooMuch
             | Refusal::ServerLeads
+            | Refusal::MajorityAlive
+            | Refusal::Incomplete
             | Refusal::ServerBehind => Exit::Failed,
         },
         ClientError::Reply(ReplyError::NoSpace) => {
@@ -349,6 +351,11 @@ impl Access {
             Err(ClientError::Refused(refusal)) => Ok(Some(refusal)),
             Err(error) => self.wait(async { Err(error) }),
         }
+    }
+
+    /// Has a server give up the majority and go on alone.
+    pub(super) fn recover(&self, id: ServerId, members: Members) -> Result<(), ServerError> {
+        self.runtime.block_on(self.cell.recover(id, members))
     }
 
     /// Has the cell note what is about to be done outside of it. If it cannot, says so and goes on.

@@ -275,6 +275,14 @@ fn life(args: &FormatArgs, config: &ServerConfig) -> Result<Life, CliError> {
         // Learners have nothing to forget.
         return Ok(life(false));
     }
+    let lists = statuses.values().filter_map(|it| it.members.as_ref());
+    let members = lists.max_by_key(|it| (it.epoch, it.version));
+    if args.replace && members.is_some_and(|it| it.get(id).is_none()) {
+        say(format!(
+            "Server {id} is none of the cell's now: 'pss server add {id} HOST PATH' takes it in, once it is started."
+        ));
+        return Ok(life(true));
+    }
     if args.replace {
         enough(core, &statuses)?;
         return Ok(life(true));

@@ -547,6 +547,8 @@ pub(super) mod tests {
             clients: 0,
             peers: Vec::new(),
             members: None,
+            last_ballot: Ballot::default(),
+            given_up_by: None,
         }
     }
 
@@ -561,6 +563,7 @@ pub(super) mod tests {
             behind_ms: None,
             behind_bytes: None,
             left_s: None,
+            acknowledged: 12,
         }
     }
 

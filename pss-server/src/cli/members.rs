@@ -203,6 +203,11 @@ fn current(cell: &Access, answers: &Answers, health: &Health) -> Result<Members,
     if let Some(members) = answers.members() {
         return Ok(members.clone());
     }
+    Ok(of_configuration(cell))
+}
+
+/// The servers of server.conf.
+pub(super) fn of_configuration(cell: &Access) -> Members {
     let member = |id: ServerId| Member {
         id,
         core: id.is_core(),
@@ -210,9 +215,17 @@ fn current(cell: &Access, answers: &Answers, health: &Health) -> Result<Members,
         path: String::new(),
     };
     let list = cell.files.servers.ids().into_iter().map(member);
-    Ok(Members {
+    Members {
         list: list.collect(),
         ..Members::default()
+    }
+}
+
+/// Has a server vote as soon as it has everything.
+pub(super) fn promote(args: &CellArgs, cell: &Access, id: ServerId) -> Result<(), CliError> {
+    change_when(args, cell, id, |list| {
+        let server = list.iter_mut().find(|it| it.id == id);
+        server.into_iter().for_each(|it| it.core = true);
     })
 }
 

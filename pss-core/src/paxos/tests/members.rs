@@ -5,7 +5,7 @@ use crate::members::{Member, Members};
 use crate::paxos::members::ChangeRefused;
 
 /// The servers, of which those below 5 vote unless they are listed to learn.
-fn list(version: u64, core: &[u8], learners: &[u8]) -> Members {
+pub(super) fn list(version: u64, core: &[u8], learners: &[u8]) -> Members {
     let member = |id: u8, core| Member {
         id: ServerId(id),
         core,

@@ -11,11 +11,19 @@ fn standing(life: u64, promised: f64, acknowledged: EntryId) -> Standing {
 }
 
 fn seen(mark: Standing) -> Message {
-    Message::Seen { mark, alive: false }
+    Message::Seen {
+        mark,
+        alive: false,
+        epoch: 0,
+    }
 }
 
 fn seen_alive(mark: Standing) -> Message {
-    Message::Seen { mark, alive: true }
+    Message::Seen {
+        mark,
+        alive: true,
+        epoch: 0,
+    }
 }
 
 /// Life 4 of server 0, which holds `tail` and has promised 3.1.
@@ -151,7 +159,11 @@ fn an_earlier_life_follows_the_later_one() {
 #[test]
 fn marks_are_kept_and_told() {
     let mut server = life_four(log([3.1]));
-    let tell = |standing, asks| Message::Standing { standing, asks };
+    let tell = |standing, asks| Message::Standing {
+        standing,
+        asks,
+        epoch: 0,
+    };
     let (lower, higher) = (standing(2, 3.1, id(4, 3.1)), standing(2, 3.1, id(5, 3.1)));
     assert_eq!(server.gets_of(1, 2, tell(higher, false)), NOTHING);
     assert_eq!(server.gets_of(1, 2, tell(higher, false)), NOTHING);

@@ -68,6 +68,7 @@ fn body() -> impl Strategy<Value = RequestBody> {
         any::<u64>().prop_map(|after| RequestBody::Events { after }),
         "[a-zé\\x00]{0,60}".prop_map(|text| RequestBody::Note { text }),
         Just(RequestBody::SetServers { members: members() }),
+        Just(RequestBody::Recover { members: members() }),
         Just(RequestBody::EndSession),
         Just(RequestBody::KeepAlive),
         (volume(), offset(), 0..=REQUEST_BYTES_MAX as u32).prop_map(
@@ -245,6 +246,8 @@ fn status() -> ServerStatus {
         lost_blocks: 0,
         clients: 2,
         members: None,
+        last_ballot: Ballot::default(),
+        given_up_by: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,
@@ -255,6 +258,7 @@ fn status() -> ServerStatus {
             behind_ms: Some(14_000),
             behind_bytes: Some(1 << 20),
             left_s: None,
+            acknowledged: 12,
         }],
     }
 }

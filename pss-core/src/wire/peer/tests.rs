@@ -137,9 +137,18 @@ fn datagram_message() -> impl Strategy<Value = Message> {
         ),
         Just(Message::Rejoin),
         ballots().prop_map(|ballot| Message::Absent { ballot }),
-        (standings(), any::<bool>())
-            .prop_map(|(standing, asks)| Message::Standing { standing, asks }),
-        (standings(), any::<bool>()).prop_map(|(mark, alive)| Message::Seen { mark, alive }),
+        (standings(), any::<(bool, u64)>()).prop_map(|(standing, (asks, epoch))| {
+            Message::Standing {
+                standing,
+                asks,
+                epoch,
+            }
+        }),
+        (standings(), any::<(bool, u64)>()).prop_map(|(mark, (alive, epoch))| Message::Seen {
+            mark,
+            alive,
+            epoch
+        }),
         (ballots(), ballots()).prop_map(|(ballot, promised)| Message::Nack { ballot, promised }),
         (ballots(), slots()).prop_map(|(ballot, durable)| Message::Accepted { ballot, durable }),
         (ballots(), slots()).prop_map(|(ballot, resume_after)| Message::AcceptRejected {
@@ -424,20 +433,22 @@ fn literal_messages() {
             Message::Standing {
                 standing: standing(),
                 asks: true,
+                epoch: 2,
             },
             concat!(
                 "15070000000000000005000000000000000106000000000000000209000000000000",
-                "0001"
+                "00010200000000000000"
             ),
         ),
         (
             Message::Seen {
                 mark: standing(),
                 alive: false,
+                epoch: 2,
             },
             concat!(
                 "16070000000000000005000000000000000106000000000000000209000000000000",
-                "0000"
+                "00000200000000000000"
             ),
         ),
         (

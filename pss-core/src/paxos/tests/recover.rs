@@ -1,0 +1,121 @@
+//! A majority that is given up.
+
+use super::members::list;
+use super::*;
+use crate::members::Members;
+use crate::paxos::recover::RecoverRefused;
+
+/// The list that server 0 goes on with: others only learn.
+fn alone() -> Members {
+    Members {
+        epoch: 1,
+        ..list(1, &[0], &[1, 2])
+    }
+}
+
+#[test]
+fn a_survivor_goes_on_with_what_it_has() {
+    let mut server = Server::awake(3.1, log([1.1, 3.1]));
+    assert_eq!(server.slots(), (0, 2, 2));
+    server.pass(3000);
+    server.replica.recover(server.now, alone()).unwrap();
+    let done = server.outputs();
+    assert_eq!(done[..2], ["persist promise 4.0", "persist [3@4.0]"]);
+    server.all_persisted();
+    server.wait(500);
+    server.all_persisted();
+    assert_eq!(server.replica.role(), RoleKind::Leader { serving: true });
+    assert_eq!(
+        server.slots().0,
+        4,
+        "its barrier is chosen, and all before it"
+    );
+    assert_eq!(server.replica.epoch(), 1);
+}
+
+#[test]
+fn nothing_is_given_up_without_need() {
+    let mut server = Server::awake(3.1, log([1.1, 3.1]));
+    server.gets(1, Message::Progress(Progress::default()));
+    let refused = server.replica.recover(server.now, alone());
+    let alive = vec![ServerId(0), ServerId(1)];
+    assert_eq!(refused, Err(RecoverRefused::MajorityAlive(alive)));
+    server.pass(3000);
+    for bad in [
+        list(1, &[0], &[1, 2]),
+        Members {
+            epoch: 2,
+            ..alone()
+        },
+        Members {
+            version: 2,
+            ..alone()
+        },
+        Members {
+            epoch: 1,
+            ..list(1, &[1], &[0, 2])
+        },
+        Members {
+            epoch: 1,
+            ..list(1, &[0, 1], &[2])
+        },
+    ] {
+        let refused = server.replica.recover(server.now, bad);
+        assert_eq!(refused, Err(RecoverRefused::NotAlone));
+    }
+    let mut wiped = rejoining();
+    wiped.pass(3000);
+    let refused = wiped.replica.recover(wiped.now, alone());
+    assert_eq!(refused, Err(RecoverRefused::Incomplete));
+}
+
+/// What was given up counts no more, and says so over a restart.
+#[test]
+fn whoever_was_given_up_does_not_vote() {
+    let recovered = Recovered {
+        promised: ballot(3.1),
+        tail: log([3.1]),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
+    server.pass(600);
+    let told = Message::Standing {
+        standing: Standing {
+            life: Incarnation(1),
+            ..Standing::default()
+        },
+        asks: false,
+        epoch: 1,
+    };
+    let begins = server.gets_of(2, 1, told);
+    assert_eq!(begins, ["persist rejoining as 5"]);
+    server.all_persisted();
+    assert_eq!(server.replica.given_up_by(), Some(1));
+    assert_eq!(server.gets_of(1, 1, prepare(9.1)), ["1 <- absent 9.1"]);
+}
+
+/// Who asks and lives in an earlier loss epoch is told of the later one.
+#[test]
+fn old_epochs_are_told() {
+    let recovered = Recovered {
+        promised: ballot(3.0),
+        members: Some(alone().into()),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 2], tuning(), recovered);
+    server.outputs();
+    let told = |epoch| Message::Standing {
+        standing: Standing {
+            life: Incarnation(1),
+            ..Standing::default()
+        },
+        asks: false,
+        epoch,
+    };
+    let answer = server.gets_of(1, 1, told(0));
+    assert_eq!(answer, ["1 <- seen life 1 promised 0.0 to 0@0.0 epoch 1"]);
+    assert_eq!(server.gets_of(1, 1, told(1)), NOTHING);
+}
