@@ -14,6 +14,7 @@ mod lag;
 mod repair;
 mod requests;
 mod reservations;
+mod slow_disk;
 mod space;
 
 use std::collections::{HashMap, VecDeque};
@@ -31,6 +32,7 @@ pub use crate::engine::inspect::LogPage;
 use crate::engine::lag::Pace;
 use crate::engine::repair::Repairs;
 pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
+use crate::engine::slow_disk::DiskWatch;
 use crate::entry::{Command, Entry, Op};
 use crate::members::Members;
 use crate::paxos::members::ChangeRefused;
@@ -309,6 +311,7 @@ pub struct Engine {
     /// What this leader has told the log last.
     told_ms: u64,
     pace: Pace,
+    disk: DiskWatch,
 
     // Housekeeping.
     housekeeping_at: Instant,
@@ -392,6 +395,7 @@ impl Engine {
             wall_clock_ms: 0,
             told_ms: 0,
             pace: Pace::default(),
+            disk: DiskWatch::new(),
             housekeeping_at: now + HOUSEKEEPING,
             checkpoint_running: false,
             checkpoint_slot: applied,
@@ -515,6 +519,7 @@ impl Engine {
         self.pump_repairs(now);
         self.retry_waiting_reads(now);
         self.drain(now);
+        self.leave_if_slow(now);
     }
 
     fn log_rejoining(&mut self) {
@@ -664,6 +669,7 @@ impl Engine {
             }
             let moved = self.pump_deferred(now);
             if !self.pump_queued(now) && !moved {
+                self.watch_disk(now);
                 return self.log_rejoining();
             }
         }
@@ -888,6 +894,7 @@ impl Engine {
     fn role_changed(&mut self, now: Instant, change: RoleChange) {
         match change {
             RoleChange::Leader(_) => {
+                self.disk.leads(Some(now));
                 self.told_ms = 0;
                 self.heard = self
                     .state
@@ -895,7 +902,10 @@ impl Engine {
                     .map(|session| (session.id, now))
                     .collect();
             }
-            RoleChange::Follower => self.send_everyone_away(),
+            RoleChange::Follower => {
+                self.disk.leads(None);
+                self.send_everyone_away();
+            }
         }
         self.actions.push_back(Action::Role(change));
     }

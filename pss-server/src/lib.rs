@@ -12,4 +12,5 @@ mod peers;
 mod process;
 pub mod render;
 mod storage;
+mod testing;
 pub mod up;

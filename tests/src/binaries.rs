@@ -31,6 +31,7 @@ pub fn command(name: &str) -> Command {
         "PSS_ISCSI_CONTROL",
         "PSS_SYSLOG_SOCKET",
         "NOTIFY_SOCKET",
+        "PSS_TEST_SYNC_DELAY",
     ] {
         command.env_remove(variable);
     }

@@ -148,6 +148,8 @@ pub struct Layout {
     pub flags: String,
     /// Data directories, instead of some in the directory of the test.
     pub paths: BTreeMap<u8, PathBuf>,
+    /// Whether [`Cell::delay`] can be used.
+    pub slow_disks: bool,
     /// What servers reach each other through, and gateways the servers, instead of directly.
     pub mischief: Option<Arc<Mischief>>,
 }
@@ -167,6 +169,7 @@ impl Layout {
             key: true,
             flags: "--segment-size 8M --checkpoint-size 8M --log-retain 32M".to_owned(),
             paths: BTreeMap::new(),
+            slow_disks: false,
             mischief: None,
         }
     }
@@ -307,6 +310,9 @@ impl Cell {
         } else if self.layout.mischief.is_some() {
             command.env("PSS_SERVERS", self.bench.path(&format!("server{id}.conf")));
         }
+        if self.layout.slow_disks {
+            command.env("PSS_TEST_SYNC_DELAY", self.delay_file(id));
+        }
         command.args(self.layout.flags.split_whitespace());
         let output = self.bench.path(&format!("pssd{id}.log"));
         let process = Process::start(&format!("pssd {id}"), &mut command, output);
@@ -331,6 +337,22 @@ impl Cell {
             TcpStream::connect(address).is_ok()
         });
         self.gateways.insert(gateway, process);
+    }
+
+    fn delay_file(&self, id: u8) -> PathBuf {
+        self.bench.path(&format!("delay{id}"))
+    }
+
+    /// From now on every sync of a server takes so many milliseconds longer; `hang`: as long as this is not changed.
+    ///
+    /// # Panics
+    /// If the layout does not say that this will be used.
+    pub fn delay(&self, id: u8, delay: &str) {
+        assert!(self.layout.slow_disks, "the servers do not look at it");
+        // In one step: the server may be looking.
+        let new = self.bench.path("delay.new");
+        fs::write(&new, delay).expect("the test directory can be used");
+        fs::rename(&new, self.delay_file(id)).expect("the test directory can be used");
     }
 
     /// SIGKILL.

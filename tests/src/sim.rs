@@ -49,6 +49,9 @@ const OUT_OF_BUDGET: &str = "the faults have taken every copy";
 const ROT_SEED: u64 = 0x726f_7421_726f_7421;
 const CHANGES_SEED: u64 = 0x6d65_6d62_6572_7321;
 
+/// What disks are slow for long follows from the seed and this.
+const CRAWL_SEED: u64 = 0x6372_6177_6c21_6372;
+
 /// What is simulated.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
@@ -71,6 +74,8 @@ pub enum SimBug {
     Agreement(Bug),
     /// Of the engine: repeated requests are applied again.
     ForgetSessions,
+    /// Of the engine: leads on with a disk that is much slower than the others'.
+    LeadSlowly,
     /// Of the repair of damaged blocks.
     Repair(RepairBug),
 }
@@ -99,6 +104,7 @@ pub const BUGS: [SimBug; 25] = [
     SimBug::Agreement(Bug::ChangeMany),
     SimBug::Agreement(Bug::CountByOldList),
     SimBug::ForgetSessions,
+    SimBug::LeadSlowly,
     SimBug::Repair(RepairBug::Unverified),
     SimBug::Repair(RepairBug::Older),
     SimBug::Repair(RepairBug::Unwritten),
@@ -110,6 +116,7 @@ impl SimBug {
         match self {
             SimBug::Agreement(bug) => format!("{bug:?}"),
             SimBug::ForgetSessions => "ForgetSessions".to_owned(),
+            SimBug::LeadSlowly => "LeadSlowly".to_owned(),
             SimBug::Repair(bug) => format!("Repair{bug:?}"),
         }
     }
@@ -134,6 +141,8 @@ pub struct Report {
     pub crashes: u64,
     /// Disks that hung.
     pub hangs: u64,
+    /// How often a leader left because of its slow disk when nothing else was wrong.
+    pub left_slow: u64,
     /// Times that chunks could not be written back.
     pub lost_writes: u64,
     /// Entries that waited in the middle because a disk was full.
@@ -189,6 +198,7 @@ impl Report {
         self.slots += other.slots;
         self.crashes += other.crashes;
         self.hangs += other.hangs;
+        self.left_slow += other.left_slow;
         self.lost_writes += other.lost_writes;
         self.stalls += other.stalls;
         self.stalled_copies += other.stalled_copies;
@@ -365,6 +375,8 @@ struct Node {
     slow_disk: bool,
     /// Its disk finishes nothing until then.
     hangs_until: u64,
+    /// Until then each write of the log takes about 100 ms.
+    crawls_until: u64,
     promised: Ballot,
     seen_chosen: Slot,
     /// What its log holds on the disk.
@@ -433,6 +445,8 @@ pub struct Sim {
     rots_at: usize,
     /// Chunk files whose tables rotted somewhere.
     table_rots: std::collections::BTreeSet<String>,
+    /// Disks that are slow for long follow from this, so that they shift no other faults.
+    crawl: Rng,
     /// Since then nothing is in the way of a repair.
     calm_since: Option<u64>,
 }
@@ -500,6 +514,7 @@ impl Sim {
                 drift_per_mille: rng.between(0, 40) as i64 - 20,
                 slow_disk: rng.chance(150),
                 hangs_until: 0,
+                crawls_until: 0,
                 promised: Ballot::default(),
                 seen_chosen: Slot(0),
                 disk_log: BTreeMap::new(),
@@ -532,6 +547,7 @@ impl Sim {
         Sim {
             rng,
             rot: Rng::new(config.seed ^ ROT_SEED),
+            crawl: Rng::new(config.seed ^ CRAWL_SEED),
             rots: false,
             rots_at: 0,
             table_rots: std::collections::BTreeSet::new(),
@@ -581,6 +597,7 @@ impl Sim {
         if changes_members(self.config.seed) {
             self.schedule(first_fault, Event::Change);
         }
+        self.let_a_disk_crawl();
         let heal_at = self.now + FAULTS_UNTIL;
         while self.now < heal_at && !self.clients.iter().all(Client::is_done) {
             self.step()?;
@@ -593,6 +610,7 @@ impl Sim {
         self.rot_in_calm()?;
         self.lead_with_a_disk_that_hangs()?;
         self.restore_an_old_backup()?;
+        self.lead_with_a_disk_that_crawls()?;
         self.give_up_a_majority()?;
         self.lose_a_server_while_another_installs()?;
         self.read_everything()?;
@@ -777,6 +795,79 @@ impl Sim {
         self.step_until("who is left holds the same", Sim::has_converged)
     }
 
+    /// Disks of some cells are slow for most of the run.
+    fn has_crawls(&self) -> bool {
+        self.config.seed % 8 == 4
+    }
+
+    /// One core server's disk, or two; beside all other faults.
+    fn let_a_disk_crawl(&mut self) {
+        if !self.has_crawls() {
+            return;
+        }
+        for _ in 0..self.crawl.between(1, 3) {
+            let index = self.crawl.below(self.core as u64) as usize;
+            self.nodes[index].crawls_until = self.crawl.between(20 * SECOND, FAULTS_UNTIL);
+        }
+    }
+
+    /// Leadership leaves a disk that is slow for minutes, and does not come back as long as it is; but it stays if all
+    /// others are as slow.
+    fn lead_with_a_disk_that_crawls(&mut self) -> Checked<()> {
+        if !self.has_crawls() {
+            return Ok(());
+        }
+        let leads = |sim: &Sim| sim.nodes.iter().position(Node::leads);
+        self.step_until("there is a leader", |sim| leads(sim).is_some())?;
+        let Some(index) = leads(self) else {
+            return Ok(());
+        };
+        for node in &mut self.nodes {
+            (node.slow_disk, node.crawls_until) = (false, 0);
+        }
+        self.nodes[index].crawls_until = u64::MAX;
+        self.keep_writing(15 * SECOND)?;
+        if self.nodes[index].leads() {
+            let id = self.nodes[index].id;
+            return self.fail(format!(
+                "server {id} leads on with a disk that is much slower than the others'"
+            ));
+        }
+        self.report.left_slow += 1;
+        let ballots = self.leader_ballots.len();
+        self.keep_writing(30 * SECOND)?;
+        if self.leader_ballots.len() > ballots {
+            return self.fail("leadership wanders though the leader's disk is fast");
+        }
+        for node in &mut self.nodes {
+            node.crawls_until = u64::MAX;
+        }
+        self.keep_writing(30 * SECOND)?;
+        if self.leader_ballots.len() > ballots {
+            return self.fail("leadership wanders though all disks are as slow");
+        }
+        for node in &mut self.nodes {
+            node.crawls_until = 0;
+        }
+        Ok(())
+    }
+
+    /// Lets the clients send requests for a while, and waits until all are answered.
+    fn keep_writing(&mut self, time: u64) -> Checked<()> {
+        let end = self.now + time;
+        while self.now < end {
+            for client in 0..self.clients.len() {
+                self.clients[client].left += 3;
+                self.schedule(self.now, Event::Client { client });
+            }
+            let next = self.now + 200 * MS;
+            self.step_until("every request ends though a disk is slow", |sim| {
+                sim.now >= next && sim.clients.iter().all(Client::is_done)
+            })?;
+        }
+        Ok(())
+    }
+
     /// Of three servers one is lost for good while chunks are being copied to another, which has
     /// acknowledged entries for chunks that it does not have; the third has slept meanwhile. Nothing of
     /// what was answered is lost.
@@ -954,6 +1045,7 @@ impl Sim {
         match self.config.bug {
             Some(SimBug::Agreement(bug)) => engine.replica_mut().inject(bug),
             Some(SimBug::ForgetSessions) => engine.inject_forgetfulness(),
+            Some(SimBug::LeadSlowly) => engine.inject_patience(),
             Some(SimBug::Repair(bug)) => engine.inject_repair_bug(bug),
             None => {}
         }
@@ -1193,7 +1285,9 @@ impl Sim {
     }
 
     fn start_log(&mut self, index: usize) {
-        let delay = if self.nodes[index].slow_disk {
+        let delay = if self.nodes[index].crawls_until > self.now {
+            self.crawl.between(70 * MS, 130 * MS)
+        } else if self.nodes[index].slow_disk {
             self.rng.between(MS, 30 * MS)
         } else {
             self.rng.between(MS / 20, MS)

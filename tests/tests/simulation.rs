@@ -74,6 +74,7 @@ fn a_thousand_cells_keep_every_promise() {
         );
         assert!(total.drops > 50 && total.lost_for_good > 20, "{total:?}");
         assert!(total.rots > 100 && total.hangs > 1000, "{total:?}");
+        assert!(total.left_slow > 100, "{total:?}");
         assert!(
             total.block_rots > 5000 && total.table_rots > 1000,
             "{total:?}"

@@ -566,6 +566,16 @@ impl Replica {
         }
     }
 
+    /// Slot up to which a majority of core servers has acknowledged our log, this one not counted; `None`: they are too few, or
+    /// we do not lead.
+    pub fn acknowledged_by_others(&self) -> Option<Slot> {
+        let Role::Leader(leader) = &self.role else {
+            return None;
+        };
+        let durable = leader.followers.values().map(|follower| follower.durable);
+        reached_by_majority(self.config.members.core.len(), durable)
+    }
+
     /// What the leader knows of the others, for `status`.
     pub fn durable_at(&self, server: ServerId) -> Option<Slot> {
         let Role::Leader(leader) = &self.role else {

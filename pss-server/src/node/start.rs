@@ -26,6 +26,7 @@ use crate::node::inbox::Inbox;
 use crate::node::turn::{LISTENER, Node, NodeParts, Sockets, UDP, WAKER};
 use crate::node::{ServerHandle, StartError, datagrams};
 use crate::storage::{Parts, StorageThreads};
+use crate::testing;
 
 /// Bytes that stay free on the disk beside what the log may still grow to: chunk tables, checkpoint
 /// and what the file system needs for itself.
@@ -50,7 +51,7 @@ pub(super) fn start(config: ServerConfig) -> Result<ServerHandle, StartError> {
     // more likely a file system that is not mounted.
     std::fs::metadata(&path).map_err(unusable)?;
     let disk = FileDisk::open(&path).map_err(unusable)?;
-    start_with_disk(config, Arc::new(disk))
+    start_with_disk(config, testing::disk(Arc::new(disk)))
 }
 
 pub(super) fn start_with_disk(
