@@ -699,9 +699,11 @@ fn one_full_disk_holds_nobody_up() {
     println!("{text}");
     assert!(text.contains("its disk is full"), "{text}");
     assert_ne!(status["leader"], 1);
-    // What its log may need is not taken by chunks: half of what is kept back is there.
-    let free = status["servers"][1]["status"]["free_bytes"].as_u64().unwrap();
-    assert!(free > 16 << 20, "{status:#}");
+    // What its log may need is not taken by chunks: most of what is kept back is there.
+    let free = status["servers"][1]["status"]["free_bytes"]
+        .as_u64()
+        .unwrap();
+    assert!(free > 4 << 20, "{status:#}");
     // It has warned early, and its log is in no danger: it runs.
     let server = cell.servers.get_mut(&1).unwrap();
     let text = server.text();

@@ -43,14 +43,14 @@ impl Engine {
     /// Whether the log must not grow any more, because nothing that it holds can be applied. Where writes are refused it
     /// may: what comes then frees space.
     pub(super) fn log_lacks_space(&self) -> bool {
-        self.free_bytes < self.config.reserve_bytes / 2
+        self.free_bytes < self.config.reserve_bytes / 8 * 5
             && self.is_stalled()
             && !self.refuses_writes()
     }
 
     /// Whether chunks that are copied would take what the log may need.
     pub(super) fn chunks_lack_space(&self) -> bool {
-        self.free_bytes < self.config.reserve_bytes / 4 * 3
+        self.free_bytes < self.config.reserve_bytes / 8 * 7
     }
 
     /// Whether the disk is too full to apply what is chosen, or for the chunks that are copied; tried again now and then.
