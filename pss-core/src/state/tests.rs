@@ -369,10 +369,10 @@ fn reserve6_ends_with_the_session_of_its_gateway() {
 
 #[test]
 fn every_refusal_has_its_code() {
-    for code in 1..=19 {
+    for code in 1..=27 {
         assert_eq!(Refusal::from_code(code).map(|it| it as u8), Some(code));
     }
-    assert_eq!(Refusal::from_code(20), None);
+    assert_eq!(Refusal::from_code(28), None);
 }
 
 #[test]
