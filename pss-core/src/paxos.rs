@@ -904,9 +904,13 @@ impl Replica {
         since.is_some_and(|since| now.since(since) > patience) && self.bug != Some(Bug::LeadHanging)
     }
 
-    /// The other servers.
+    /// The other servers of the cell. One that was removed may be heard still; it is none of them.
     pub fn peers(&self) -> impl Iterator<Item = (ServerId, PeerView)> + '_ {
-        self.peers.iter().map(|(id, view)| (*id, *view))
+        let others = self
+            .peers
+            .iter()
+            .filter(|(id, _)| self.config.members.has(**id));
+        others.map(|(id, view)| (*id, *view))
     }
 
     /// Slot up to which a majority beside this server has applied every entry, as far as this one knows.
