@@ -62,7 +62,6 @@ pub(super) struct Dialer {
 struct Learned {
     /// Epoch and version of the list; (0, 0): none was told.
     change: (u64, u64),
-    servers: Vec<ServerId>,
     addresses: BTreeMap<ServerId, SocketAddr>,
 }
 
@@ -105,24 +104,18 @@ impl Dialer {
         });
         *learned = Learned {
             change,
-            servers: members.list.iter().map(|it| it.id).collect(),
             addresses: addresses.collect(),
         };
     }
 
-    /// The servers that can be asked: those of the configuration, without any that are known to be gone, and those that are
-    /// known to have come.
+    /// The servers that can be asked: those of the configuration, even if they were removed when somebody last told, and those
+    /// that are known to have come: what was told last may be old, and all of them gone.
     pub(super) fn servers(&self) -> Vec<ServerId> {
-        let learned = self.learned();
-        let is_there = |id: &ServerId| learned.change == (0, 0) || learned.servers.contains(id);
         let mut servers: Vec<ServerId> = self.config.servers.iter().map(|it| it.0).collect();
-        servers.retain(is_there);
+        let learned = self.learned();
         let new = learned.addresses.keys().copied();
         let new: Vec<ServerId> = new.filter(|id| !servers.contains(id)).collect();
         servers.extend(new);
-        if servers.is_empty() {
-            servers = self.config.servers.iter().map(|it| it.0).collect();
-        }
         servers
     }
 
