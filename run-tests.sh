@@ -18,6 +18,7 @@ needed=(
     "qemu-block-extra /usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so"
     "e2fsprogs mke2fs"
     "strace strace"
+    "iproute2 ip"
     "fuse3 fusermount3"
     "rsync rsync"
     "qemu-system-x86 qemu-system-x86_64"
@@ -86,7 +87,7 @@ if ((${#missing[@]} > 0)); then
 fi
 export PATH="$PATH:/usr/sbin:/sbin"
 if [[ $(id -u) != 0 ]]; then
-    echo "== not root: the tests of full and of failing disks will fail (they mount and trace); run this with sudo env \"PATH=\$PATH\"" >&2
+    echo "== not root: the tests of full and of failing disks and the chaos will fail (they mount, trace and make network namespaces); run this with sudo env \"PATH=\$PATH\"" >&2
 fi
 
 started=$SECONDS

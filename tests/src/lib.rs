@@ -1,6 +1,7 @@
 //! Test harness of PSS.
 
 pub mod binaries;
+pub mod chaos;
 pub mod checker;
 pub mod disk;
 pub mod fuse;
@@ -9,6 +10,7 @@ pub mod iscsi;
 pub mod iscsi_client;
 pub mod load;
 pub mod nbd_client;
+pub mod netns;
 pub mod package;
 pub mod processes;
 pub mod programs;
@@ -17,4 +19,5 @@ pub mod recorder;
 pub mod rng;
 pub mod sim;
 mod sim_storage;
+pub mod timeline;
 pub mod workload;

@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 use crate::checker::{Kind, Operation, Time, check};
 use crate::iscsi_client::{IscsiClient, cdb10};
 use crate::nbd_client::{Command, NbdClient};
+use crate::netns::{Host, Network, Place};
 use crate::processes::wait_until;
 use crate::rng::Rng;
 
-const BLOCK: u64 = 4096;
+/// Bytes of a block.
+pub const BLOCK: u64 = 4096;
 /// The blocks that are used are in runs, far apart, so that many chunks are written to.
 const RUNS: u64 = 10;
 const RUN_BLOCKS: u64 = 30;
@@ -41,7 +43,8 @@ const CLIENT_PATIENCE: Duration = Duration::from_secs(75);
 
 const _: () = assert!((RUNS - 1) * RUN_STRIDE + RUN_BLOCKS * BLOCK <= LOAD_BYTES);
 
-fn offset(block: u64) -> u64 {
+/// Where a block of the load stands in the volume, bytes.
+pub fn offset(block: u64) -> u64 {
     block / RUN_BLOCKS * RUN_STRIDE + block % RUN_BLOCKS * BLOCK
 }
 
@@ -54,15 +57,27 @@ pub struct Load {
 impl Load {
     /// Starts so many clients; they are at home on the gateways in turn.
     pub fn start(gateways: Vec<SocketAddr>, workers: usize, seed: u64) -> Load {
-        Load::start_over(None, gateways, workers, seed)
+        Load::start_over(Vec::new(), None, gateways, workers, seed)
+    }
+
+    /// The same with clients that are on the machines of their gateways.
+    pub fn start_at(
+        network: &Network,
+        gateways: Vec<SocketAddr>,
+        workers: usize,
+        seed: u64,
+    ) -> Load {
+        let places = (0..gateways.len()).map(|gateway| network.place(Host::Gateway(gateway)));
+        Load::start_over(places.collect(), None, gateways, workers, seed)
     }
 
     /// The same with initiators of a target, whose LUN 1 is the volume; each has one command in flight.
     pub fn over_iscsi(target: &str, gateways: Vec<SocketAddr>, workers: usize, seed: u64) -> Load {
-        Load::start_over(Some(target.to_owned()), gateways, workers, seed)
+        Load::start_over(Vec::new(), Some(target.to_owned()), gateways, workers, seed)
     }
 
     fn start_over(
+        places: Vec<Place>,
         target: Option<String>,
         gateways: Vec<SocketAddr>,
         workers: usize,
@@ -71,8 +86,11 @@ impl Load {
         let shared = Arc::new(Shared {
             start: Instant::now(),
             stop: AtomicBool::new(false),
+            places,
             target,
             gateways,
+            answered: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
             progress: (0..workers).map(|_| AtomicU64::new(0)).collect(),
         });
         let workers = (0..workers).map(|number| Worker::start(&shared, number, seed));
@@ -87,6 +105,28 @@ impl Load {
         self.shared.now()
     }
 
+    /// Connections.
+    pub fn workers(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Connections that have had an answer to a write that began after `fault`.
+    pub fn served_since(&self, fault: Time) -> usize {
+        let progress = self.shared.progress.iter();
+        let begun = progress.map(|it| it.load(Ordering::Relaxed));
+        begun.filter(|begun| *begun > fault).count()
+    }
+
+    /// Requests that ended with an error.
+    pub fn errors(&self) -> u64 {
+        self.shared.errors.load(Ordering::Relaxed)
+    }
+
+    /// What tells how much has been answered.
+    pub fn meter(&self) -> Meter {
+        Meter(Arc::clone(&self.shared))
+    }
+
     /// Waits until every client has had an answer to a write that began after `fault`, and prints how
     /// long that took.
     ///
@@ -96,9 +136,7 @@ impl Load {
     pub fn wait_served(&self, what: &str, fault: Time, within: Duration) {
         let mut first = None;
         wait_until(&format!("service returns after: {what}"), within, || {
-            let progress = self.shared.progress.iter();
-            let begun = progress.map(|it| it.load(Ordering::Relaxed));
-            let served = begun.filter(|begun| *begun > fault).count();
+            let served = self.served_since(fault);
             if served > 0 && first.is_none() {
                 first = Some(self.now());
             }
@@ -149,6 +187,17 @@ impl Drop for Load {
     }
 }
 
+/// Tells how much has been answered.
+pub struct Meter(Arc<Shared>);
+
+impl Meter {
+    /// The time since the start of the load, and the requests that were carried out until then.
+    pub fn read(&self) -> (Duration, u64) {
+        let answered = self.0.answered.load(Ordering::Relaxed);
+        (self.0.start.elapsed(), answered)
+    }
+}
+
 /// What the clients did and saw.
 pub struct History {
     start: Instant,
@@ -175,6 +224,27 @@ impl History {
                 begun,
                 answered: Some(now(self.start)),
                 kind: Kind::Read(u64::from_le_bytes(words[0])),
+            });
+        }
+    }
+
+    /// Writes every block, as part of the history.
+    ///
+    /// # Panics
+    /// If that does not work.
+    pub fn write_all(&mut self, client: &mut NbdClient) {
+        let now = |start: Instant| start.elapsed().as_nanos() as Time + 1;
+        for block in 0..BLOCKS {
+            // No worker has a number as high.
+            let value = (1 << 60) + block;
+            let data = value.to_le_bytes().repeat(BLOCK as usize / 8);
+            let begun = now(self.start);
+            let reply = client.request(Command::Write, offset(block), BLOCK as u32, &data);
+            assert_eq!(reply.expect("the cell works").error, 0);
+            self.blocks.entry(block).or_default().push(Operation {
+                begun,
+                answered: Some(now(self.start)),
+                kind: Kind::Write(value),
             });
         }
     }
@@ -225,9 +295,15 @@ impl History {
 struct Shared {
     start: Instant,
     stop: AtomicBool,
+    /// Where the clients of each gateway are, if not here.
+    places: Vec<Place>,
     /// Over iSCSI.
     target: Option<String>,
     gateways: Vec<SocketAddr>,
+    /// Requests that were carried out.
+    answered: AtomicU64,
+    /// Requests that ended with an error.
+    errors: AtomicU64,
     /// For each worker, when the latest write was begun that was answered.
     progress: Vec<AtomicU64>,
 }
@@ -279,6 +355,9 @@ impl Worker {
 
     fn run(&mut self) {
         let home = self.number % self.shared.gateways.len();
+        if let Some(place) = self.shared.places.get(home) {
+            place.enter();
+        }
         let mut gateway = home;
         while !self.shared.stop.load(Ordering::Relaxed) {
             let address = self.shared.gateways[gateway];
@@ -355,6 +434,7 @@ impl Worker {
                 (_, Some((ATTENTION, _))) => self.note(&pending, None),
                 (status, _) => {
                     *self.errors.entry(status.into()).or_default() += 1;
+                    self.shared.errors.fetch_add(1, Ordering::Relaxed);
                     self.note(&pending, None);
                 }
             }
@@ -422,6 +502,7 @@ impl Worker {
         let pending = self.pending.remove(&reply.cookie).expect("it was sent");
         if reply.error != 0 {
             *self.errors.entry(reply.error).or_default() += 1;
+            self.shared.errors.fetch_add(1, Ordering::Relaxed);
             self.note(&pending, None);
             return Ok(());
         }
@@ -432,6 +513,7 @@ impl Worker {
     /// A request was carried out.
     fn answered(&mut self, mut pending: Pending, data: Vec<u8>) {
         let now = self.shared.now();
+        self.shared.answered.fetch_add(1, Ordering::Relaxed);
         if pending.values.is_some() {
             self.note(&pending, Some(now));
             self.shared.progress[self.number].fetch_max(pending.begun, Ordering::Relaxed);

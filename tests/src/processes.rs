@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::nbd_client::NbdClient;
+use crate::netns::{Host, Network};
 use crate::programs::Bench;
 use crate::proxy::{Mischief, Proxy};
 
@@ -152,6 +153,8 @@ pub struct Layout {
     pub slow_disks: bool,
     /// What servers reach each other through, and gateways the servers, instead of directly.
     pub mischief: Option<Arc<Mischief>>,
+    /// Machines for all of them, instead of this one. The test itself must be at the router.
+    pub network: Option<Arc<Network>>,
 }
 
 impl Layout {
@@ -171,6 +174,7 @@ impl Layout {
             paths: BTreeMap::new(),
             slow_disks: false,
             mischief: None,
+            network: None,
         }
     }
 }
@@ -254,6 +258,9 @@ impl Cell {
 
     /// Address of a server.
     pub fn host(&self, id: u8) -> IpAddr {
+        if self.layout.network.is_some() {
+            return Host::Server(id).address();
+        }
         let [a, b, c] = self.network;
         [a, b, c, self.first_host + id].into()
     }
@@ -281,6 +288,9 @@ impl Cell {
 
     /// Where a gateway listens.
     pub fn nbd(&self, gateway: usize) -> SocketAddr {
+        if self.layout.network.is_some() {
+            return (Host::Gateway(gateway).address(), NBD_PORT).into();
+        }
         let [a, b, c] = self.network;
         let host = [a, b, c, self.first_host + 8];
         (host, NBD_PORT + gateway as u16).into()
@@ -315,7 +325,8 @@ impl Cell {
         }
         command.args(self.layout.flags.split_whitespace());
         let output = self.bench.path(&format!("pssd{id}.log"));
-        let process = Process::start(&format!("pssd {id}"), &mut command, output);
+        let name = format!("pssd {id}");
+        let process = self.launch(Host::Server(id), &name, &mut command, output);
         self.servers.insert(id, process);
     }
 
@@ -331,7 +342,8 @@ impl Cell {
             command.env("PSS_SERVERS", self.bench.path("gateway.conf"));
         }
         let output = self.bench.path(&format!("pss-nbd{gateway}.log"));
-        let mut process = Process::start(&format!("pss-nbd {gateway}"), &mut command, output);
+        let name = format!("pss-nbd {gateway}");
+        let mut process = self.launch(Host::Gateway(gateway), &name, &mut command, output);
         wait_until("the gateway listens", PATIENCE, || {
             assert!(process.runs(), "{}", process.text());
             TcpStream::connect(address).is_ok()
@@ -353,6 +365,14 @@ impl Cell {
         let new = self.bench.path("delay.new");
         fs::write(&new, delay).expect("the test directory can be used");
         fs::rename(&new, self.delay_file(id)).expect("the test directory can be used");
+    }
+
+    fn launch(&self, host: Host, name: &str, command: &mut Command, output: PathBuf) -> Process {
+        let start = || Process::start(name, command, output);
+        match &self.layout.network {
+            Some(network) => network.at(host, start),
+            None => start(),
+        }
     }
 
     /// SIGKILL.

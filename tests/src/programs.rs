@@ -61,6 +61,12 @@ impl Bench {
         self.dir.path().join(name)
     }
 
+    /// Leaves the directory for a person to look into, and says where it is.
+    pub fn keep(&mut self) -> PathBuf {
+        self.dir.disable_cleanup(true);
+        self.path("")
+    }
+
     /// Writes server.conf.
     pub fn servers(&self, text: impl AsRef<[u8]>) {
         fs::write(self.path("server.conf"), text).expect("the test directory can be used");
