@@ -292,6 +292,7 @@ impl Chaos {
         self.say("all is healed");
         self.wait_recovered();
         self.cell.wait_current();
+        self.record.stop.store(true, Ordering::Relaxed);
         let load = self.load.take().expect("it is taken once");
         let mut history = load.finish();
         let errors: u64 = history.errors.values().sum();

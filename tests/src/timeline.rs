@@ -19,6 +19,7 @@ const COLOURS: [RGBColor; 6] = [
 /// Labels stand in so many lines, so that neighbours do not cover each other.
 const LABEL_LINES: usize = 12;
 const LINE_PIXELS: u32 = 13;
+const LETTER_PIXELS: i32 = 6;
 const WIDTH_MIN_PIXELS: u32 = 1200;
 const WIDTH_MAX_PIXELS: u32 = 40_000;
 const PLOT_PIXELS: u32 = 420;
@@ -107,6 +108,7 @@ impl Timeline {
             chart
                 .configure_mesh()
                 .disable_x_mesh()
+                .light_line_style(TRANSPARENT)
                 .x_labels((width / 100) as usize)
                 .x_label_formatter(&|at| format!("{at:.0}"))
                 .y_label_formatter(&|rate| format!("{rate:.0}"))
@@ -119,6 +121,9 @@ impl Timeline {
                 let y = 8 + LINE_PIXELS as i32 * (index % LABEL_LINES) as i32;
                 let colour = COLOURS[index % COLOURS.len()];
                 let style = ("sans-serif", 11).into_font().color(&colour);
+                // Not over the edge.
+                let length = label.len() as i32 * LETTER_PIXELS;
+                let x = x.min(width as i32 - length).max(0);
                 root.draw(&Text::new(label.clone(), (x, y), style))?;
             }
             root.present()?;

@@ -97,15 +97,18 @@ fn measure(args: &Args, network: &Arc<Network>) -> anyhow::Result<()> {
             lock(&writes).clear();
             let failed = start.elapsed();
             begin(*fault, &mut cell, network, victim);
+            // Until then the victim may have answered.
+            let complete = start.elapsed();
             wait_until("writes go on", PATIENCE, || {
                 let writes = lock(&writes);
-                writes.last().is_some_and(|(sent, _)| *sent > failed)
+                writes.last().is_some_and(|(sent, _)| *sent > complete)
             });
             std::thread::sleep(AFTER);
             let wait = longest_wait(&lock(&writes), failed);
             println!(
-                "{fault} {number} of {}: server {victim}, {wait:.0?}",
-                args.kills
+                "{fault} {number} of {}: server {victim}, {}",
+                args.kills,
+                ms(wait)
             );
             waits.push(wait);
             end(*fault, &mut cell, network, victim);
@@ -146,15 +149,19 @@ fn show(args: &Args, fault: Fault, mut waits: Vec<Duration>) {
     let at = |percent: usize| waits[(waits.len() - 1) * percent / 100];
     println!(
         "{fault}: longest wait for a write from the fault on, {} times, {} servers, {} other connections: \
-         min {:.0?}, p50 {:.0?}, p90 {:.0?}, max {:.0?}",
+         min {}, p50 {}, p90 {}, max {}",
         waits.len(),
         args.servers,
         args.load,
-        at(0),
-        at(50),
-        at(90),
-        at(100)
+        ms(at(0)),
+        ms(at(50)),
+        ms(at(90)),
+        ms(at(100))
     );
+}
+
+fn ms(wait: Duration) -> String {
+    format!("{:.0} ms", wait.as_secs_f64() * 1000.0)
 }
 
 /// Of the writes that were answered after the fault, the longest wait, without what it had waited before.
@@ -199,17 +206,17 @@ mod tests {
 
     #[test]
     fn waits_count_from_the_fault_on() {
-        const fn ms(ms: u64) -> Duration {
+        const fn at(ms: u64) -> Duration {
             Duration::from_millis(ms)
         }
         let writes = [
-            (ms(0), ms(900)),
-            (ms(990), ms(1300)),
-            (ms(1300), ms(1550)),
-            (ms(1550), ms(1560)),
+            (at(0), at(900)),
+            (at(990), at(1300)),
+            (at(1300), at(1550)),
+            (at(1550), at(1560)),
         ];
-        assert_eq!(longest_wait(&writes, ms(1000)), ms(300));
-        assert_eq!(longest_wait(&writes, ms(1100)), ms(250));
-        assert_eq!(longest_wait(&writes, ms(2000)), Duration::MAX);
+        assert_eq!(longest_wait(&writes, at(1000)), at(300));
+        assert_eq!(longest_wait(&writes, at(1100)), at(250));
+        assert_eq!(longest_wait(&writes, at(2000)), Duration::MAX);
     }
 }

@@ -64,16 +64,19 @@ impl Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Fault::Kill(ids) => write!(f, "servers {ids:?} killed"),
-            Fault::Pause(ids) => write!(f, "servers {ids:?} paused"),
+            Fault::Kill(ids) => write!(f, "{} killed", servers(ids)),
+            Fault::Pause(ids) => write!(f, "{} paused", servers(ids)),
             Fault::Stop(id) => write!(f, "server {id} stopped"),
             Fault::Wipe(id) => write!(f, "server {id} wiped"),
             Fault::Rot(id, damage) => write!(f, "server {id} killed, {damage} damaged"),
             Fault::CutOff(ids, gateways) => {
-                write!(f, "servers {ids:?} and gateways {gateways:?} cut off")
+                let servers = ids.iter().copied().map(Host::Server);
+                let gateways = gateways.iter().copied().map(Host::Gateway);
+                let hosts: Vec<Host> = servers.chain(gateways).collect();
+                write!(f, "{} cut off", names(&hosts))
             }
-            Fault::Mute(id, to) => write!(f, "server {id} sends nothing to {}", names(to)),
-            Fault::Deaf(id, from) => write!(f, "server {id} hears nothing from {}", names(from)),
+            Fault::Mute(id, to) => write!(f, "server {id} mute to {}", names(to)),
+            Fault::Deaf(id, from) => write!(f, "server {id} deaf to {}", names(from)),
             Fault::Bridge(left, right) => write!(f, "servers {left:?} and {right:?} part, bridged"),
             Fault::KillGateway(gateway) => write!(f, "gateway {gateway} killed"),
             Fault::PauseGateway(gateway) => write!(f, "gateway {gateway} paused"),
@@ -81,12 +84,29 @@ impl fmt::Display for Fault {
     }
 }
 
+fn servers(ids: &[u8]) -> String {
+    let hosts: Vec<Host> = ids.iter().copied().map(Host::Server).collect();
+    names(&hosts)
+}
+
 fn names(hosts: &[Host]) -> String {
-    let name = |host: &Host| match host {
-        Host::Server(id) => format!("{id}"),
-        Host::Gateway(gateway) => format!("gateway {gateway}"),
-    };
-    hosts.iter().map(name).collect::<Vec<_>>().join(", ")
+    let mut servers = Vec::new();
+    let mut gateways = Vec::new();
+    for host in hosts {
+        match host {
+            Host::Server(id) => servers.push(id.to_string()),
+            Host::Gateway(gateway) => gateways.push(gateway.to_string()),
+        }
+    }
+    let kinds = [("server", servers), ("gateway", gateways)];
+    let kinds = kinds.iter().filter(|(_, numbers)| !numbers.is_empty());
+    let parts: Vec<String> = kinds
+        .map(|(kind, numbers)| match numbers.len() {
+            1 => format!("{kind} {}", numbers[0]),
+            _ => format!("{kind}s {}", numbers.join(", ")),
+        })
+        .collect();
+    parts.join(" and ")
 }
 
 impl Chaos {
@@ -259,5 +279,21 @@ impl Chaos {
             Fault::KillGateway(gateway) => self.cell.start_gateway(*gateway),
             Fault::PauseGateway(gateway) => self.cell.gateways[gateway].signal("CONT"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_name_the_victims() {
+        let cut = Fault::CutOff(vec![3, 1], vec![0]);
+        assert_eq!(cut.to_string(), "servers 3, 1 and gateway 0 cut off");
+        let cut = Fault::CutOff(vec![], vec![0, 1]);
+        assert_eq!(cut.to_string(), "gateways 0, 1 cut off");
+        assert_eq!(Fault::Kill(vec![2]).to_string(), "server 2 killed");
+        let mute = Fault::Mute(2, vec![Host::Server(0), Host::Gateway(1)]);
+        assert_eq!(mute.to_string(), "server 2 mute to server 0 and gateway 1");
     }
 }
