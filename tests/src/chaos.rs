@@ -42,6 +42,8 @@ const RETURN: Duration = Duration::from_secs(25);
 const CURRENT: Duration = Duration::from_secs(120);
 /// A gateway that was away for longer may have given requests up.
 const EXCUSED: Duration = Duration::from_secs(20);
+/// What a gateway says when it is told that it was silent for longer than its lease.
+const SESSION_ENDED: &str = "the cell has ended this session: it was not heard of";
 /// A sample of the timeline.
 const SAMPLE: Duration = Duration::from_millis(250);
 
@@ -72,6 +74,17 @@ pub fn run(options: &Options) {
     });
 }
 
+/// A gateway is paused for longer than its lease. Each leader waits for that long by itself, so until then no
+/// fault hits the one that leads.
+struct Lapse {
+    gateway: usize,
+    since: Duration,
+    until: Instant,
+    leader: u8,
+    /// Somebody else led meanwhile, so the lease may not have ended.
+    is_leader_new: bool,
+}
+
 /// The cell with its load.
 struct Chaos {
     options: Options,
@@ -85,8 +98,8 @@ struct Chaos {
     calm_since: Instant,
     /// The server whose log was damaged and is not current yet.
     log_damaged: Option<u8>,
-    /// A gateway that is paused for longer than its lease, until when, and since when.
-    lapsed: Option<(usize, Instant, Duration)>,
+    /// A gateway that is paused for longer than its lease.
+    lapsed: Option<Lapse>,
     lapses: u32,
     /// Requests that ended with an error, of gateways that were away for so long that they gave them up.
     excused: u64,
@@ -132,6 +145,7 @@ impl Chaos {
 
     fn rounds(&mut self) {
         let mut round = 0;
+        self.wait_served("start", 0, WORKERS);
         while self.begun.elapsed() < self.options.duration {
             round += 1;
             self.lapse();
@@ -142,8 +156,8 @@ impl Chaos {
             let faults = self.choose();
             self.round(round, faults);
         }
-        if let Some((_, until, _)) = self.lapsed {
-            std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        if let Some(lapse) = &self.lapsed {
+            std::thread::sleep(lapse.until.saturating_duration_since(Instant::now()));
         }
         self.lapse();
         println!("{round} rounds");
@@ -152,29 +166,51 @@ impl Chaos {
     /// Begins or ends the long pause of a gateway, which lasts over several rounds.
     fn lapse(&mut self) {
         let length = SESSION_LEASE + Duration::from_secs(6);
-        match self.lapsed {
-            Some((gateway, until, since)) if Instant::now() >= until => {
-                self.cell.gateways[&gateway].signal("CONT");
-                let label = format!("gateway {gateway} paused for longer than its lease");
-                self.record.fault(since..self.now(), &label);
-                self.lapsed = None;
-                let again = self.load().now();
-                let what = format!("{label}, going on");
-                self.wait_served(&what, again, WORKERS);
-                self.check_errors(&what, true);
+        match self.lapsed.take() {
+            Some(lapse) if Instant::now() >= lapse.until => self.end_lapse(lapse),
+            Some(mut lapse) => {
+                lapse.is_leader_new |= self.cell.leader() != lapse.leader;
+                self.lapsed = Some(lapse);
             }
             None if self.lapses == 0 || self.rng.chance(40) => {
                 let left = self.options.duration.saturating_sub(self.begun.elapsed());
-                if left > length {
-                    let gateway = self.rng.below(GATEWAYS as u64) as usize;
-                    self.say(&format!("gateway {gateway} is paused for {length:?}"));
-                    self.cell.gateways[&gateway].signal("STOP");
-                    self.lapsed = Some((gateway, Instant::now() + length, self.now()));
-                    self.lapses += 1;
+                if left <= length {
+                    return;
                 }
+                let gateway = self.rng.below(GATEWAYS as u64) as usize;
+                self.say(&format!("gateway {gateway} is paused for {length:?}"));
+                self.cell.gateways[&gateway].signal("STOP");
+                self.lapses += 1;
+                self.lapsed = Some(Lapse {
+                    gateway,
+                    since: self.now(),
+                    until: Instant::now() + length,
+                    leader: self.cell.leader(),
+                    is_leader_new: false,
+                });
             }
-            _ => {}
+            None => {}
         }
+    }
+
+    fn end_lapse(&mut self, lapse: Lapse) {
+        let gateway = lapse.gateway;
+        let is_leader_new = lapse.is_leader_new || self.cell.leader() != lapse.leader;
+        let before = self.cell.gateways[&gateway].text().len();
+        self.cell.gateways[&gateway].signal("CONT");
+        let what = format!("gateway {gateway} paused for longer than its lease");
+        self.record.fault(lapse.since..self.now(), &what);
+        let what = format!("{what}, going on");
+        self.say(&what);
+        let again = self.load().now();
+        self.wait_served(&what, again, WORKERS);
+        self.check_errors(&what, true);
+        let text = self.cell.gateways[&gateway].text();
+        let is_fenced = text[before..].contains(SESSION_ENDED);
+        assert!(
+            is_fenced || is_leader_new,
+            "gateway {gateway} was paused for longer than its lease, and its session goes on:\n{text}"
+        );
     }
 
     fn round(&mut self, round: u32, faults: Vec<Fault>) {
@@ -208,6 +244,7 @@ impl Chaos {
         self.wait_served(&format!("{what}, healed"), again, wanted);
         self.must_run();
         self.check_errors(&what, excused);
+        self.check_sessions();
     }
 
     /// No client is told of an error, but through a gateway that was away for long.
@@ -223,7 +260,8 @@ impl Chaos {
     /// Whether a gateway that nothing has happened to reaches a majority.
     fn expects_service(&self, faults: &[Fault]) -> bool {
         (0..GATEWAYS).any(|gateway| {
-            let lapsed = self.lapsed.is_some_and(|(lapsed, ..)| lapsed == gateway);
+            let lapsed = self.lapsed.as_ref();
+            let lapsed = lapsed.is_some_and(|lapse| lapse.gateway == gateway);
             !lapsed && faults.iter().all(|it| !it.gateways().contains(&gateway))
         })
     }
@@ -256,6 +294,22 @@ impl Chaos {
         for (id, gateway) in &mut self.cell.gateways {
             assert!(gateway.runs(), "pss-nbd {id} has ended");
         }
+    }
+
+    /// The cell has ended no session but those of gateways that were paused for longer than their lease: a minute
+    /// without a word is more than any other fault lasts.
+    fn check_sessions(&self) {
+        let ended = |gateway: usize| {
+            let path = self.cell.bench.path(&format!("pss-nbd{gateway}.log"));
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            text.matches(SESSION_ENDED).count()
+        };
+        let ended: usize = (0..GATEWAYS).map(ended).sum();
+        let lapses = self.lapses as usize;
+        assert!(
+            ended <= lapses,
+            "{ended} sessions were ended, {lapses} were silent for as long"
+        );
     }
 
     /// Asks who is current again.

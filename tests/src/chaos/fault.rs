@@ -123,6 +123,8 @@ impl Chaos {
             }
             let taken: Vec<u8> = faults.iter().flat_map(Fault::servers).collect();
             let fault = self.draw(&taken, leader.map(|id| id as u8));
+            let spared = self.lapsed.as_ref().map(|lapse| lapse.leader);
+            let fault = fault.filter(|it| spared.is_none_or(|id| !it.servers().contains(&id)));
             faults.extend(fault.filter(|fault| self.is_allowed(&faults, fault)));
         }
         faults
@@ -135,7 +137,7 @@ impl Chaos {
         let free = gateways == 0 && self.lapsed.is_none();
         if bridge(fault) {
             // Nobody is away, so that each side and the bridge are a majority.
-            return faults.is_empty() && self.recovering.is_empty();
+            return faults.is_empty() && self.recovering.is_empty() && self.lapsed.is_none();
         }
         let affected: usize = faults.iter().map(|it| it.servers().len()).sum();
         let affected = affected + self.recovering.len() + fault.servers().len();
@@ -157,7 +159,7 @@ impl Chaos {
             free.swap(place, other);
         }
         let to_leader = free.iter().position(|id| Some(*id) == leader);
-        if let Some(place) = to_leader.filter(|_| self.rng.chance(300)) {
+        if let Some(place) = to_leader.filter(|_| self.rng.chance(400)) {
             free.swap(0, place);
         }
         let one = *free.first()?;
