@@ -384,7 +384,7 @@ impl Chaos {
 
 impl Drop for Chaos {
     fn drop(&mut self) {
-        // Even while another thread is told to end, and before the processes are killed.
+        // Of a run that found something, too, and before the processes are killed.
         if let Some(plot) = &self.options.plot {
             match self.record.timeline().write(plot) {
                 Ok(()) => println!("timeline: {}", plot.display()),
