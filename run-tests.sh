@@ -1,6 +1,6 @@
 #!/bin/bash
-# All tests: formatting, lints, and every test of the workspace; with --all also Linux's own initiator in a guest,
-# which takes four minutes more. See docs/testing.md.
+# All tests: formatting, lints, and every test of the workspace; with --all also Linux's own initiator in a guest, and
+# chaos in network namespaces, which take six minutes more. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -104,5 +104,7 @@ env --default-signal=INT cargo test --workspace --no-fail-fast
 if $all; then
     echo "== Linux's own initiator"
     cargo test -p pss-tests --test linux_initiator -- --ignored
+    echo "== chaos in network namespaces"
+    cargo test -p pss-tests --test chaos -- --ignored
 fi
 echo "== all tests passed in $((SECONDS - started)) s"
