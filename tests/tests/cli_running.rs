@@ -381,7 +381,14 @@ fn up_again_on_the_same_data() {
     assert_eq!(up.running.ends(SOON), Some(0), "{}", up.running.output());
 
     let said = up.running.output();
-    assert!(!said.contains("WARN") && !said.contains("ERROR"), "{said}");
+    // The disk of whoever runs this may be.
+    let mut lines = said
+        .lines()
+        .filter(|line| !line.contains("the disk is nearly full"));
+    assert!(
+        !lines.any(|line| line.contains("WARN") || line.contains("ERROR")),
+        "{said}"
+    );
 
     (up.running, up.nbd) = Up::start(&up.bench);
     let list = up.json("volume list");

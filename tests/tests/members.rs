@@ -55,6 +55,13 @@ fn can_lose(cell: &Cell) -> Value {
     cell.status().expect("the cell works")["servers_that_may_fail"].clone()
 }
 
+/// Somebody leads, after whoever led was stopped.
+fn wait_works(cell: &Cell) {
+    wait_until("the cell works", PATIENCE, || {
+        cell.status().is_some_and(|it| it["works"] == true)
+    });
+}
+
 /// From three to five core servers and back to three others, whose files say nothing of it, with nothing lost.
 #[test]
 fn three_to_five_and_back_under_load() {
@@ -122,6 +129,7 @@ fn three_to_five_and_back_under_load() {
 fn a_server_is_replaced_at_another_address() {
     let mut cell = cell();
     cell.kill(1);
+    wait_works(&cell);
     fs::remove_dir_all(cell.path(1)).expect("it is there");
     let (host, path) = (cell.host(7), cell.bench.path("elsewhere"));
     let place = format!("{host} {}", path.display());
@@ -140,9 +148,7 @@ fn a_server_is_replaced_at_another_address() {
     fs::write(cell.bench.path("server.conf"), file).expect("it can be written");
     cell.wait_current();
     cell.stop(0);
-    wait_until("two of three serve", PATIENCE, || {
-        cell.status().is_some_and(|it| it["works"] == true)
-    });
+    wait_works(&cell);
 }
 
 /// What makes no sense is refused, and says why.
@@ -211,6 +217,7 @@ fn changes_that_make_no_sense() {
     cell.bench.run("pss", "server remove 3 --yes").done();
     // Without two of three nothing can be changed, and none of two that are needed goes.
     cell.stop(0);
+    wait_works(&cell);
     let needed = cell.bench.run("pss", "server remove 1 --yes");
     needed.fails(
         6,
