@@ -1,6 +1,6 @@
 #!/bin/bash
-# All tests: formatting, lints, and every test of the workspace; with --all also Linux's own initiator in a guest, and
-# chaos in network namespaces, which take six minutes more. See docs/testing.md.
+# All tests: formatting, lints, and every test of the workspace; with --all also Linux's own initiator in a guest,
+# which takes four minutes more. See docs/testing.md.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -98,13 +98,13 @@ cargo clippy --workspace --all-targets -- -D warnings
 # The tests of pss-tests run the programs of the other packages, which cargo test does not build.
 echo "== cargo build"
 cargo build --workspace
-echo "== cargo test"
+echo "== tests"
 # A run in the background may have been told to ignore SIGINT, which programs inherit; tests send it.
-env --default-signal=INT cargo test --workspace --no-fail-fast
+env --default-signal=INT cargo run --quiet -p pss-tests --bin suite
+echo "== examples in the documentation"
+cargo test --workspace --doc --quiet
 if $all; then
     echo "== Linux's own initiator"
     cargo test -p pss-tests --test linux_initiator -- --ignored
-    echo "== chaos in network namespaces"
-    cargo test -p pss-tests --test chaos -- --ignored
 fi
 echo "== all tests passed in $((SECONDS - started)) s"

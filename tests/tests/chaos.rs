@@ -7,7 +7,6 @@ use std::time::Duration;
 use pss_tests::chaos::{Options, run};
 
 #[test]
-#[ignore = "takes two minutes: `./run-tests.sh --all` runs it"]
 fn five_servers_and_two_gateways_in_namespaces() {
     let seed = std::env::var("PSS_TEST_SEED").map_or(1, |seed| seed.parse().expect("a number"));
     run(&Options {
