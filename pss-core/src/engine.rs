@@ -326,6 +326,8 @@ pub struct Engine {
     /// The newest checkpoint says so too: the log began behind this slot then.
     installed_base: Option<Slot>,
     log_bytes: u64,
+    /// Handed to the log since it was told last how full the disk is, and between that and the time before.
+    appended: [u64; 2],
     /// Of the disk, beside what the log may grow to.
     free_bytes: u64,
     /// When [`Engine::handle_timeout`] was called last.
@@ -404,6 +406,7 @@ impl Engine {
             checkpoint_installing: false,
             installed_base: installing.map(|_| log_base),
             log_bytes: 0,
+            appended: [0; 2],
             free_bytes: u64::MAX,
             looked_at: now,
             bytes_applied: 0,
@@ -679,6 +682,10 @@ impl Engine {
         match output {
             Output::Send { to, message } => self.actions.push_back(Action::Send { to, message }),
             Output::Persist { write, what } => {
+                if let Persist::Append { entries, .. } = &what {
+                    let bytes: usize = entries.iter().map(Entry::weight_bytes).sum();
+                    self.appended[0] += bytes as u64;
+                }
                 self.actions.push_back(Action::Persist { write, what });
             }
             Output::Apply { entries } => self.keep_chosen(entries),

@@ -18,6 +18,8 @@ impl Engine {
     pub fn note_storage(&mut self, free_bytes: u64, log_first: Slot, log_bytes: u64) {
         self.log_bytes = log_bytes;
         self.free_bytes = free_bytes;
+        // Who looked may not have seen what was handed to the log just before.
+        self.appended = [0, self.appended[0]];
         let free = free_bytes.saturating_sub(self.config.reserve_bytes);
         self.replica.note_storage(free, log_first);
     }
@@ -43,7 +45,8 @@ impl Engine {
     /// Whether the log must not grow any more, because nothing that it holds can be applied. Where writes are refused it
     /// may: what comes then frees space.
     pub(super) fn log_lacks_space(&self) -> bool {
-        self.free_bytes < self.config.reserve_bytes / 8 * 5
+        let on_the_way = self.appended.iter().sum();
+        self.free_bytes.saturating_sub(on_the_way) < self.config.reserve_bytes / 8 * 5
             && self.is_stalled()
             && !self.refuses_writes()
     }
