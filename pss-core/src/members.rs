@@ -1,4 +1,5 @@
-//! The servers of a cell, as its log lists them. As long as the log says nothing, the list is that of server.conf.
+//! The servers of a cell, as its log lists them. The first leader takes them over from server.conf;
+//! as long as the log says nothing, the list is that of server.conf.
 
 use std::fmt;
 use std::net::IpAddr;

@@ -189,6 +189,8 @@ pub enum Bug {
     ChangeMany,
     /// A candidate counts its promises by the list that its log had before it took over another.
     CountByOldList,
+    /// Goes by the servers of the configuration until somebody changes them.
+    ListByFile,
     /// Votes on though the cell was recovered without it.
     IgnoreEpoch,
     /// Does not care that others have seen more of it than its disk knows.
@@ -240,6 +242,8 @@ pub struct PeerView {
     pub progress: Progress,
     /// Up to where its log is durably equal to ours, if we lead.
     pub durable: Slot,
+    /// Whether it has said where it stands: its program can read a list of servers in the log.
+    pub reads_lists: bool,
 }
 
 /// One server's part of the agreement. See the module's text.

@@ -15,7 +15,7 @@ use std::time::Duration;
 use pss_core::engine::{
     Action, Checkpoint, ClientId, Engine, EngineConfig, Export, RepairBug, VolumeRead,
 };
-use pss_core::entry::Origin;
+use pss_core::entry::{Entry, Op, Origin};
 use pss_core::members::{Member, Members};
 use pss_core::paxos::message::{Message, SyncMessage};
 use pss_core::paxos::output::{Persist, WriteId};
@@ -81,7 +81,7 @@ pub enum SimBug {
 }
 
 /// Every deliberate bug.
-pub const BUGS: [SimBug; 26] = [
+pub const BUGS: [SimBug; 27] = [
     SimBug::Agreement(Bug::AcknowledgeBeforeSync),
     SimBug::Agreement(Bug::CountOldBallots),
     SimBug::Agreement(Bug::SkipBarrier),
@@ -100,6 +100,7 @@ pub const BUGS: [SimBug; 26] = [
     SimBug::Agreement(Bug::CountIncomplete),
     SimBug::Agreement(Bug::DenyForgotten),
     SimBug::Agreement(Bug::IgnoreEpoch),
+    SimBug::Agreement(Bug::ListByFile),
     SimBug::Agreement(Bug::ChangeUnchosen),
     SimBug::Agreement(Bug::ChangeMany),
     SimBug::Agreement(Bug::CountByOldList),
@@ -456,6 +457,11 @@ fn changes_members(seed: u64) -> bool {
     seed % 8 == 3
 }
 
+/// In some cells servers are started with a server.conf that lists others than the cell's log.
+fn edits_files(seed: u64) -> bool {
+    seed % 8 == 5
+}
+
 type Checked<T> = Result<T, Failure>;
 
 /// Runs one cell.
@@ -764,13 +770,14 @@ impl Sim {
             host: String::new(),
             path: String::new(),
         };
-        let members = Members {
-            epoch: 1,
-            version: 1,
-            list: list.map(member).collect(),
-        };
         let Some(running) = &mut self.nodes[left].running else {
             return Ok(());
+        };
+        let old = running.engine.replica().members();
+        let members = Members {
+            epoch: 1,
+            version: old.map_or(0, |it| it.version) + 1,
+            list: list.map(member).collect(),
         };
         if let Err(error) = running.engine.recover(now, members) {
             return self.fail(format!("the majority cannot be given up: {error}"));
@@ -1011,7 +1018,6 @@ impl Sim {
             return Ok(());
         }
         let now = self.clock(index);
-        let members = Membership::new(self.listed.iter().copied());
         let seed = self.rng.next();
         let rivals = self.has_rivals();
         let node = &mut self.nodes[index];
@@ -1027,6 +1033,16 @@ impl Sim {
         let state = storage.state.clone();
         let promised = recovered.promised;
         node.incarnation = storage.identity.facts().incarnation;
+        let lists = |entry: &Entry| {
+            let mut ops = entry.commands.iter().map(|it| &it.op);
+            ops.any(|op| matches!(op, Op::SetMembers { .. }))
+        };
+        // Chosen: one that is not may be taken back.
+        let tail = recovered.tail.iter();
+        let mut tail = tail.take_while(|entry| entry.id.slot <= recovered.chosen);
+        let has_list = state.members().is_some() || tail.any(lists);
+        let members = self.file_of(index, has_list);
+        let node = &mut self.nodes[index];
         let mut config = engine_config(node.id, node.incarnation, members, seed);
         if rivals {
             // One message an entry: logs are equal in part for longer.
@@ -1706,6 +1722,22 @@ impl Sim {
     }
 
     // ---- Changes of the servers.
+
+    /// The servers of the file that a server is started with; `has_list`: its own log has a list.
+    fn file_of(&mut self, index: usize, has_list: bool) -> Membership {
+        let is_late = has_list || self.config.bug == Some(SimBug::Agreement(Bug::ListByFile));
+        let mut listed = self.listed.clone();
+        if edits_files(self.config.seed) && is_late && self.now > SECOND && self.changes.chance(500)
+        {
+            let me = self.nodes[index].id;
+            let changes = &mut self.changes;
+            listed.retain(|id| *id == me || changes.chance(500));
+            if !listed.iter().any(|id| id.is_core()) {
+                listed.push(ServerId(0));
+            }
+        }
+        Membership::new(listed)
+    }
 
     /// Who the servers are, by the newest list that is chosen.
     fn members(&self) -> Membership {

@@ -285,9 +285,10 @@ impl Replica {
         let majority = self.majority();
         let listed = self.config.members.core.len();
         let own = self.tail.last();
-        // A cell whose servers change may have chosen by the list before with one server more or less: a claim takes one copy
-        // more to deny.
-        let slack = usize::from(self.tail.members().is_some());
+        // What damage hides may have been chosen by a list of one core server more or less. Of an odd number of servers, those
+        // that do not hold it and are too many for this list are too many for those as well; of an even number it takes
+        // one more of them.
+        let slack = usize::from(listed.is_multiple_of(2));
         let known = self.admitted();
         let counts_all = self.bug == Some(Bug::CountOldLives);
         let me = (self.config.id, self.config.incarnation);

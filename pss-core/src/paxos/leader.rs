@@ -280,6 +280,7 @@ impl Replica {
         leader.heartbeat_at = now + heartbeat;
         let ballot = leader.ballot;
         self.admit_founders();
+        self.list_founders();
         for server in self.other_servers() {
             self.send(
                 server,

@@ -13,12 +13,12 @@
 use std::sync::Arc;
 
 use crate::entry::{Command, Op};
-use crate::members::{BadMembers, Members};
+use crate::members::{BadMembers, Member, Members};
 use crate::paxos::leader::Follower;
 use crate::paxos::quorum::Membership;
 use crate::paxos::{Bug, PeerView, Replica, Role};
 use crate::time::Instant;
-use crate::types::ServerId;
+use crate::types::{Incarnation, ServerId};
 
 /// Why a change was not proposed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -95,6 +95,42 @@ impl Replica {
         self.append_own(vec![Command::internal(Op::SetMembers { members })]);
         self.advance(now);
         Ok(())
+    }
+
+    /// The first leader puts the servers of its configuration into the log, so that who votes never changes with a
+    /// file. It waits until all of them are known to be able to read that.
+    pub(super) fn list_founders(&mut self) {
+        let can_read = |server: &ServerId| self.peers.get(server).is_some_and(|it| it.reads_lists);
+        let is_told_apart = self.config.incarnation > Incarnation(0);
+        if !is_told_apart
+            || !self.announced
+            || self.members().is_some()
+            || !self.other_servers().iter().all(can_read)
+            || self.bug == Some(Bug::ListByFile)
+        {
+            return;
+        }
+        let of = |ids: &[ServerId], core| {
+            let member = |id: &ServerId| Member {
+                id: *id,
+                core,
+                host: String::new(),
+                path: String::new(),
+            };
+            ids.iter().map(member).collect::<Vec<_>>()
+        };
+        let mut list = of(&self.config.members.core, true);
+        list.extend(of(&self.config.members.learners, false));
+        list.sort_by_key(|it| it.id);
+        let members = Members {
+            epoch: 0,
+            version: 1,
+            list,
+        };
+        if members.check().is_ok() {
+            let members = Arc::new(members);
+            self.append_own(vec![Command::internal(Op::SetMembers { members })]);
+        }
     }
 
     /// Whether another server could vote without anybody waiting for it.

@@ -178,6 +178,9 @@ impl Replica {
             return;
         }
         self.note_epoch(now, epoch);
+        if let Some(view) = self.peers.get_mut(&from) {
+            view.reads_lists = true;
+        }
         if !asks {
             self.raise_mark(from, standing);
         }
