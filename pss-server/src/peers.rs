@@ -34,6 +34,8 @@ struct Peer {
     udp: SocketAddr,
     /// The newest that was heard of: what older ones say does not count any more.
     incarnation: Incarnation,
+    /// Who says to be this server, in that incarnation.
+    claims: Claims,
     link: Link,
     backoff: Duration,
     /// The last connection did not last: the other end does not want it.
@@ -78,12 +80,73 @@ enum Link {
     Up { connection: usize, since: Instant },
 }
 
+/// How many processes say that they are a server.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Claimed {
+    Once,
+    Twice,
+    /// And it has not been logged lately.
+    TwiceToLog,
+}
+
+/// A process whose datagrams come after those of a newer one so often is no late rest of a former one.
+const RETURNS_MIN: u32 = 4;
+/// Two of which one is not heard for this time are one.
+const CLAIM_LASTS: Duration = Duration::from_secs(3);
+/// A double claim is logged so often.
+const LOG_CLAIMS_EVERY: Duration = Duration::from_secs(10);
+
+/// The processes that say that they are one server, by the numbers that they have chosen at their start.
+#[derive(Debug, Default)]
+struct Claims {
+    /// The one heard last, and the one before it.
+    boots: [Option<u64>; 2],
+    /// How often the one before it was heard again, each time soon after the last, and when that was.
+    returns: u32,
+    returned: Option<Instant>,
+    logged: Option<Instant>,
+}
+
+impl Claims {
+    fn note(&mut self, now: Instant, boot: u64) -> Claimed {
+        let [last, former] = self.boots;
+        if last != Some(boot) {
+            self.boots = [Some(boot), last];
+            if former == Some(boot) {
+                self.returns = match self.has_returned(now) {
+                    true => self.returns.saturating_add(1),
+                    false => 1,
+                };
+                self.returned = Some(now);
+            }
+        }
+        if !self.are_two(now) {
+            return Claimed::Once;
+        }
+        let lately = |at: Instant| now.since(at) < LOG_CLAIMS_EVERY;
+        if self.logged.is_some_and(lately) {
+            return Claimed::Twice;
+        }
+        self.logged = Some(now);
+        Claimed::TwiceToLog
+    }
+
+    fn has_returned(&self, now: Instant) -> bool {
+        self.returned.is_some_and(|at| now.since(at) < CLAIM_LASTS)
+    }
+
+    fn are_two(&self, now: Instant) -> bool {
+        self.returns >= RETURNS_MIN && self.has_returned(now)
+    }
+}
+
 impl Peer {
     fn new(tcp: SocketAddr, udp: SocketAddr, now: Instant) -> Peer {
         Peer {
             tcp,
             udp,
             incarnation: Incarnation(0),
+            claims: Claims::default(),
             link: Link::Down { call_at: now },
             backoff: BACKOFF_MIN,
             is_unwanted: false,
@@ -189,12 +252,36 @@ impl Peers {
         if from < peer.incarnation {
             return false;
         }
+        if from > peer.incarnation {
+            peer.claims = Claims::default();
+        }
         peer.incarnation = from;
         // It lives, so a call may succeed now.
         if let Link::Down { call_at } = &mut peer.link {
             *call_at = (*call_at).min(now + BACKOFF_MIN);
         }
         true
+    }
+
+    /// A datagram of a server's process was received. Says whether two say that they are this server, which a copied data
+    /// directory makes, so that neither counts: what one of them acknowledges the other need not have.
+    pub(crate) fn note_process(
+        &mut self,
+        now: Instant,
+        server: ServerId,
+        from: Incarnation,
+        boot: u64,
+    ) -> Claimed {
+        match self.get_mut(server) {
+            Some(peer) if peer.incarnation == from => peer.claims.note(now, boot),
+            _ => Claimed::Once,
+        }
+    }
+
+    /// Whether two processes say that they are this server.
+    pub(crate) fn is_claimed_twice(&self, now: Instant, server: ServerId) -> bool {
+        self.get(server)
+            .is_some_and(|peer| peer.claims.are_two(now))
     }
 
     /// Whether a connection of this incarnation is outdated.
@@ -385,5 +472,37 @@ mod tests {
             !peers.heard(Instant(0), ServerId(200), Incarnation(9)),
             "no server"
         );
+    }
+
+    #[test]
+    fn two_processes_with_one_id_are_told_apart_from_a_restart() {
+        let mut claims = Claims::default();
+        let at = |ms: u64| Instant(0) + Duration::from_millis(ms);
+        // A restart, with a few datagrams of the former process that come late.
+        for (ms, boot) in [
+            (0, 1),
+            (100, 1),
+            (200, 2),
+            (210, 1),
+            (220, 2),
+            (230, 2),
+            (900, 2),
+        ] {
+            assert_eq!(claims.note(at(ms), boot), Claimed::Once, "{ms}");
+        }
+        // Many restarts.
+        for boot in 3..50 {
+            assert_eq!(claims.note(at(1000 + boot * 10), boot), Claimed::Once);
+        }
+        let mut said = Vec::new();
+        for round in 0..20 {
+            said.push(claims.note(at(5000 + round * 500), 60 + round % 2));
+        }
+        assert_eq!(said[..5], [Claimed::Once; 5]);
+        assert_eq!(said[5], Claimed::TwiceToLog);
+        assert_eq!(said[6..], [Claimed::Twice; 14]);
+        // One of them is gone.
+        assert_eq!(claims.note(at(15_000), 60), Claimed::Twice);
+        assert_eq!(claims.note(at(18_500), 60), Claimed::Once);
     }
 }

@@ -816,6 +816,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         members: None,
         last_ballot: ballot(3, 1),
         given_up_by: None,
+        claimed_twice: Vec::new(),
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,

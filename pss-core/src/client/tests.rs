@@ -480,6 +480,7 @@ fn status(server: u8, leader: u8) -> ServerStatus {
         members: None,
         last_ballot: Ballot::default(),
         given_up_by: None,
+        claimed_twice: Vec::new(),
     }
 }
 

@@ -1099,6 +1099,7 @@ impl Engine {
             members: self.state.members().map(|members| Members::clone(members)),
             last_ballot: replica.last().ballot,
             given_up_by: replica.given_up_by(),
+            claimed_twice: Vec::new(),
         }
     }
 }

@@ -463,6 +463,9 @@ pub struct ServerStatus {
     /// The loss epoch of the cell that has given this server up.
     #[serde(default)]
     pub given_up_by: Option<u64>,
+    /// Others for which two processes speak: neither counts for this server.
+    #[serde(default)]
+    pub claimed_twice: Vec<ServerId>,
 }
 
 /// One server as seen by another.

@@ -549,6 +549,7 @@ pub(super) mod tests {
             members: None,
             last_ballot: Ballot::default(),
             given_up_by: None,
+            claimed_twice: Vec::new(),
         }
     }
 

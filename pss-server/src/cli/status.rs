@@ -141,7 +141,12 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             format!("Server {id} has {left} of {total} left for volumes: its disk is {how}.")
         })
     });
-    let notes = failures.chain(bad_disks).chain(full_disks);
+    let twice = answers.statuses.iter().flat_map(|(id, own)| {
+        own.claimed_twice.iter().map(move |twice| {
+            format!("Two processes say to server {id} that they are server {twice}, so neither counts: stop one of them.")
+        })
+    });
+    let notes = failures.chain(twice).chain(bad_disks).chain(full_disks);
     let notes: Vec<String> = notes.chain(answers.stale_lines()).collect();
     if !notes.is_empty() {
         text.push_str(&format!("\n{}\n", notes.join("\n")));

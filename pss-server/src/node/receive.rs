@@ -19,8 +19,9 @@ use socket2::{SockRef, TcpKeepalive};
 use crate::clients::{CLIENTS_MAX, ClientLoad};
 use crate::clock;
 use crate::node::connection::{Connection, Fill};
-use crate::node::connections::Kind;
+use crate::node::connections::{Kind, Slot};
 use crate::node::turn::{FIRST_CONNECTION, Node};
+use crate::peers::Claimed;
 
 /// Bytes that a turn reads from one connection, about.
 const CONNECTION_BYTES_PER_TURN: usize = 1 << 20;
@@ -151,11 +152,18 @@ impl Node {
     }
 
     fn handle_datagrams(&mut self, now: Instant) {
+        let mut claimed_twice = None;
         for bytes in self.batch.iter() {
             match self.datagrams.decode(bytes) {
                 Ok(datagram) => {
                     let known = self.peers.heard(now, datagram.from, datagram.incarnation)
                         || self.knows_lives_of(datagram.from);
+                    let (from, life) = (datagram.from, datagram.incarnation);
+                    let claimed = self.peers.note_process(now, from, life, datagram.boot);
+                    if claimed == Claimed::TwiceToLog {
+                        claimed_twice = Some(from);
+                    }
+                    let known = known && claimed == Claimed::Once;
                     self.peers
                         .count(datagram.from, |counts| counts.datagrams_received += 1);
                     if known {
@@ -174,6 +182,29 @@ impl Node {
                 }
             }
         }
+        if let Some(server) = claimed_twice {
+            self.log_claimed_twice(server);
+        }
+    }
+
+    fn log_claimed_twice(&self, server: ServerId) {
+        let of_it = |place: &Slot| matches!(place.kind, Kind::Inbound(from, _) if from == server);
+        let places = self.connections.iter().filter(|(_, place)| of_it(place));
+        let mut from: Vec<String> = places
+            .filter_map(|(_, place)| place.connection.socket().peer_addr().ok())
+            .map(|address| address.ip().to_string())
+            .collect();
+        from.sort();
+        from.dedup();
+        let at = match from.is_empty() {
+            true => String::new(),
+            false => format!(" (connected from {})", from.join(" and ")),
+        };
+        tracing::error!(
+            peer = server.0,
+            "two processes say that they are server {server}{at}, with copies of one data directory: neither counts here until \
+             one of them is stopped; if both shall run, format one of them for an id of its own"
+        );
     }
 
     /// Lets callers in.
@@ -432,8 +463,10 @@ impl Node {
                         return Err(ConnectionError::Outdated(server));
                     }
                     let message = read_message(frame)?;
-                    self.engine
-                        .handle_message(now, server, incarnation, message);
+                    if !self.peers.is_claimed_twice(now, server) {
+                        self.engine
+                            .handle_message(now, server, incarnation, message);
+                    }
                 }
                 Kind::Outbound(_) => return Err(ConnectionError::Unexpected(frame.kind)),
                 Kind::Caller(_) | Kind::Calling(..) => self.shake_hands(now, place, &frame)?,

@@ -12,6 +12,7 @@ use std::time::Duration;
 use mio::net::{TcpListener, UdpSocket};
 use mio::{Events, Poll, Token};
 use pss_core::engine::Engine;
+use pss_core::members::Members;
 use pss_core::paxos::message::Message;
 use pss_core::time::Instant;
 use pss_core::types::{Incarnation, ServerId, Slot};
@@ -280,6 +281,9 @@ impl Node {
                 "this server is none of the cell's any more ({members}): stop it, and take it out of server.conf"
             ),
         }
+        for line in stale_lines(&self.config.servers.ids(), members, own) {
+            tracing::warn!("{line}");
+        }
     }
 
     /// Answers the reads that are done.
@@ -427,6 +431,9 @@ impl Node {
         status.free_bytes = self.free_bytes;
         status.total_bytes = self.total_bytes;
         status.clients = self.connections.clients() as u32;
+        let peers = self.peers.views().map(|(server, _)| server);
+        let twice = |server: &ServerId| self.peers.is_claimed_twice(now, *server);
+        status.claimed_twice = peers.filter(twice).collect();
     }
 
     /// Begins to stop cleanly.
@@ -473,4 +480,20 @@ impl Node {
             server.is_core() && peer.heard.is_some_and(|heard| now.since(heard) < lately)
         })
     }
+}
+/// What server.conf here says that is not so any more.
+fn stale_lines(listed: &[ServerId], members: &Members, own: ServerId) -> Vec<String> {
+    let missing = members.list.iter().map(|it| it.id);
+    let missing = missing.filter(|id| !listed.contains(id)).map(|id| {
+        format!(
+            "server {id} belongs to the cell and is not in this server's server.conf: add its line"
+        )
+    });
+    let gone = listed
+        .iter()
+        .filter(|id| **id != own && members.get(**id).is_none());
+    let gone = gone.map(|id| {
+        format!("server {id} is in this server's server.conf and does not belong to the cell: take its line out")
+    });
+    missing.chain(gone).collect()
 }

@@ -248,6 +248,7 @@ fn status() -> ServerStatus {
         members: None,
         last_ballot: Ballot::default(),
         given_up_by: None,
+        claimed_twice: Vec::new(),
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,
