@@ -104,6 +104,8 @@ env --default-signal=INT cargo run --quiet -p pss-tests --bin suite
 echo "== examples in the documentation"
 cargo test --workspace --doc --quiet
 if $all; then
+    echo "== 200 power cuts"
+    cargo test -p pss-tests --test power_cut -- --ignored
     echo "== Linux's own initiator"
     cargo test -p pss-tests --test linux_initiator -- --ignored
 fi
