@@ -62,6 +62,8 @@ const CLOCK_STEP_MS: u64 = 100;
 const NOTE_LINES_MAX: u32 = 10;
 /// Other administrative actions that are logged each 10 s: a person's script may create many volumes.
 const EVENT_LINES_MAX: u32 = 100;
+/// A learner that has a place in a cell that was recovered knows it after this time.
+const LEARNS_WITHIN: Duration = Duration::from_secs(5);
 /// How often sessions and the need for a checkpoint are looked at.
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 
@@ -272,6 +274,10 @@ pub struct Engine {
     chunks: Arc<ChunkStore>,
     actions: VecDeque<Action>,
     copying: Option<Copying>,
+    /// Whom a person has named to copy chunks from.
+    source: Option<ServerId>,
+    /// Takes nothing from others until it has given them up: what it holds is to be the truth.
+    is_deaf: bool,
 
     // Requests of clients, while we lead.
     waiting: HashMap<CommandKey, Waiting>,
@@ -347,6 +353,16 @@ pub struct Engine {
     forgetful: bool,
     /// [`Replica::is_rejoining`] and [`Replica::was_set_back`], as they were logged last.
     rejoins: (bool, bool),
+    /// A learner: since when the cell has gone on without it, as far as it knows, until it has logged that.
+    left_behind: LeftBehind,
+}
+
+/// What a learner knows of the cell's having been recovered without it. It may only not have learned yet that it has a place.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum LeftBehind {
+    No,
+    Since(Instant),
+    Logged,
 }
 
 impl Engine {
@@ -373,6 +389,8 @@ impl Engine {
             chunks,
             actions: VecDeque::new(),
             copying: installing.map(|proven| Copying::resume(proven, now)),
+            source: None,
+            is_deaf: false,
             waiting: HashMap::new(),
             in_flight: Counts::new(),
             held: Counts::new(),
@@ -418,6 +436,7 @@ impl Engine {
             backlog_bytes: 0,
             forgetful: false,
             rejoins: (false, false),
+            left_behind: LeftBehind::No,
         };
         engine.logged_event = engine.state.events_made();
         engine.share_volumes();
@@ -470,6 +489,9 @@ impl Engine {
         life: Incarnation,
         message: Message,
     ) {
+        if self.is_deaf {
+            return self.replica.note_heard(now, from, life);
+        }
         self.replica.note_log_full(self.is_log_full(now));
         match message {
             Message::Sync(sync) => self.on_sync(now, from, sync),
@@ -515,6 +537,7 @@ impl Engine {
             }
             self.expire_sessions(now);
             self.watch_lags(now);
+            self.watch_given_up(now);
             self.checkpoint_if_due(now);
             self.check_trouble(now);
         }
@@ -543,11 +566,7 @@ impl Engine {
                  disk lost writes; as incarnation {life} the server learns what the others hold, and neither votes nor counts \
                  until it has"
             ),
-            (true, false) if self.replica.given_up_by().is_some() => tracing::error!(
-                "the cell was recovered without this server (loss epoch {}): what it holds does not count any more; to take it in \
-                 again use 'pssd format --replace' and 'pss server add'",
-                self.replica.given_up_by().unwrap_or_default()
-            ),
+            (true, false) if self.replica.given_up_by().is_some() => self.log_given_up(),
             (true, false) if counts > life => tracing::error!(
                 "another data directory has taken the place of this one (incarnation {counts}, this one is {life}): this server \
                  does not count while that one runs"
@@ -557,6 +576,28 @@ impl Engine {
                  and neither votes nor counts until it has"
             ),
         }
+    }
+
+    fn log_given_up(&self) {
+        tracing::error!(
+            "the cell was recovered without this server (loss epoch {}): what it holds does not count any more; to take it in \
+             again use 'pssd format --replace' and 'pss server add'",
+            self.replica.given_up_by().unwrap_or_default()
+        );
+    }
+
+    /// One that votes begins another life, and says so then.
+    fn watch_given_up(&mut self, now: Instant) {
+        let is_left = self.replica.given_up_by().is_some() && !self.replica.is_rejoining();
+        self.left_behind = match (is_left, self.left_behind) {
+            (false, _) => LeftBehind::No,
+            (true, LeftBehind::No) => LeftBehind::Since(now),
+            (true, LeftBehind::Since(at)) if now.since(at) >= LEARNS_WITHIN => {
+                self.log_given_up();
+                LeftBehind::Logged
+            }
+            (true, other) => other,
+        };
     }
 
     /// When to call [`Engine::handle_timeout`].
@@ -602,9 +643,20 @@ impl Engine {
     /// Gives the majority up.
     ///
     /// # Errors
+    /// From now on chunks are copied from this server first, and from others if it does not answer or has not got them.
+    pub fn prefer_source(&mut self, source: ServerId) {
+        self.source = Some(source);
+    }
+
+    /// Takes nothing from others but that they are there, until [`Engine::recover`] has succeeded.
+    pub fn stay_deaf(&mut self) {
+        self.is_deaf = true;
+    }
+
     /// See [`Replica::recover`].
     pub fn recover(&mut self, now: Instant, members: Members) -> Result<(), RecoverRefused> {
         let done = self.replica.recover(now, members);
+        self.is_deaf &= done.is_err();
         self.drain(now);
         done
     }

@@ -281,6 +281,8 @@ pub struct Replica {
     complete: bool,
     /// See [`Replica::marks`].
     marks: Marks,
+    /// Loss epoch in which they were made.
+    marks_epoch: u64,
     /// Servers that have not said yet what they saw of this one.
     unmet: Vec<Unmet>,
     /// When they were asked last.
@@ -326,6 +328,7 @@ pub struct Replica {
 impl Replica {
     /// A server that starts at `now` with what it found on its disk.
     pub fn new(config: Config, recovered: Recovered, now: Instant) -> Replica {
+        let marks_epoch = recovered.members.as_ref().map_or(0, |it| it.epoch);
         let mut tail = Tail::new(recovered.applied, recovered.admitted, recovered.members);
         for entry in recovered.tail {
             tail.push(entry);
@@ -351,6 +354,7 @@ impl Replica {
             changes_life: false,
             complete: recovered.installing.is_none(),
             marks: recovered.marks,
+            marks_epoch,
             unmet: Vec::new(),
             asked_at: now,
             started_with: (
@@ -416,6 +420,13 @@ impl Replica {
         }
         if bug == Bug::DenyDamaged {
             self.give_up_claims();
+        }
+    }
+
+    /// Another server was heard, and what it says is not looked at.
+    pub fn note_heard(&mut self, now: Instant, from: ServerId, life: Incarnation) {
+        if let Some(peer) = self.peers.get_mut(&from) {
+            (peer.heard, peer.life) = (Some(now), life);
         }
     }
 

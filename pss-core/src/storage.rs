@@ -111,7 +111,7 @@ impl Storage {
     /// # Errors
     /// [`StorageError`].
     pub fn open(disk: Arc<dyn Disk>, params: &StorageParams) -> Result<Storage, StorageError> {
-        let identity = Identity::open(Arc::clone(&disk))?;
+        let mut identity = Identity::open(Arc::clone(&disk))?;
         let facts = identity.facts();
         if facts.cell != params.log.cell || facts.group != params.log.group {
             return Err(StorageError::OtherCell);
@@ -122,6 +122,7 @@ impl Storage {
                 expected: params.server,
             });
         }
+        identity.finish_discarding(&disk)?;
         let (checkpoint, record) = CheckpointFile::open(Arc::clone(&disk))?;
         let (log, recovered) = Log::open(Arc::clone(&disk), params.log.clone(), record.applied)?;
         let volumes: Vec<Volume> = record.state.volumes().cloned().collect();

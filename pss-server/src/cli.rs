@@ -32,6 +32,7 @@ mod paxos;
 mod ports;
 mod probe;
 mod recover;
+mod restart;
 mod server;
 mod signals;
 mod start;
@@ -229,6 +230,7 @@ enum PssdVerb {
     /// Initialises a server's data directory before its first start
     Format(FormatArgs),
     /// Runs the server until SIGTERM or SIGINT
+    #[command(after_help = restart::EXAMPLES)]
     Start(Box<StartArgs>),
 }
 

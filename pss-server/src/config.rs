@@ -23,6 +23,10 @@ pub struct ServerConfig {
     pub cell: CellId,
     /// Sizes and times.
     pub tuning: Tuning,
+    /// Whose chunks are copied first if this server lacks many; none: whoever has least to do.
+    pub source: Option<ServerId>,
+    /// Whether its data are to be the truth: it takes nothing from others until it has given them up.
+    pub is_truth: bool,
 }
 
 /// Sizes and times that are rarely changed.
@@ -162,6 +166,8 @@ impl CellFiles {
             key: self.key.clone(),
             cell: self.cell_id(cell),
             tuning,
+            source: None,
+            is_truth: false,
         })
     }
 }

@@ -29,8 +29,9 @@ use std::time::Duration;
 use pss_core::chunk::ChunkError;
 use pss_core::disk::{Disk, is_full};
 use pss_core::log::LogError;
-use pss_core::storage::{PairError, StorageError};
-use pss_core::types::ServerId;
+use pss_core::members::Members;
+use pss_core::storage::{Identity, IdentityFacts, PairError, StorageError};
+use pss_core::types::{EntryId, Marks, ServerId, Slot};
 use pss_core::wire::client::ServerStatus;
 
 use crate::config::ServerConfig;
@@ -162,6 +163,23 @@ fn explain(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
+/// What a server holds that does not run.
+#[derive(Debug)]
+pub(crate) struct Held {
+    pub(crate) facts: IdentityFacts,
+    /// Last entry of its log.
+    pub(crate) last: EntryId,
+    pub(crate) applied: Slot,
+    /// Up to here its log was durable before it was damaged.
+    pub(crate) claimed: Slot,
+    /// Chunks are missing.
+    pub(crate) installing: bool,
+    /// The last list of servers in its log.
+    pub(crate) members: Option<Members>,
+    /// What it has seen of others.
+    pub(crate) marks: Marks,
+}
+
 /// A running server. Dropping it leaves the server running.
 pub struct ServerHandle {
     id: ServerId,
@@ -187,6 +205,18 @@ impl Server {
         disk: Arc<dyn Disk>,
     ) -> Result<ServerHandle, StartError> {
         start::start_with_disk(config, disk)
+    }
+}
+
+impl Server {
+    /// What a server holds that does not run.
+    pub(crate) fn look(config: &ServerConfig) -> Result<Held, StartError> {
+        start::look(config)
+    }
+
+    /// The identity of a server that does not run. While it is held, none can be started.
+    pub(crate) fn identity(config: &ServerConfig) -> Result<Identity, StartError> {
+        start::identity(config)
     }
 }
 

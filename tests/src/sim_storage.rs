@@ -58,6 +58,7 @@ pub(crate) fn format(
         incarnation,
         promised: Ballot::default(),
         rejoining,
+        discards: false,
     };
     let disk: Arc<dyn Disk> = disk.disk();
     Identity::create(disk, facts, false).map(|_| ())

@@ -783,6 +783,7 @@ fn format(disk: Arc<dyn Disk>) -> Result<(), pss_core::storage::StorageError> {
         incarnation: Incarnation(1),
         promised: Ballot::default(),
         rejoining: false,
+        discards: false,
     };
     Identity::create(disk, facts, true).map(drop)
 }
@@ -2052,4 +2053,48 @@ fn format_survives_a_stop_at_every_operation() {
             }
         }
     }
+}
+
+/// A server that drops what it has to learn it anew, stopped anywhere: it has all of it and its old life, or none of it and
+/// counts for nothing.
+#[test]
+fn discarding_survives_a_stop_at_every_operation() {
+    let (mut old, mut new) = (0, 0);
+    for seed in 0..400 {
+        let disk = SimDisk::new();
+        let (mut rng, stop) = (Rng::new(seed), 1 + seed % 40);
+        let mut world = World::new(disk.disk());
+        apply_op(&mut world, create("v", 60)).unwrap();
+        apply_op(&mut world, write_op(VolumeId(1), 0, payload(1, 10))).unwrap();
+        checkpoint(&mut world);
+        let mut identity = Identity::open(disk.disk()).unwrap();
+        disk.crash_at_op(disk.stats().mutating_ops + stop);
+        let promised = identity.discard(Incarnation(2), true).is_ok();
+        // The second one is stopped as well, where the first has come so far.
+        for _ in 0..2 {
+            drop(Storage::open(disk.disk(), &params()));
+            disk.power_cut(&mut rng);
+            disk.crash_at_op(disk.stats().mutating_ops + 1 + rng.below(30));
+        }
+        disk.power_cut(&mut rng);
+        let storage = Storage::open(disk.disk(), &params()).unwrap();
+        let facts = storage.identity.facts();
+        assert!(!facts.discards);
+        if facts.incarnation == Incarnation(1) {
+            assert!(!promised && !facts.rejoining);
+            old += 1;
+            world.storage = storage;
+            assert!(world.check_all().is_ok());
+            continue;
+        }
+        new += 1;
+        assert!(facts.rejoining && facts.incarnation == Incarnation(2));
+        assert_eq!(storage.state, State::default());
+        assert_eq!(storage.log.last(), EntryId::default());
+        assert_eq!(storage.installing, None);
+        assert_eq!(storage.recovered.evidence, None);
+        let left = disk.disk().read_dir("data/v").unwrap_or_default();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    assert!(old > 4 && new > 200, "{old} old, {new} new");
 }

@@ -57,6 +57,8 @@ pub(super) struct Copying {
     /// A base is stored: our chunks are incomplete until all are copied. Before that they are only old.
     installing: bool,
     donor: Option<ServerId>,
+    /// Whose chunks the log said last that they come.
+    told: Option<ServerId>,
     /// Turns to the next donor when one does not answer.
     turn: usize,
     /// See [`crate::storage::CheckpointRecord::installing`].
@@ -100,6 +102,7 @@ impl Copying {
             stage,
             installing: false,
             donor,
+            told: None,
             turn: 0,
             proven: ALL_PROVEN,
             cursor: (VolumeId(0), ChunkIndex(0)),
@@ -182,8 +185,10 @@ impl Copying {
 
     /// The question was not answered in time, or not as hoped; asks another server next.
     fn give_up_question(&mut self, retry_at: Instant) {
-        self.donor = None;
-        self.turn += 1;
+        // While a base or a list is asked for, it is another's turn already.
+        if self.donor.take().is_some() {
+            self.turn += 1;
+        }
         self.asked.clear();
         self.list_asked = false;
         self.retry_at = retry_at;
@@ -209,13 +214,15 @@ impl Copying {
 
 impl Engine {
     pub(super) fn start_copying(&mut self, now: Instant, donor: ServerId) {
+        // Whoever is preferred comes first in the order, if he is there.
+        let donor = self.source.is_none().then_some(donor);
         match &mut self.copying {
-            None => self.copying = Some(Copying::new(Some(donor), Stage::Base, now)),
+            None => self.copying = Some(Copying::new(donor, Stage::Base, now)),
             // The log has fallen behind again while chunks are copied: it needs another base.
             Some(copying) if matches!(copying.stage, Stage::List | Stage::Chunks { .. }) => {
                 copying.give_up_question(now);
                 copying.stage = Stage::Base;
-                copying.donor = Some(donor);
+                copying.donor = donor;
             }
             Some(_) => return,
         }
@@ -235,17 +242,25 @@ impl Engine {
             .map(|(server, _)| server)
             .collect();
         let leader = self.replica.leader();
+        let source = self.source;
         let Some(copying) = &mut self.copying else {
             return;
         };
         if now < copying.retry_at {
             return;
         }
+        let is_there = source.is_none_or(|source| donors.contains(&source));
+        if copying.donor.is_none() && !is_there && now.since(copying.began) < ANSWER_TIMEOUT {
+            // Followers are not heard all the time.
+            copying.retry_at = now + RETRY;
+            return self.apply_backlog(now);
+        }
         if copying.donor.is_none() {
             // Followers rather than the leader, which has enough to do.
             let followers = donors.iter().filter(|server| Some(**server) != leader);
             let mut order: Vec<ServerId> = followers.copied().collect();
             order.extend(donors.iter().filter(|server| Some(**server) == leader));
+            order.sort_by_key(|server| source.is_some() && Some(*server) != source);
             copying.donor = order.get(copying.turn % order.len().max(1)).copied();
             copying.asked.clear();
             copying.list_asked = false;
@@ -637,6 +652,9 @@ impl Engine {
             return self.refuse_answer(now);
         }
         copying.donor = Some(from);
+        if copying.told.replace(from) != Some(from) {
+            tracing::info!("copying chunks from server {from}");
+        }
         copying.list_asked = false;
         copying.moved_at = now;
         copying.chunks_known += chunks.len() as u64;
@@ -755,6 +773,11 @@ impl Engine {
             };
             copying.asked.clear();
             copying.stage = Stage::List;
+            if self.source.is_some() {
+                // If another had to help out, that was for one list.
+                copying.donor = None;
+                copying.turn = 0;
+            }
         }
         self.copy_timeout(now);
     }

@@ -157,6 +157,11 @@ impl Replica {
 
     /// The log has grown or shrunk: goes by its last list.
     pub(super) fn follow_members(&mut self) {
+        if self.epoch() > self.marks_epoch {
+            // What a server has done before a majority was given up binds nobody: the one that went on may know less.
+            self.marks_epoch = self.epoch();
+            self.marks.clear();
+        }
         let members = match self.tail.members() {
             Some(members) => members.membership(),
             None => self.listed.clone(),

@@ -214,6 +214,10 @@ impl Replica {
     ) {
         self.note_epoch(now, epoch);
         let is_core = self.config.members.core.contains(&self.config.id);
+        if epoch < self.epoch() {
+            // Who does not know that a majority was given up speaks of what counts no more.
+            return self.unmet.retain(|it| it.server != from);
+        }
         if !is_core || self.changes_life || self.bug == Some(Bug::DenyForgotten) {
             return;
         }

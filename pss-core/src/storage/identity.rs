@@ -1,5 +1,6 @@
 //! Who a server is and what it has promised.
 
+use std::io;
 use std::sync::Arc;
 
 use bytes::{Buf, BufMut};
@@ -25,7 +26,7 @@ const IGNORED: [&str; 2] = ["lock", "lost+found"];
 /// | 0  | 2     | group                                |
 /// | 2  | 1     | server id                            |
 /// | 3  | 1     | server id of the promised ballot     |
-/// | 4  | 1     | 1: still learns what its earlier life knew; else 0 |
+/// | 4  | 1     | 1: still learns what its earlier life knew; 2: the same, and what that one left is to be removed first; 3: only the latter; else 0 |
 /// | 5  | 3     | zero                                 |
 /// | 8  | 16    | cell                                 |
 /// | 24 | 8     | incarnation                          |
@@ -45,7 +46,13 @@ pub struct IdentityFacts {
     /// The directory replaces another one whose promises and log are gone: until it has learned what others
     /// know, the server neither votes nor acknowledges.
     pub rejoining: bool,
+    /// What the earlier life left in the directory is removed when it is opened next.
+    pub discards: bool,
 }
+
+const REJOINING: u8 = 1;
+const REJOINING_DISCARDS: u8 = 2;
+const DISCARDS: u8 = 3;
 
 impl IdentityFacts {
     fn encode(&self) -> Vec<u8> {
@@ -53,7 +60,12 @@ impl IdentityFacts {
         out.put_u16_le(self.group.0);
         out.put_u8(self.server.0);
         out.put_u8(self.promised.server.0);
-        out.put_u8(u8::from(self.rejoining));
+        out.put_u8(match (self.rejoining, self.discards) {
+            (false, false) => 0,
+            (true, false) => REJOINING,
+            (true, true) => REJOINING_DISCARDS,
+            (false, true) => DISCARDS,
+        });
         out.put_slice(&[0; 3]);
         out.put_slice(&self.cell);
         out.put_u64_le(self.incarnation.0);
@@ -69,7 +81,7 @@ impl IdentityFacts {
         let group = GroupId(input.get_u16_le());
         let server = ServerId(input.get_u8());
         let promised_server = ServerId(input.get_u8());
-        let rejoining = input.get_u8() != 0;
+        let life = input.get_u8();
         input.advance(3);
         let mut cell = [0; 16];
         input.copy_to_slice(&mut cell);
@@ -82,7 +94,8 @@ impl IdentityFacts {
                 number: input.get_u64_le(),
                 server: promised_server,
             },
-            rejoining,
+            rejoining: life != 0 && life != DISCARDS,
+            discards: matches!(life, REJOINING_DISCARDS | DISCARDS),
         })
     }
 }
@@ -104,24 +117,14 @@ impl Identity {
         force: bool,
     ) -> Result<Identity, StorageError> {
         let mut pair = Pair::create(Arc::clone(&disk), NAME, MAGIC);
-        let failed = |source| pair.error("format", source);
-        for entry in disk.read_dir("").map_err(failed)? {
+        for entry in disk.read_dir("").map_err(|it| pair.error("format", it))? {
             let name = entry.name;
             if !force && !IGNORED.contains(&name.as_str()) {
                 return Err(StorageError::NotEmpty { name });
             }
-            // The identity goes first: a format that is cut short leaves nothing that opens.
-            if FILES.contains(&name.as_str()) {
-                disk.remove_file(&name).map_err(failed)?;
-            }
         }
-        disk.sync_dir("").map_err(failed)?;
-        for entry in disk.read_dir("").map_err(failed)? {
-            if DIRECTORIES.contains(&entry.name.as_str()) {
-                disk.remove_dir_all(&entry.name).map_err(failed)?;
-            }
-        }
-        disk.sync_dir("").map_err(failed)?;
+        // The identity goes first: a format that is cut short leaves nothing that opens.
+        remove_all(&disk, &FILES).map_err(|it| pair.error("format", it))?;
         CheckpointFile::create(disk)?;
         // And comes last: without it the directory is not formatted.
         pair.store(&facts.encode())?;
@@ -175,6 +178,57 @@ impl Identity {
         self.facts = facts;
         Ok(())
     }
+
+    /// Makes durable that the server begins a life in which nothing counts that the directory holds: whoever opens it
+    /// next removes that first. Until this is durable, the directory is what it was. `rejoining`: see
+    /// [`IdentityFacts::rejoining`].
+    ///
+    /// # Errors
+    /// [`PairError::Io`].
+    pub fn discard(&mut self, life: Incarnation, rejoining: bool) -> Result<(), PairError> {
+        let facts = IdentityFacts {
+            incarnation: life,
+            rejoining,
+            discards: true,
+            ..self.facts
+        };
+        self.pair.store(&facts.encode())?;
+        self.facts = facts;
+        Ok(())
+    }
+
+    /// Removes what an earlier life has left, if that is to be done. Cut short, it is done again by the next one.
+    pub(super) fn finish_discarding(&mut self, disk: &Arc<dyn Disk>) -> Result<(), PairError> {
+        if !self.facts.discards {
+            return Ok(());
+        }
+        let [_, _, checkpoints @ ..] = FILES;
+        remove_all(disk, &checkpoints).map_err(|it| self.pair.error("discard", it))?;
+        CheckpointFile::create(Arc::clone(disk))?;
+        let facts = IdentityFacts {
+            discards: false,
+            ..self.facts
+        };
+        self.pair.store(&facts.encode())?;
+        self.facts = facts;
+        Ok(())
+    }
+}
+
+/// Removes these files, then log and chunks.
+fn remove_all(disk: &Arc<dyn Disk>, files: &[&str]) -> io::Result<()> {
+    for entry in disk.read_dir("")? {
+        if files.contains(&entry.name.as_str()) {
+            disk.remove_file(&entry.name)?;
+        }
+    }
+    disk.sync_dir("")?;
+    for entry in disk.read_dir("")? {
+        if DIRECTORIES.contains(&entry.name.as_str()) {
+            disk.remove_dir_all(&entry.name)?;
+        }
+    }
+    disk.sync_dir("")
 }
 
 #[cfg(test)]
@@ -193,6 +247,7 @@ mod tests {
                 server: ServerId(5),
             },
             rejoining: true,
+            discards: false,
         };
         let bytes = facts.encode();
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -202,5 +257,19 @@ mod tests {
         );
         assert_eq!(IdentityFacts::decode(&bytes), Some(facts));
         assert_eq!(IdentityFacts::decode(&bytes[1..]), None);
+        for (rejoining, discards, byte) in [
+            (false, false, 0),
+            (true, false, 1),
+            (true, true, 2),
+            (false, true, 3),
+        ] {
+            let facts = IdentityFacts {
+                rejoining,
+                discards,
+                ..facts
+            };
+            assert_eq!(facts.encode()[4], byte);
+            assert_eq!(IdentityFacts::decode(&facts.encode()), Some(facts));
+        }
     }
 }

@@ -361,7 +361,7 @@ fn earlier(config: &ServerConfig) -> u64 {
 
 /// A directory that is formatted again is a later life of the server, so its incarnation must be higher than any
 /// before. Of those it may know nothing: hence the time.
-fn incarnation(known: u64) -> Incarnation {
+pub(super) fn incarnation(known: u64) -> Incarnation {
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = since_1970.unwrap_or_default().as_millis() as u64;
     Incarnation(now.max(known + 1))
@@ -376,6 +376,7 @@ fn facts(config: &ServerConfig, life: Life) -> IdentityFacts {
         incarnation: life.incarnation,
         promised: Ballot::default(),
         rejoining: life.rejoining,
+        discards: false,
     }
 }
 
@@ -412,6 +413,8 @@ mod tests {
             key: None,
             cell: CellId([1; 16]),
             tuning: Tuning::default(),
+            source: None,
+            is_truth: false,
         }
     }
 

@@ -20,6 +20,8 @@ use crate::render::{Table, grouped, left, right, span};
 
 /// What a person types who means it.
 const WORD: &str = "give up";
+/// Role of a server that does not run, in a status that was made from its files.
+pub(super) const STOPPED: &str = "stopped";
 /// How long the server that goes on may take to lead.
 const LEADS_WITHIN: Duration = Duration::from_secs(20);
 
@@ -48,7 +50,10 @@ pub(super) struct RecoverArgs {
 pub(super) fn run(args: &CellArgs, recover: &RecoverArgs) -> Result<(), CliError> {
     let cell = Access::connect(args)?;
     let answers = cell.answers()?;
-    let plan = plan(&cell, &answers, recover.from)?;
+    let truth = recover
+        .from
+        .map_or(Truth::Newest, |id| Truth::Of(ServerId(id)));
+    let plan = plan(&cell, &answers, truth)?;
     if args.json && recover.look {
         return print_json(&plan.json());
     }
@@ -61,20 +66,40 @@ pub(super) fn run(args: &CellArgs, recover: &RecoverArgs) -> Result<(), CliError
     if !recover.yes {
         ask(&plan)?;
     }
-    carry_out(args, &cell, plan)
+    plan.give_up(&cell)?;
+    let done = plan.follow(args, &cell)?;
+    if args.json {
+        return print_json(&json!({ "schema": "pss.recovered/1", "from": plan.from.0 }));
+    }
+    say(done);
+    Ok(())
+}
+
+/// Whose data are to be the truth.
+#[derive(Clone, Copy)]
+pub(super) enum Truth {
+    /// Those of the newest log of those that answer.
+    Newest,
+    /// Those of this server, if no other has a newer log.
+    Of(ServerId),
+    /// Those of this server, whatever others have. It does not run: its status is made from its files.
+    Started(ServerId),
 }
 
 /// What is known, and what would be done.
-struct Plan {
+pub(super) struct Plan {
     /// Goes on with what it has.
-    from: ServerId,
+    pub(super) from: ServerId,
     last: (Ballot, u64),
     /// Others that are left; they get what they lack.
     left: Vec<ServerId>,
-    lost: Vec<ServerId>,
+    /// Whoever does not answer, or has a newer log that is given up.
+    pub(super) lost: Vec<ServerId>,
+    /// Of these, those that answer, with the ends of their logs.
+    newer: Vec<(ServerId, (Ballot, u64))>,
     /// The newest slot that anybody who answers knows a lost server to have acknowledged or applied.
     known: u64,
-    members: Members,
+    pub(super) members: Members,
 }
 
 /// Ids of an entry order logs.
@@ -82,8 +107,20 @@ fn last(status: &ServerStatus) -> (Ballot, u64) {
     (status.last_ballot, status.last)
 }
 
-fn plan(cell: &Access, answers: &Answers, from: Option<u8>) -> Result<Plan, CliError> {
-    let failed = |exit, message: String| Err(CliError::new(exit, message));
+fn failed<T>(exit: Exit, message: String) -> Result<T, CliError> {
+    Err(CliError::new(exit, message))
+}
+
+/// Whether it has got all data.
+fn is_whole(status: &ServerStatus) -> bool {
+    !status.rejoining && status.copying.is_none()
+}
+
+/// What is to be done.
+///
+/// # Errors
+/// Nothing is lost; or what is left is not enough.
+pub(super) fn plan(cell: &Access, answers: &Answers, truth: Truth) -> Result<Plan, CliError> {
     let health = answers.judge(None);
     if answers.statuses.is_empty() {
         return failed(
@@ -91,79 +128,25 @@ fn plan(cell: &Access, answers: &Answers, from: Option<u8>) -> Result<Plan, CliE
             "no server answers: start one that holds the data".to_owned(),
         );
     }
-    let core = &health.core;
-    let there: Vec<ServerId> = core
-        .iter()
-        .copied()
-        .filter(|id| answers.statuses.contains_key(id))
-        .collect();
-    if there.len() > core.len() / 2 {
-        return failed(
-            Exit::Failed,
-            format!(
-                "nothing is lost: {} {} answer{}, which is a majority of the core servers {}; 'pss status' says what is wrong",
-                if there.len() == 1 {
-                    "server"
-                } else {
-                    "servers"
-                },
-                Ids(&there),
-                if there.len() == 1 { "s" } else { "" },
-                Ids(core)
-            ),
-        );
+    if let Truth::Started(_) = truth {
+        // Whoever is none of the cell's any more need not hear who is alive.
+        the_truth(cell, answers, truth)?;
     }
-    if let Some(leader) = answers.leader() {
-        return failed(
-            Exit::Failed,
-            format!(
-                "server {} still leads; if the others are gone, it notices within seconds: try again",
-                leader.server
-            ),
-        );
-    }
-    let whole = |status: &&ServerStatus| !status.rejoining && status.copying.is_none();
-    let best = answers.statuses.values().filter(whole);
-    let Some(best) = best.max_by_key(|status| last(status)) else {
-        return failed(
-            Exit::Failed,
-            "none of the servers that answer holds all data: chunks are missing on each of them"
-                .to_owned(),
-        );
-    };
-    let chosen = match from.map(ServerId) {
-        None => best,
-        Some(id) => match answers.statuses.get(&id) {
-            None => return Err(cell.no_answer(id, answers.failures.get(&id))),
-            Some(status) if !whole(&status) => {
-                return failed(
-                    Exit::Failed,
-                    format!(
-                        "server {id} has not got all data itself; server {} has",
-                        best.server
-                    ),
-                );
-            }
-            Some(status) if last(status) < last(best) => {
-                return failed(
-                    Exit::Failed,
-                    format!(
-                        "server {} has a newer log (slot {}) than server {id} (slot {}): leave --from out, or stop server {0} if its data must not be the truth",
-                        best.server,
-                        grouped(best.last),
-                        grouped(status.last),
-                    ),
-                );
-            }
-            Some(status) => status,
-        },
-    };
+    check_lost(answers, &health.core, truth)?;
+    let chosen = the_truth(cell, answers, truth)?;
     let from = chosen.server;
-    let old = match answers.members() {
-        Some(members) => members.clone(),
-        None => members::of_configuration(cell),
+    let known = match truth {
+        Truth::Started(_) => chosen.members.as_ref(),
+        Truth::Newest | Truth::Of(_) => answers.members(),
     };
-    let is_left = |id: &ServerId| answers.statuses.contains_key(id);
+    let old = known.map_or_else(|| members::of_configuration(cell), Members::clone);
+    let newer = answers
+        .statuses
+        .values()
+        .filter(|it| last(it) > last(chosen));
+    let newer: Vec<_> = newer.map(|it| (it.server, last(it))).collect();
+    let is_newer = |id: &ServerId| newer.iter().any(|(newer, _)| newer == id);
+    let is_left = |id: &ServerId| answers.statuses.contains_key(id) && !is_newer(id);
     let left = old.list.iter().map(|it| it.id);
     let left: Vec<ServerId> = left.filter(|id| is_left(id) && *id != from).collect();
     let lost: Vec<ServerId> = old
@@ -176,6 +159,7 @@ fn plan(cell: &Access, answers: &Answers, from: Option<u8>) -> Result<Plan, CliE
     let told = told.filter(|peer| lost.contains(&peer.server));
     let known = told
         .map(|peer| peer.acknowledged.max(peer.applied))
+        .chain(newer.iter().map(|(_, (_, slot))| *slot))
         .max()
         .unwrap_or(0);
     let list = old
@@ -192,6 +176,7 @@ fn plan(cell: &Access, answers: &Answers, from: Option<u8>) -> Result<Plan, CliE
         last: last(chosen),
         left,
         lost,
+        newer,
         known,
         members: Members {
             epoch: old.epoch + 1,
@@ -201,13 +186,150 @@ fn plan(cell: &Access, answers: &Answers, from: Option<u8>) -> Result<Plan, CliE
     })
 }
 
+/// Whether a majority is lost, as far as can be seen.
+fn check_lost(answers: &Answers, core: &[ServerId], truth: Truth) -> Result<(), CliError> {
+    let mut there = core.to_vec();
+    there.retain(|id| answers.statuses.contains_key(id));
+    let all = Ids(core);
+    let has_majority = there.len() > core.len() / 2;
+    let started = match truth {
+        Truth::Started(id) => Some(id),
+        Truth::Newest | Truth::Of(_) => None,
+    };
+    let mut others = there.clone();
+    others.retain(|id| Some(*id) != started);
+    let answer = |ids: &[ServerId]| match ids {
+        [id] => format!("server {id} answers"),
+        ids => format!("servers {} answer", Ids(ids)),
+    };
+    if let (Some(id), true) = (started, has_majority) {
+        let why = match &others[..] {
+            [] => format!("server {id} is a majority of the core servers {all} itself"),
+            others => format!(
+                "{}, which is with server {id} a majority of the core servers {all}",
+                answer(others)
+            ),
+        };
+        let message = format!("nothing is lost: {why}; start it without --restart");
+        return failed(Exit::Failed, message);
+    }
+    if has_majority {
+        return failed(
+            Exit::Failed,
+            format!(
+                "nothing is lost: {}, which is a majority of the core servers {all}; 'pss status' says what is wrong",
+                answer(&there)
+            ),
+        );
+    }
+    if let Some(leader) = answers.leader() {
+        let then = match started {
+            Some(_) => "start without --restart; if a majority is gone, the leader",
+            None => "if the others are gone, it",
+        };
+        return failed(
+            Exit::Failed,
+            format!(
+                "server {} still leads; {then} notices within seconds: try again",
+                leader.server
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// The server whose data are to be the truth.
+fn the_truth<'a>(
+    cell: &Access,
+    answers: &'a Answers,
+    truth: Truth,
+) -> Result<&'a ServerStatus, CliError> {
+    if let Truth::Started(id) = truth {
+        let Some(own) = answers.statuses.get(&id) else {
+            return Err(cell.no_answer(id, answers.failures.get(&id)));
+        };
+        return check_started(answers, own).map(|()| own);
+    }
+    let best = answers.statuses.values().filter(|it| is_whole(it));
+    let Some(best) = best.max_by_key(|status| last(status)) else {
+        return failed(
+            Exit::Failed,
+            "none of the servers that answer holds all data: chunks are missing on each of them"
+                .to_owned(),
+        );
+    };
+    let Truth::Of(id) = truth else {
+        return Ok(best);
+    };
+    match answers.statuses.get(&id) {
+        None => Err(cell.no_answer(id, answers.failures.get(&id))),
+        Some(status) if !is_whole(status) => failed(
+            Exit::Failed,
+            format!(
+                "server {id} has not got all data itself; server {} has",
+                best.server
+            ),
+        ),
+        Some(status) if last(status) < last(best) => failed(
+            Exit::Failed,
+            format!(
+                "server {} has a newer log (slot {}) than server {id} (slot {}): leave --from out, or stop server {0} if its data must not be the truth",
+                best.server,
+                grouped(best.last),
+                grouped(status.last),
+            ),
+        ),
+        Some(status) => Ok(status),
+    }
+}
+
+/// Whether the data of a server that was told to go on alone may be the truth.
+fn check_started(answers: &Answers, own: &ServerStatus) -> Result<(), CliError> {
+    let id = own.server;
+    if !is_whole(own) {
+        return failed(
+            Exit::Failed,
+            format!(
+                "server {id} has not got all data itself, so it cannot be the truth; start it without --restart, and it learns from the others what it lacks"
+            ),
+        );
+    }
+    if own.last == 0 {
+        return failed(
+            Exit::Failed,
+            format!(
+                "server {id} holds nothing yet that could be the truth; start it without --restart"
+            ),
+        );
+    }
+    let epoch = |members: Option<&Members>| members.map_or(0, |it| it.epoch);
+    let newest = answers.members();
+    if epoch(newest) > epoch(own.members.as_ref()) {
+        return failed(
+            Exit::Failed,
+            format!(
+                "the cell was recovered without server {id} (loss epoch {}): what it holds does not count any more; to take it in again: \
+                 'pssd format --replace --id {id} --force', start it, 'pss server add {id} HOST PATH'",
+                epoch(newest)
+            ),
+        );
+    }
+    if newest.is_some_and(|members| members.get(id).is_none()) {
+        return failed(
+            Exit::Failed,
+            format!("server {id} was taken out of the cell: what it holds does not count any more"),
+        );
+    }
+    Ok(())
+}
+
 impl Plan {
     /// Entries that are known to be missing.
     fn missing(&self) -> u64 {
         self.known.saturating_sub(self.last.1)
     }
 
-    fn text(&self, answers: &Answers) -> String {
+    pub(super) fn text(&self, answers: &Answers) -> String {
         let mut table = Table::new([
             left("ID"),
             left("ANSWERS"),
@@ -218,13 +340,18 @@ impl Plan {
         for (id, status) in &answers.statuses {
             table.row([
                 id.to_string(),
-                "yes".to_owned(),
+                match status.role.as_str() {
+                    STOPPED => "this one",
+                    _ => "yes",
+                }
+                .to_owned(),
                 grouped(status.last),
                 grouped(status.applied),
                 "now".to_owned(),
             ]);
         }
-        for id in &self.lost {
+        let silent = |id: &&ServerId| !answers.statuses.contains_key(id);
+        for id in self.lost.iter().filter(silent) {
             let seen = answers.statuses.values().flat_map(|status| &status.peers);
             let seen = seen.filter(|peer| peer.server == *id);
             let newest = seen
@@ -256,12 +383,90 @@ impl Plan {
                 grouped(self.last.1),
             ),
         };
-        format!(
-            "{}\nServer {} has the newest log that is left, up to slot {}.\n{missing}\n",
-            table.render(),
-            self.from,
-            grouped(self.last.1),
-        )
+        let mut whose = match self.newer.is_empty() {
+            true => format!(
+                "Server {} has the newest log that is left, up to slot {}.",
+                self.from,
+                grouped(self.last.1)
+            ),
+            false => format!(
+                "The log of server {} ends with slot {}.",
+                self.from,
+                grouped(self.last.1)
+            ),
+        };
+        for (id, (_, slot)) in &self.newer {
+            let by = match slot.saturating_sub(self.last.1) {
+                0 => "has entries of a later leader".to_owned(),
+                slots => format!("is newer by {} slots", grouped(slots)),
+            };
+            whose.push_str(&format!(
+                "\nThat of server {id}, which answers, ends with slot {} and {by}: these are given up, and server {id} with them. \
+                 To keep them, start this server without --restart, and use 'pss recover'.",
+                grouped(*slot)
+            ));
+        }
+        format!("{}\n{whose}\n{missing}\n", table.render())
+    }
+
+    /// Has the server give the others up.
+    ///
+    /// # Errors
+    /// It refuses; then nothing was done.
+    pub(super) fn give_up(&self, cell: &Access) -> Result<(), CliError> {
+        let from = self.from;
+        match cell.recover(from, self.members.clone()) {
+            Ok(()) => Ok(()),
+            Err(ServerError::Reply(ReplyError::Refused(Refusal::MajorityAlive))) => failed(
+                Exit::Failed,
+                format!(
+                    "nothing was done: server {from} hears a majority of the core servers, though they do not all answer here"
+                ),
+            ),
+            Err(error) => failed(
+                Exit::Failed,
+                format!("server {from} does not go on: {error}"),
+            ),
+        }
+    }
+
+    /// Waits until that server leads, and has the others that are left learn and vote again. Says what to do next.
+    ///
+    /// # Errors
+    /// It does not lead, or the others do not vote again. What was given up stays given up.
+    pub(super) fn follow(&self, args: &CellArgs, cell: &Access) -> Result<String, CliError> {
+        let (from, epoch) = (self.from, self.members.epoch);
+        let until = Instant::now() + LEADS_WITHIN;
+        while cell
+            .answers()?
+            .leader()
+            .is_none_or(|leader| leader.server != from)
+        {
+            if Instant::now() >= until {
+                return failed(
+                    Exit::Timeout,
+                    format!(
+                        "server {from} has given the others up and does not lead yet; its log says why"
+                    ),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        say(format!("Server {from} leads and serves."));
+        let (_, health) = look(cell)?;
+        let text = format!("gave up servers {}, loss epoch {epoch}", Ids(&self.lost));
+        cell.note(&health, &text);
+        for id in self.left.iter().filter(|id| id.is_core()) {
+            say(format!(
+                "Server {id} learns what server {from} has, and then votes again."
+            ));
+            members::promote(args, cell, *id)?;
+        }
+        Ok(format!(
+            "The cell works without servers {}. Check the file systems on the volumes, open them again, and replace the \
+             lost servers: 'pss server add' says how.",
+            Ids(&self.lost)
+        ))
     }
 
     fn json(&self) -> serde_json::Value {
@@ -278,7 +483,7 @@ impl Plan {
     }
 }
 
-fn ask(plan: &Plan) -> Result<(), CliError> {
+pub(super) fn ask(plan: &Plan) -> Result<(), CliError> {
     let question = format!(
         "Server {} goes on with what it has{}. Servers {} never count again with what they hold, and what they alone had is given up for good. \
          Whoever has a volume open is cut off and has to open it again.",
@@ -301,66 +506,4 @@ fn ask(plan: &Plan) -> Result<(), CliError> {
         true => Ok(()),
         false => Err(CliError::new(Exit::Failed, "nothing was done")),
     }
-}
-
-fn carry_out(args: &CellArgs, cell: &Access, plan: Plan) -> Result<(), CliError> {
-    let (from, epoch) = (plan.from, plan.members.epoch);
-    let voted: Vec<ServerId> = plan
-        .left
-        .iter()
-        .copied()
-        .filter(|id| id.is_core())
-        .collect();
-    match cell.recover(from, plan.members) {
-        Ok(()) => {}
-        Err(ServerError::Reply(ReplyError::Refused(Refusal::MajorityAlive))) => {
-            return Err(CliError::new(
-                Exit::Failed,
-                format!(
-                    "nothing was done: server {from} hears a majority of the core servers, though they do not all answer here"
-                ),
-            ));
-        }
-        Err(error) => {
-            return Err(CliError::new(
-                Exit::Failed,
-                format!("server {from} does not go on: {error}"),
-            ));
-        }
-    }
-    let until = Instant::now() + LEADS_WITHIN;
-    while cell
-        .answers()?
-        .leader()
-        .is_none_or(|leader| leader.server != from)
-    {
-        if Instant::now() >= until {
-            return Err(CliError::new(
-                Exit::Timeout,
-                format!(
-                    "server {from} has given the others up and does not lead yet; its log says why"
-                ),
-            ));
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    say(format!("Server {from} leads and serves."));
-    let (_, health) = look(cell)?;
-    let text = format!("gave up servers {}, loss epoch {epoch}", Ids(&plan.lost));
-    cell.note(&health, &text);
-    for id in voted {
-        say(format!(
-            "Server {id} learns what server {from} has, and then votes again."
-        ));
-        members::promote(args, cell, id)?;
-    }
-    if args.json {
-        return print_json(&json!({ "schema": "pss.recovered/1", "from": from.0 }));
-    }
-    say(format!(
-        "The cell works without servers {}. Check the file systems on the volumes, open them again, and replace the \
-         lost servers: 'pss server add' says how.",
-        Ids(&plan.lost)
-    ));
-    Ok(())
 }

@@ -19,6 +19,7 @@ use sd_notify::NotifyState;
 use crate::config::{CellFiles, ServerConfig, Tuning};
 use crate::node::{Server, ServerHandle, StartError};
 
+use super::restart::{self, Place, RestartArgs};
 use super::{CliError, Exit, on_stop_signal, parse_id};
 
 /// Flags of `pssd start`.
@@ -51,6 +52,8 @@ pub struct StartArgs {
     #[arg(long, value_enum, value_name = "LEVEL", default_value = "info")]
     log_level: LogLevel,
     #[command(flatten)]
+    restart: RestartArgs,
+    #[command(flatten)]
     tuning: TuningArgs,
 }
 
@@ -82,7 +85,15 @@ impl TuningArgs {
 
 pub(super) fn run(args: StartArgs) -> Result<(), CliError> {
     let cell = CellFiles::read(&args.servers, args.key.as_deref())?;
-    let config = cell.server(args.id, args.path, args.cell, args.tuning.tuning())?;
+    let mut config = cell.server(args.id, args.path, args.cell, args.tuning.tuning())?;
+    let place = Place {
+        servers: &args.servers,
+        key: args.key.as_deref(),
+    };
+    let give_up = match args.restart.restart()? {
+        Some(restart) => restart::prepare(restart, args.restart.yes, &place, &mut config)?,
+        None => None,
+    };
     logging::init(args.log, args.log_level, &format!("pssd_{}", args.id)).map_err(failed)?;
     // Whoever looks for the failure looks into syslog; on stderr it would be there twice.
     let log_failure = |text: &str| {
@@ -116,10 +127,28 @@ pub(super) fn run(args: StartArgs) -> Result<(), CliError> {
     // The receiver is gone only when the process is ending.
     let _ = started.send(Arc::clone(&handle));
     tell_systemd(&[NotifyState::Ready]);
+    let (fails, failure) = channel::<CliError>();
+    if let Some(give_up) = give_up {
+        let handle = Arc::clone(&handle);
+        std::thread::spawn(move || {
+            if let Err(error) = give_up.carry_out() {
+                // Whoever waits for the server learns it.
+                let _ = fails.send(error);
+                handle.stop();
+            }
+        });
+    }
     handle.wait().map_err(|error| {
         log_failure(&error.to_string());
         failed(error)
-    })
+    })?;
+    match failure.try_recv() {
+        Ok(error) => {
+            log_failure(&error.to_string());
+            Err(error)
+        }
+        Err(_) => Ok(()),
+    }
 }
 
 fn failed(error: impl Display) -> CliError {
@@ -133,6 +162,12 @@ pub(crate) fn start(config: ServerConfig) -> Result<ServerHandle, String> {
         let remedy = remedy(&error, id, &path, cell);
         format!("{error}{}", remedy.unwrap_or_default())
     })
+}
+
+/// Why a server cannot be looked at, and what to do about it.
+pub(super) fn explained(error: &StartError, config: &ServerConfig) -> String {
+    let remedy = remedy(error, config.id, &config.path, config.cell);
+    format!("{error}{}", remedy.unwrap_or_default())
 }
 
 fn remedy(error: &StartError, id: ServerId, path: &Path, cell: CellId) -> Option<String> {

@@ -10,11 +10,13 @@ use mio::{Interest, Poll, Waker};
 use pss_core::disk::Disk;
 use pss_core::disk::files::FileDisk;
 use pss_core::engine::{Engine, EngineConfig, SESSION_LEASE};
+use pss_core::entry::{Entry, Op};
 use pss_core::log::LogParams;
+use pss_core::members::Members;
 use pss_core::paxos::quorum::Membership;
 use pss_core::paxos::{self, Recovered};
-use pss_core::storage::{Storage, StorageParams};
-use pss_core::types::Incarnation;
+use pss_core::storage::{Identity, Storage, StorageError, StorageParams};
+use pss_core::types::{EntryId, Incarnation, Marks, Slot};
 use pss_core::wire::auth::MacKey;
 use pss_core::wire::peer::Datagrams;
 use pss_gateway::program;
@@ -24,7 +26,7 @@ use crate::clock;
 use crate::config::{ServerConfig, Tuning};
 use crate::node::inbox::Inbox;
 use crate::node::turn::{LISTENER, Node, NodeParts, Sockets, UDP, WAKER};
-use crate::node::{ServerHandle, StartError, datagrams};
+use crate::node::{Held, ServerHandle, StartError, datagrams};
 use crate::storage::{Parts, StorageThreads};
 use crate::testing;
 
@@ -42,16 +44,79 @@ const APPLY_BYTES: usize = 8 << 20;
 const BACKLOG: i32 = 1024;
 
 pub(super) fn start(config: ServerConfig) -> Result<ServerHandle, StartError> {
-    let path = config.path.clone();
+    let disk = open_disk(&config)?;
+    start_with_disk(config, testing::disk(disk))
+}
+
+fn open_disk(config: &ServerConfig) -> Result<Arc<dyn Disk>, StartError> {
+    let path = &config.path;
     let unusable = |source| StartError::Directory {
         path: path.display().to_string(),
         source,
     };
     // `FileDisk` would make the directory; but one that does not exist is not formatted either, and
     // more likely a file system that is not mounted.
-    std::fs::metadata(&path).map_err(unusable)?;
-    let disk = FileDisk::open(&path).map_err(unusable)?;
-    start_with_disk(config, testing::disk(Arc::new(disk)))
+    std::fs::metadata(path).map_err(unusable)?;
+    Ok(Arc::new(FileDisk::open(path).map_err(unusable)?))
+}
+
+/// The identity of a server that does not run, if it is that of the configuration.
+pub(super) fn identity(config: &ServerConfig) -> Result<Identity, StartError> {
+    identity_on(config, &open_disk(config)?)
+}
+
+fn identity_on(config: &ServerConfig, disk: &Arc<dyn Disk>) -> Result<Identity, StartError> {
+    let failed = |source| StartError::Storage {
+        path: config.path.display().to_string(),
+        source: Box::new(source),
+    };
+    let identity = Identity::open(Arc::clone(disk)).map_err(|error| failed(error.into()))?;
+    let facts = identity.facts();
+    if facts.cell != config.cell.0 {
+        return Err(failed(StorageError::OtherCell));
+    }
+    if facts.server != config.id {
+        let (found, expected) = (facts.server, config.id);
+        return Err(failed(StorageError::OtherServer { found, expected }));
+    }
+    Ok(identity)
+}
+
+/// What a server holds that does not run. Of one that has not got all data nothing but its identity is read.
+pub(super) fn look(config: &ServerConfig) -> Result<Held, StartError> {
+    let disk = open_disk(config)?;
+    let facts = identity_on(config, &disk)?.facts();
+    let mut held = Held {
+        facts,
+        last: EntryId::default(),
+        applied: Slot(0),
+        claimed: Slot(0),
+        installing: false,
+        members: None,
+        marks: Marks::new(),
+    };
+    if facts.rejoining || facts.discards {
+        return Ok(held);
+    }
+    let storage = open_storage(config, &disk)?;
+    let lists = |entry: &Entry| {
+        let mut ops = entry.commands.iter().rev().map(|it| &it.op);
+        ops.find_map(|op| match op {
+            Op::SetMembers { members } => Some(Arc::clone(members)),
+            _ => None,
+        })
+    };
+    let recovered = &storage.recovered;
+    let newest = recovered.tail.iter().rev().find_map(lists);
+    let members = newest.or(storage.state.members().cloned());
+    let damaged = [recovered.evidence, recovered.doubt].into_iter().flatten();
+    held.claimed = damaged.map(|it| it.slot).max().unwrap_or_default();
+    held.last = storage.log.last();
+    held.applied = storage.applied.slot;
+    held.installing = storage.installing.is_some();
+    held.members = members.map(|it| Members::clone(&it));
+    held.marks = storage.marks;
+    Ok(held)
 }
 
 pub(super) fn start_with_disk(
@@ -107,7 +172,13 @@ pub(super) fn start_with_disk(
     let seed = random().map_err(system("no random numbers"))?;
     let engine_config = engine_config(&config, facts.incarnation, seed);
     let chunks = Arc::clone(&storage.chunks);
-    let engine = Engine::new(engine_config, recovered, storage.state, chunks, now);
+    let mut engine = Engine::new(engine_config, recovered, storage.state, chunks, now);
+    if let Some(source) = config.source {
+        engine.prefer_source(source);
+    }
+    if config.is_truth {
+        engine.stay_deaf();
+    }
     let chosen = Arc::new(AtomicU64::new(0));
     let parts = Parts {
         disk,

@@ -117,6 +117,7 @@ impl TestCell {
             incarnation: Incarnation(1),
             promised: Ballot::default(),
             rejoining: false,
+            discards: false,
         };
         Identity::create(Arc::clone(disk), facts, false).unwrap();
     }
@@ -129,6 +130,8 @@ impl TestCell {
             key: self.key.clone(),
             cell: self.id,
             tuning: self.tuning.clone(),
+            source: None,
+            is_truth: false,
         }
     }
 

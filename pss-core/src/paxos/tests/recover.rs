@@ -119,3 +119,46 @@ fn old_epochs_are_told() {
     assert_eq!(answer, ["1 <- seen life 1 promised 0.0 to 0@0.0 epoch 1"]);
     assert_eq!(server.gets_of(1, 1, told(1)), NOTHING);
 }
+
+/// The server that goes on may be a restored backup, of which others have seen more than it knows.
+#[test]
+fn what_was_seen_before_an_epoch_binds_nobody() {
+    let recovered = Recovered {
+        promised: ballot(3.1),
+        tail: log([1.1, 3.1]),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
+    server.pass(600);
+    let standing = |life, promised, slot| Standing {
+        life: Incarnation(life),
+        promised: ballot(promised),
+        acknowledged: id(slot, promised),
+    };
+    let told = Message::Standing {
+        standing: standing(1, 3.1, 2),
+        asks: false,
+        epoch: 0,
+    };
+    server.gets_of(1, 1, told);
+    assert!(server.replica.marks().contains_key(&ServerId(1)));
+    server.pass(3000);
+    server.replica.recover(server.now, alone()).unwrap();
+    assert!(server.replica.marks().is_empty());
+    server.outputs();
+    server.all_persisted();
+    server.wait(500);
+    server.all_persisted();
+    let seen = |epoch| Message::Seen {
+        mark: standing(server.replica.incarnation().0, 9.1, 900),
+        alive: false,
+        epoch,
+    };
+    let (past, present) = (seen(0), seen(1));
+    assert_eq!(server.gets_of(1, 1, past), NOTHING);
+    assert!(!server.replica.was_set_back());
+    server.gets_of(1, 1, present);
+    assert!(server.replica.was_set_back());
+}
