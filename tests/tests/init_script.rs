@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 /// A server that stops when it is told to, and writes down that it was started. It fails where a file `fails-ID` is;
 /// where `other-ID` is, its number soon belongs to another program, and somebody else answers at its address.
 const PSSD: &str = r#"
-echo "start $3" >>"$STAGE/calls"
+echo "start $3${6:+ $(shift 5; echo "$*")}" >>"$STAGE/calls"
 [ -e "$STAGE/fails-$3" ] && { echo "it fails" >&2; exit 1; }
 [ -e "$STAGE/other-$3" ] && exec sh -c 'touch "$STAGE/up-$0"; sleep 1; echo "it fails later"' "$3"
 trap 'rm "$STAGE/up-$3"; echo "stop $3" >>"$STAGE/calls"; exit 0' TERM
@@ -97,6 +97,7 @@ impl Stage {
             .env("PSS_LOG_DIR", self.path("log"))
             .env("PSS_DEFAULTS", self.path("none"))
             .env("PSS_SYSTEMD", self.path("systemd"))
+            .env_remove("PSS_YES")
             .env("PSS_WAIT", "10");
         command
     }
@@ -277,4 +278,71 @@ fn restart_ends_with_the_first_failure() {
         ["stop 0", "start 0", "status --json", "stop 1", "start 1"]
     );
     assert!(stage.run("status").1.contains("server 2 is running"));
+}
+
+/// The data of all servers here but the named one are dropped, after a question, and never of two at once.
+#[test]
+fn restart_autonomic_drops_data_one_after_the_other() {
+    let stage = Stage::new(3);
+    assert_eq!(stage.run("start").0, 0);
+    stage.calls();
+    // Nobody can be asked here.
+    let (code, said) = stage.run("restart autonomic 1");
+    assert_eq!(code, 2, "{said}");
+    let asked = "pssd: All data of these servers of this machine are dropped, one after the other, and taken from server 1: 0 2. \
+                 Nothing was done: there is no terminal to ask on; set PSS_YES=1 to say yes\n";
+    assert_eq!(said, asked);
+    assert!(stage.calls().is_empty());
+    let yes = |words: &str| {
+        let mut command = stage.command(words);
+        text_of(command.env("PSS_YES", "1").output().unwrap())
+    };
+    let (code, said) = yes("restart autonomic 1");
+    assert_eq!(code, 0, "{said}");
+    let status = "status --json";
+    assert_eq!(
+        stage.calls(),
+        [
+            "stop 0",
+            "start 0 --restart autonomic 1 --yes",
+            status,
+            "stop 1",
+            "start 1",
+            status,
+            "stop 2",
+            "start 2 --restart autonomic 1 --yes"
+        ]
+    );
+    // From the leader. The next one is left alone while the one before has not got its data.
+    stage.write("status", "{ \"all_current\": false }\n");
+    let mut restart = stage.command("restart autonomic");
+    restart.env("PSS_CATCH_UP", "1").env("PSS_YES", "1");
+    let (code, said) = text_of(restart.output().unwrap());
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("left alone: 1 2"), "{said}");
+    let calls = stage.calls();
+    assert_eq!(calls[..2], ["stop 0", "start 0 --restart autonomic --yes"]);
+    assert!(!calls.iter().any(|call| call.contains(" 1")), "{calls:?}");
+    // What is stopped loses its data as well, so it waits, too.
+    stage.run("stop");
+    stage.calls();
+    let mut restart = stage.command("restart autonomic");
+    restart.env("PSS_CATCH_UP", "1").env("PSS_YES", "1");
+    assert_eq!(text_of(restart.output().unwrap()).0, 1);
+    assert_eq!(stage.calls()[0], "start 0 --restart autonomic --yes");
+}
+
+/// A unit says itself how it is started.
+#[test]
+fn restart_autonomic_of_units_is_done_by_hand() {
+    let stage = Stage::new(2);
+    fs::create_dir(stage.path("systemd")).unwrap();
+    stage.program("systemctl", SYSTEMCTL);
+    let (code, said) = stage.run("restart autonomic 1");
+    assert_eq!(code, 2, "{said}");
+    assert!(
+        said.contains("'pssd start --id N --restart autonomic 1'"),
+        "{said}"
+    );
+    assert!(stage.calls().is_empty());
 }

@@ -296,6 +296,8 @@ fn play_manual(stage: &Stage, name: &str) {
         for (name, value) in package.environment() {
             cases.env(name, value);
         }
+        // There is no terminal for the question whether data may be dropped.
+        cases.env("PSS_YES", "1");
     });
 }
 
