@@ -181,3 +181,31 @@ fn an_old_list_of_servers() {
     history.read_all(&mut cell.client(0));
     history.check();
 }
+
+/// A server that is started with a list in which it is alone is no cell of its own, though the servers have never changed.
+#[test]
+fn a_list_of_one_server() {
+    let mut cell = Cell::started(Layout::small(3), "64M --chunk-size 1M");
+    let line = format!("0 {} {}\n", cell.host(0), cell.path(0).display());
+    fs::write(cell.bench.path("alone.conf"), line).expect("it can be written");
+    let load = Load::start(vec![cell.nbd(0)], 4, 4);
+    load.wait_served("the start", load.now(), RETURN);
+    cell.wait_current();
+    cell.stop(0);
+    let before = fs::read_to_string(cell.bench.path("pssd0.log")).expect("it has run");
+    cell.start_by(0, "alone.conf");
+    wait_until("it says what is wrong", PATIENCE, || {
+        let part = "server 1 belongs to the cell and is not in this server's server.conf";
+        cell.servers[&0].text().contains(part)
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    let log = cell.servers[&0].text().split_off(before.len());
+    assert!(!log.contains("leads under"), "{log}");
+    load.wait_served("the two others", load.now(), RETURN);
+    cell.stop(0);
+    cell.start(0);
+    cell.wait_current();
+    let mut history = load.finish();
+    history.read_all(&mut cell.client(0));
+    history.check();
+}
