@@ -244,6 +244,8 @@ pub struct PeerView {
     pub durable: Slot,
     /// Whether it has said where it stands: its program can read a list of servers in the log.
     pub reads_lists: bool,
+    /// The loss epoch in which it was heard last.
+    pub epoch: Option<u64>,
 }
 
 /// One server's part of the agreement. See the module's text.
@@ -456,7 +458,7 @@ impl Replica {
             return;
         }
         match message {
-            Message::PreCheck { ballot, .. } => self.on_pre_check(now, from, life, ballot),
+            Message::PreCheck { ballot, last } => self.on_pre_check(now, from, life, ballot, last),
             Message::PreCheckAnswer {
                 ballot,
                 granted,
@@ -791,9 +793,14 @@ impl Replica {
 
     /// Whether this server votes and acknowledges.
     fn is_core(&self) -> bool {
+        self.config.members.core.contains(&self.config.id) && self.may_vote()
+    }
+
+    /// Whether it votes if the list of the candidate has it vote. Its own list may be older: if only those voted that
+    /// know already that they do, a list could be chosen that has no majority after the next failure (Ongaro, section 4.1).
+    fn may_vote(&self) -> bool {
         let learns = self.rejoining || self.outlived;
-        let learns = learns && self.bug != Some(Bug::VoteWhileLearning);
-        self.config.members.core.contains(&self.config.id) && !learns
+        !learns || self.bug == Some(Bug::VoteWhileLearning)
     }
 
     fn random(&mut self) -> u64 {

@@ -14,10 +14,13 @@ impl Replica {
         from: ServerId,
         life: Incarnation,
         ballot: Ballot,
+        last: EntryId,
     ) {
         // Who cannot make a promise durable does not raise hopes.
         let able = self.may_promise(now, None) && !self.disk_hangs(now);
-        let able = able && self.counts(from, life) && self.may_win(from);
+        // One that does not vote here, but whose log is newer, may know of its vote by that.
+        let is_candidate = self.may_win(from) || last > self.claimed_last();
+        let able = able && self.counts(from, life) && is_candidate;
         let granted = ballot > self.promised && able;
         let answer = Message::PreCheckAnswer {
             ballot,
@@ -36,10 +39,10 @@ impl Replica {
         ballot: Ballot,
         released: Option<Ballot>,
     ) {
-        if self.rejoining && ballot.server == from && !self.is_core() {
+        if self.rejoining && ballot.server == from && !self.may_vote() {
             return self.send(from, Message::Absent { ballot });
         }
-        if !self.is_core() || ballot.server != from {
+        if !self.may_vote() || ballot.server != from {
             return;
         }
         self.highest_number = self.highest_number.max(ballot.number);
@@ -68,7 +71,7 @@ impl Replica {
         if self.bug == Some(Bug::IgnoreGrantedLease) {
             return true;
         }
-        if !self.is_core() || now < self.quiet_until || self.holds_lease(now) {
+        if !self.may_vote() || now < self.quiet_until || self.holds_lease(now) {
             return false;
         }
         now >= self.granted_until || released == Some(self.granted_to)
@@ -98,7 +101,7 @@ impl Replica {
 
     fn send_promise(&mut self) {
         let Some(to) = self.promise_to else { return };
-        if !self.is_core() {
+        if !self.may_vote() {
             return;
         }
         let promise = Message::Promise {

@@ -141,6 +141,7 @@ impl Replica {
     /// This server rejoins, in this life.
     pub(super) fn begin_life(&mut self, now: Instant, life: Incarnation) {
         self.step_down(now);
+        self.outlived = false;
         self.rejoining = true;
         self.changes_life = true;
         self.promise_to = None;

@@ -76,6 +76,19 @@ impl Leader {
         }
     }
 
+    /// The servers have changed: a lease is what a majority of those has granted that vote now. It is the smaller one of this and
+    /// the one so far, so that it ends not later than either.
+    pub(super) fn end_lease_with_list(&mut self, majority: usize, usable: Duration) {
+        let granted = self.followers.values().filter_map(|it| it.granted);
+        let mut granted: Vec<Instant> = granted.collect();
+        granted.sort_unstable_by(|a, b| b.cmp(a));
+        // The leader itself is one of the majority.
+        if let Some(others) = majority.checked_sub(2) {
+            let until = granted.get(others).map(|from| *from + usable);
+            self.lease_until = self.lease_until.min(until.unwrap_or(Instant(0)));
+        }
+    }
+
     /// The lives of the followers that have answered.
     pub(super) fn lives(&self) -> impl Iterator<Item = (ServerId, Incarnation)> + '_ {
         self.followers.iter().map(|(server, it)| (*server, it.life))
@@ -602,7 +615,7 @@ impl Replica {
     }
 
     /// How long a granted lease is counted as ours from when it was asked for.
-    fn usable_lease(&self) -> Duration {
+    pub(super) fn usable_lease(&self) -> Duration {
         let lease = self.config.tuning.lease;
         lease - lease * self.config.tuning.drift_per_mille / 1000
     }

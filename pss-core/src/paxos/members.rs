@@ -186,7 +186,10 @@ impl Replica {
         };
         self.peers.retain(|server, _| is_known(*server));
         let members = &self.config.members;
-        self.unmet.retain(|it| members.has(it.server()));
+        let majority = members.majority();
+        let usable = self.usable_lease();
+        let known = &self.peers;
+        self.unmet.retain(|it| known.contains_key(&it.server()));
         if let Role::Leader(leader) = &mut self.role {
             let core = members.core.iter().filter(|it| **it != me);
             leader
@@ -198,6 +201,8 @@ impl Replica {
                     .entry(*server)
                     .or_insert_with(Follower::default);
             }
+            // A lease by the list before is none by the one after the next, of whose servers it need not hold any.
+            leader.end_lease_with_list(majority, usable);
         }
     }
 }

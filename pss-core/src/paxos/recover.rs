@@ -43,12 +43,15 @@ impl Replica {
         self.given_up_by.filter(|epoch| *epoch > self.epoch())
     }
 
-    /// Core servers that were heard of lately, this one included if it is one.
+    /// Core servers that were heard of lately, in a life that counts; this one included if it is one.
     pub fn core_alive(&self, now: Instant) -> Vec<ServerId> {
         let lately = self.config.tuning.lease * 4;
+        let admitted = self.admitted();
         let is_alive = |server: &ServerId| {
-            let peer = self.peers.get(server).and_then(|peer| peer.heard);
-            *server == self.config.id || peer.is_some_and(|at| now.since(at) < lately)
+            let peer = self.peers.get(server);
+            let peer = peer.filter(|it| admitted.counts(*server, it.life));
+            let heard = peer.and_then(|peer| peer.heard);
+            *server == self.config.id || heard.is_some_and(|at| now.since(at) < lately)
         };
         let core = self.config.members.core.iter().copied();
         core.filter(is_alive).collect()

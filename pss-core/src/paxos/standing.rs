@@ -42,17 +42,18 @@ impl Replica {
         self.set_back
     }
 
+    /// Who only learns, by what it knows, asks as well: it may have voted since, and may find that out as it learns. Asked
+    /// are those of the file, too: a log that is too old lists others.
     pub(super) fn all_unmet(&self) -> Vec<Unmet> {
         let is_told_apart = self.config.incarnation > Incarnation(0);
-        let is_core = self.config.members.core.contains(&self.config.id);
-        if !is_told_apart || !is_core || self.rejoining {
+        if !is_told_apart || self.rejoining {
             return Vec::new();
         }
         let unmet = |server| Unmet {
             server,
             heard: None,
         };
-        self.other_servers().into_iter().map(unmet).collect()
+        self.peers.keys().copied().map(unmet).collect()
     }
 
     /// What others are told of this server.
@@ -71,7 +72,11 @@ impl Replica {
             return;
         }
         let (standing, epoch) = (self.standing(), self.epoch());
-        for to in self.other_servers() {
+        let mut others = self.other_servers();
+        others.extend(self.unmet.iter().map(Unmet::server));
+        others.sort_unstable();
+        others.dedup();
+        for to in others {
             let asks = self.asks(to);
             let told = Message::Standing {
                 standing,
@@ -89,7 +94,15 @@ impl Replica {
 
     /// While answers are missing, those who are there are asked again soon.
     pub(super) fn ask_the_unmet(&mut self, now: Instant) {
-        let late = |it: &Unmet| it.heard.is_some_and(|at| now.since(at) >= ANSWER_PATIENCE);
+        // Whoever says where it stands answers, too, as soon as the question reaches it.
+        let answers = |it: &Unmet| {
+            let view = self.peers.get(&it.server);
+            view.is_some_and(|view| view.reads_lists)
+        };
+        let late = |it: &Unmet| {
+            let is_late = |at| now.since(at) >= ANSWER_PATIENCE;
+            it.heard.is_some_and(is_late) && !answers(it)
+        };
         self.unmet.retain(|it| !late(it));
         let is_missing = self.unmet.iter().any(|it| it.heard.is_some());
         if is_missing && now >= self.asked_at + self.config.tuning.heartbeat {
@@ -106,10 +119,17 @@ impl Replica {
     /// Whether a message may be looked at: what would bind this server, or count on it, waits until the sender has
     /// said what it saw.
     pub(super) fn is_met(&mut self, now: Instant, from: ServerId, message: &Message) -> bool {
-        let Some(unmet) = self.unmet.iter_mut().find(|it| it.server == from) else {
+        let unmet = self.unmet.iter_mut().find(|it| it.server == from);
+        let is_unmet = unmet.is_some();
+        if let Some(unmet) = unmet {
+            unmet.heard = unmet.heard.or(Some(now));
+        }
+        // Nor does anything bind that comes from the cell as it was before a majority was given up.
+        let epoch = self.peers.get(&from).and_then(|it| it.epoch);
+        let is_of_the_past = epoch.is_some_and(|epoch| epoch < self.epoch());
+        if !is_unmet && !is_of_the_past {
             return true;
-        };
-        unmet.heard = unmet.heard.or(Some(now));
+        }
         let binds = matches!(
             message,
             Message::PreCheck { .. }
@@ -179,7 +199,7 @@ impl Replica {
         }
         self.note_epoch(now, epoch);
         if let Some(view) = self.peers.get_mut(&from) {
-            view.reads_lists = true;
+            (view.reads_lists, view.epoch) = (true, Some(epoch));
         }
         if !asks {
             self.raise_mark(from, standing);
@@ -213,12 +233,11 @@ impl Replica {
         epoch: u64,
     ) {
         self.note_epoch(now, epoch);
-        let is_core = self.config.members.core.contains(&self.config.id);
         if epoch < self.epoch() {
             // Who does not know that a majority was given up speaks of what counts no more.
             return self.unmet.retain(|it| it.server != from);
         }
-        if !is_core || self.changes_life || self.bug == Some(Bug::DenyForgotten) {
+        if self.changes_life || self.bug == Some(Bug::DenyForgotten) {
             return;
         }
         let own = self.config.incarnation;

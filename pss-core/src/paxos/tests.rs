@@ -477,13 +477,25 @@ fn a_ballot_of_someone_else_is_ignored() {
     assert_eq!(server.replica.promised(), ballot(1.0));
 }
 
-/// Learners never vote (notes, T12).
+/// Learners never vote (notes, T12): they acknowledge nothing, and whoever lists them to learn asks them for no promise and
+/// counts none. Whether they learn only is what the candidate's list says, which may be newer than theirs.
 #[test]
-fn a_learner_promises_and_acknowledges_nothing() {
+fn a_learner_acknowledges_nothing_and_its_promise_counts_by_the_list_of_the_candidate() {
+    let mut candidate = Server::awake(1.0, log([]));
+    let asked = candidate.wait(0);
+    assert!(
+        !asked.iter().any(|it| it.starts_with("5 <- pre-check")),
+        "{asked:?}"
+    );
+    candidate.gets(1, pre_check_answer(2.0, EntryId::default()));
+    candidate.all_persisted();
+    candidate.gets(5, promise(2.0, EntryId::default()));
+    assert_eq!(candidate.replica.role(), RoleKind::Candidate);
+
     let mut server = Server::start_as(5, &[0, 1, 2, 5], tuning(), Recovered::default());
     server.pass(500);
-    assert_eq!(server.gets(1, pre_check(2.1)), ["1 <- pre-check 2.1 no"]);
-    assert_eq!(server.gets(1, prepare(2.1)), NOTHING);
+    assert_eq!(server.gets(1, prepare(2.1)), ["persist promise 2.1"]);
+    assert_eq!(server.persisted(), ["1 <- promise 2.1 last 0@0.0 chosen 0"]);
     server.gets(1, accept(2.1, EntryId::default(), [2.1], 0));
     assert!(
         !server

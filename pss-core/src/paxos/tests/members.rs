@@ -141,6 +141,24 @@ fn who_was_removed_gets_no_vote() {
     assert_eq!(server.gets(1, pre_check(9.1)), ["1 <- pre-check 9.1 yes"]);
 }
 
+/// Who knows a list in which this server votes, and the other one too, has it in its log, which is newer then: the vote counts by that list.
+#[test]
+fn a_vote_counts_by_the_list_of_the_candidate() {
+    let mut server = Server::awake(1.0, log([]));
+    let entry = first_entry(2.1, vec![change(list(1, &[1, 3], &[0, 2]))]);
+    server.gets(1, learned(vec![entry]));
+    server.all_persisted();
+    server.pass(2000);
+    let newer = Message::PreCheck {
+        ballot: ballot(9.2),
+        last: id(2, 2.1),
+    };
+    assert_eq!(server.gets(2, newer), ["2 <- pre-check 9.2 yes"]);
+    assert_eq!(server.gets(2, prepare(9.2)), ["persist promise 9.2"]);
+    let promised = server.persisted();
+    assert!(promised[0].starts_with("2 <- promise 9.2"), "{promised:?}");
+}
+
 /// The promises of a candidate are a majority by the list that it began with; the log that it takes over has another one.
 #[test]
 fn a_candidate_begins_anew_if_the_log_lists_others() {
@@ -187,4 +205,37 @@ fn a_start_goes_by_the_log() {
     };
     let server = Server::start(recovered);
     assert_eq!(server.core(), [0]);
+}
+
+/// A lease counts by the servers that vote now: what those granted that went need not meet who wins without them.
+#[test]
+fn a_lease_does_not_outlive_the_servers_that_granted_it() {
+    let mut server = Server::start_as(0, &[0, 1, 2, 3, 4], tuning(), Recovered::default());
+    server.pass(500);
+    server.wait(0);
+    for other in [1, 2] {
+        server.gets(other, pre_check_answer(1.0, EntryId::default()));
+    }
+    server.all_persisted();
+    for other in [1, 2] {
+        server.gets(other, promise(1.0, EntryId::default()));
+    }
+    server.all_persisted();
+    server.gets(1, accepted(1.0, 1));
+    server.gets(2, accepted(1.0, 1));
+    for other in [3, 4] {
+        server.gets(other, granted(1.0, server.now, 1));
+    }
+    assert!(server.replica.holds_lease(server.now));
+    server.change(list(1, &[0, 1, 2, 3], &[])).unwrap();
+    server.outputs();
+    server.all_persisted();
+    assert!(!server.replica.holds_lease(server.now), "two of four");
+    server.gets(1, granted(1.0, server.now, 1));
+    assert!(server.replica.holds_lease(server.now));
+    server.gets(1, accepted(1.0, 2));
+    server.gets(2, accepted(1.0, 2));
+    server.change(list(2, &[0, 1, 2], &[])).unwrap();
+    server.outputs();
+    assert!(server.replica.holds_lease(server.now), "0 and 1 of three");
 }

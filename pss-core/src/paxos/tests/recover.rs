@@ -120,6 +120,54 @@ fn old_epochs_are_told() {
     assert_eq!(server.gets_of(1, 1, told(1)), NOTHING);
 }
 
+/// Who leads the cell as it was before is not followed.
+#[test]
+fn nobody_follows_an_old_epoch() {
+    let recovered = Recovered {
+        promised: ballot(3.0),
+        members: Some(alone().into()),
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 2], tuning(), recovered);
+    server.meet();
+    server.pass(600);
+    let told = |epoch| Message::Standing {
+        standing: Standing {
+            life: Incarnation(1),
+            ..Standing::default()
+        },
+        asks: false,
+        epoch,
+    };
+    server.gets_of(1, 1, told(0));
+    assert_eq!(server.gets_of(1, 1, heartbeat(9.1, 0)), NOTHING);
+    assert_eq!(server.replica.promised(), ballot(3.0));
+    server.gets_of(1, 1, told(1));
+    server.gets_of(1, 1, heartbeat(9.1, 0));
+    assert_eq!(server.replica.promised(), ballot(9.1));
+}
+
+/// Whoever is there and does not count, because its disk has forgotten what it was, makes no majority.
+#[test]
+fn who_does_not_count_is_not_alive() {
+    let founders = first_entry(1.0, vec![admit(0, 4), admit(1, 1), admit(2, 1)]);
+    let recovered = Recovered {
+        promised: ballot(3.0),
+        tail: vec![founders],
+        log_first: Slot(1),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 2], tuning(), recovered);
+    server.replica.note_complete(true);
+    server.pass(3000);
+    let (mark, alive, epoch) = (Standing::default(), false, 0);
+    for (other, life, count) in [(1, 2, 1), (2, 2, 1), (2, 1, 2)] {
+        server.gets_of(other, life, Message::Seen { mark, alive, epoch });
+        assert_eq!(server.replica.core_alive(server.now).len(), count);
+    }
+}
+
 /// The server that goes on may be a restored backup, of which others have seen more than it knows.
 #[test]
 fn what_was_seen_before_an_epoch_binds_nobody() {

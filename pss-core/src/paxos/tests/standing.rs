@@ -153,6 +153,66 @@ fn an_earlier_life_follows_the_later_one() {
         server.gets_of(1, 1, seen(later)),
         ["persist rejoining as 7"]
     );
+    // As life 7 it votes again, once it counts.
+    server.all_persisted();
+    server.replica.note_complete(true);
+    let admitted = first_entry(9.1, vec![admit(0, 7)]);
+    let behind = Message::Chosen {
+        prev: EntryId::default(),
+        entries: vec![admitted],
+        chosen: Slot(1),
+    };
+    server.gets_of(1, 1, behind);
+    server.all_persisted();
+    assert!(!server.replica.is_rejoining());
+    server.pass(600);
+    server.gets_of(1, 1, prepare(10.1));
+    assert_eq!(server.replica.promised(), ballot(10.1));
+}
+
+/// Its log may be of the time when it only learned, or list others than those who vote now.
+#[test]
+fn whoever_learned_only_when_its_backup_was_made_asks_as_well() {
+    let recovered = Recovered {
+        promised: ballot(3.1),
+        tail: log([3.1]),
+        log_first: Slot(1),
+        members: Some(super::members::list(1, &[1, 2], &[0]).into()),
+        ..Recovered::default()
+    };
+    let mut server = Server::start_life(Incarnation(4), 0, &[0, 1, 3], tuning(), recovered);
+    let told = server.wait(0);
+    let asks = "asks, stands life 4 promised 3.1 to 0@0.0";
+    for other in [1, 2, 3] {
+        assert!(told.contains(&format!("{other} <- {asks}")), "{told:?}");
+    }
+    server.pass(600);
+    server.gets_of(3, 1, heartbeat(9.3, 0));
+    assert_eq!(server.replica.promised(), ballot(3.1));
+    let mark = standing(4, 8.2, id(7, 8.2));
+    assert_eq!(server.gets_of(1, 1, seen(mark)), ["persist rejoining as 5"]);
+}
+
+/// Who says where it stands answers too; that its answer takes long proves nothing.
+#[test]
+fn an_answer_is_waited_for_as_long_as_it_takes() {
+    let mut server = life_four(log([3.1]));
+    server.pass(600);
+    let told = Message::Standing {
+        standing: standing(1, 3.1, id(1, 3.1)),
+        asks: false,
+        epoch: 0,
+    };
+    server.gets_of(1, 1, told);
+    server.gets_of(1, 1, pre_check(5.1));
+    server.wait(10_000);
+    assert!(!answers_pre_check(&server.gets_of(1, 1, pre_check(5.1))));
+    server.gets_of(1, 1, seen(standing(4, 3.1, id(1, 3.1))));
+    assert!(answers_pre_check(&server.gets_of(1, 1, pre_check(5.1))));
+}
+
+fn answers_pre_check(shown: &[String]) -> bool {
+    shown.iter().any(|it| it == "1 <- pre-check 5.1 yes")
 }
 
 /// The greatest that was seen is kept; whoever asks does not change it.
