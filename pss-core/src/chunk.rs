@@ -9,6 +9,8 @@
 //! * [`ChunkStore`] — read, write, zero over chunks; volumes
 //! * `transfer` — lists, exports and imports chunks
 //! * `repair` — finds damaged blocks, and takes what other servers have in their place
+//! * `digest` — what chunks and volumes hold, as one number
+//! * `point` — what chunks held at one slot, told while they are written to
 //! * `trash` — directories of many chunks are put aside at once, and removed little by little
 //! * [`Checkpoint`] — makes what was written durable
 //!
@@ -25,9 +27,11 @@
 mod blocks;
 mod cache;
 mod checkpoint;
+pub mod digest;
 mod file;
 mod image;
 mod path;
+mod point;
 mod repair;
 mod store;
 mod table;
@@ -37,6 +41,8 @@ mod trash;
 use std::io;
 
 pub use checkpoint::Checkpoint;
+pub use digest::Digest;
+pub use point::{ChunkDigest, Point, PointFailure};
 pub use repair::{BadBlock, ChunkImage, Repair};
 pub use store::ChunkStore;
 

@@ -27,6 +27,7 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         let chunk = self.cache.chunk(volume, range.chunk);
         let mut state = self.loaded(&chunk)?;
+        self.before_change(&chunk, &mut state, range.first, range.blocks);
         let file = self.file_for_write(&chunk, &mut state)?;
         let written = file.write_at(&[IoSlice::new(data)], u64::from(range.first) * BLOCK);
         if let Err(error) = written {
@@ -72,6 +73,7 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         let chunk = self.cache.chunk(volume, range.chunk);
         let mut state = self.loaded(&chunk)?;
+        self.before_change(&chunk, &mut state, range.first, range.blocks);
         let file = self.file_for_write(&chunk, &mut state)?;
         let (offset, bytes) = (
             u64::from(range.first) * BLOCK,
@@ -104,6 +106,7 @@ impl ChunkStore {
         if !state.exists {
             return Ok(());
         }
+        self.before_change(&chunk, &mut state, range.first, range.blocks);
         let file = self.file_for_write(&chunk, &mut state)?;
         let (offset, bytes) = (
             u64::from(range.first) * BLOCK,

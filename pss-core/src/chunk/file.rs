@@ -37,6 +37,7 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         let chunk = self.cache.chunk(volume, index);
         let mut state = lock(&chunk.state);
+        self.before_removal(&chunk, &mut state);
         // What its table says does not matter any more.
         if !state.loaded {
             state.loaded = true;
@@ -52,6 +53,7 @@ impl ChunkStore {
         state: &mut ChunkState,
         at_once: bool,
     ) -> Result<(), ChunkError> {
+        self.before_removal(chunk, state);
         self.forget(chunk, state);
         if at_once {
             self.remove_doomed(chunk, state)?;

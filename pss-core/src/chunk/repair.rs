@@ -245,6 +245,7 @@ impl ChunkStore {
         checksum: u32,
         data: &[u8],
     ) -> Result<(), ChunkError> {
+        self.before_change(chunk, state, at as u32, 1);
         let file = self.file_for_write(chunk, state)?;
         let offset = at as u64 * BLOCK;
         let written = match checksum {

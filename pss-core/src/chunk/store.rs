@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use bytes::Bytes;
 
 use super::cache::{Cache, Chunk, Presence, UNKNOWN, VolumeChunks, lock};
+use super::point::{PointFailure, Points};
 use super::trash::{Filter, Trash};
 use super::{ChunkError, ChunkParams, ReadError, path};
 use crate::disk::Disk;
@@ -39,6 +40,7 @@ pub struct ChunkStore {
     failure: OnceLock<String>,
     pub(super) bad_blocks: AtomicU64,
     pub(super) trash: Trash,
+    pub(super) points: Points,
     /// See [`ChunkStore::set_clock`].
     pub(super) clock_ms: AtomicU64,
 }
@@ -85,6 +87,7 @@ impl ChunkStore {
             bad_blocks: AtomicU64::new(0),
             clock_ms: AtomicU64::new(0),
             trash,
+            points: Points::default(),
         };
         for volume in volumes {
             let presence = store.scan(volume)?;
@@ -131,6 +134,7 @@ impl ChunkStore {
             .deleted
             .write()
             .unwrap_or_else(PoisonError::into_inner) = true;
+        self.fail_points(volume.id, &(0..u64::MAX), PointFailure::Gone);
         self.cache.forget_volume(volume.id);
         let mut dirty = lock(&self.dirty);
         dirty.chunks.retain(|chunk| chunk.volume.id != volume.id);

@@ -17,6 +17,8 @@ use crate::state::Volume;
 use crate::types::{BLOCK_BYTES, ChunkIndex, Slot};
 use crate::volume::device::{Extent, ReadPart};
 
+mod points;
+
 fn volume(id: u32, name: &str) -> Volume {
     Volume {
         id: VolumeId(id),

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use super::blocks::Snapshot;
 use super::cache::{Chunk, lock};
 use super::file::allocated;
+use super::point::PointFailure;
 use super::store::{ChunkStore, LOOKED_AT_MAX};
 use super::{ChunkError, ReadError, image, path, table};
 use crate::paxos::message::ChunkSummary;
@@ -157,6 +158,7 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         self.check()?;
         let volume = self.known(volume.id)?;
+        self.fail_points(volume.id, &(0..u64::MAX), PointFailure::Gone);
         if image.is_empty() {
             return match volume.is_present(index) {
                 true => self.drop_chunk(&volume, index, true),

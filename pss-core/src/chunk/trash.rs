@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cache::{VolumeChunks, lock};
+use super::point::PointFailure;
 use super::store::ChunkStore;
 use super::{ChunkError, path};
 use crate::disk::Disk;
@@ -192,6 +193,7 @@ impl ChunkStore {
         if chunks.end.saturating_sub(chunks.start) < 1 << path::LEAF_BITS {
             return Ok(());
         }
+        self.fail_points(volume.id, &chunks, PointFailure::Overwritten);
         let mut aside = false;
         let result = self.put_directories_aside(volume, &chunks, filter, &mut aside);
         if aside {
