@@ -42,7 +42,7 @@ use std::io;
 
 pub use checkpoint::Checkpoint;
 pub use digest::Digest;
-pub use point::{ChunkDigest, Point, PointFailure};
+pub use point::{ChunkDigest, Point, PointFailure, Watch};
 pub use repair::{BadBlock, ChunkImage, Repair};
 pub use store::ChunkStore;
 

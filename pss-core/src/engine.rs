@@ -14,6 +14,7 @@ mod lag;
 mod repair;
 mod requests;
 mod reservations;
+mod scrub;
 mod slow_disk;
 mod space;
 
@@ -32,11 +33,13 @@ pub use crate::engine::inspect::LogPage;
 use crate::engine::lag::Pace;
 use crate::engine::repair::Repairs;
 pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
+use crate::engine::scrub::Scrub;
+pub use crate::engine::scrub::{DigestJob, DigestPart, ScrubBug, ScrubCounts};
 use crate::engine::slow_disk::DiskWatch;
 use crate::entry::{Command, Entry, Op};
 use crate::members::Members;
 use crate::paxos::members::ChangeRefused;
-use crate::paxos::message::Message;
+use crate::paxos::message::{Message, SyncMessage};
 use crate::paxos::output::{Output, Persist, RoleChange, WriteId};
 use crate::paxos::recover::RecoverRefused;
 use crate::paxos::{Config, LogRead, Recovered, Replica, RoleKind};
@@ -133,6 +136,8 @@ pub enum Action {
     Read(VolumeRead),
     /// Read a chunk or blocks for another server, waiting for the device; report with [`Engine::handle_exported`].
     Export(Export),
+    /// Read chunks for a comparison, at low priority; report with [`Engine::handle_digested`].
+    Digest(DigestJob),
     /// Store the checkpoint durably, `installing` with the proven slot, then call
     /// [`Engine::handle_base_stored`].
     StoreBase {
@@ -295,6 +300,7 @@ pub struct Engine {
     merging: HashMap<u64, requests::Merge>,
     slow_reads: HashMap<u64, requests::PendingRead>,
     repairs: Repairs,
+    scrub: Scrub,
     next_ticket: u64,
     /// Reads that wait for the lease.
     reads_waiting: VecDeque<(ClientId, Request)>,
@@ -401,6 +407,7 @@ impl Engine {
             merging: HashMap::new(),
             slow_reads: HashMap::new(),
             repairs: Repairs::new(),
+            scrub: Scrub::new(),
             next_ticket: 1,
             reads_waiting: VecDeque::new(),
             reads_done: Vec::new(),
@@ -543,6 +550,7 @@ impl Engine {
         }
         self.copy_timeout(now);
         self.pump_repairs(now);
+        self.pump_scrub(now);
         self.retry_waiting_reads(now);
         self.drain(now);
         self.leave_if_slow(now);
@@ -604,6 +612,7 @@ impl Engine {
     pub fn poll_timeout(&self) -> Instant {
         let copy = self.copying.as_ref().map(Copying::next_at);
         let others = copy.into_iter().chain(self.repairs.next_at());
+        let others = others.chain(self.scrub.next_at());
         let next = self.replica.poll_timeout().min(self.housekeeping_at);
         others.fold(next, Instant::min)
     }
@@ -854,6 +863,7 @@ impl Engine {
         {
             self.share_volumes();
         }
+        self.take_points(now);
         self.log_events(now);
         self.note_reserved(entry);
         self.note_resized(entry);

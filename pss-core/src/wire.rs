@@ -10,5 +10,6 @@ pub mod events;
 pub mod frame;
 pub mod inspect;
 pub mod peer;
+pub mod survey;
 
 pub use codec::DecodeError;

@@ -3,12 +3,14 @@
 //! * the log thread appends to the log and makes promises durable, in order, as many at once as wait
 //! * the checkpoint thread makes chunks durable and keeps log segments ready
 //! * the trash thread removes the files of what was deleted
+//! * the digest thread reads chunks that are compared with those of other servers
 //! * the read threads read blocks, chunks and old entries that are not in memory
 //!
 //! Each takes jobs from a queue and reports to the node's [`Inbox`]. Whatever fails in a way that
 //! leaves it open what is on disk is reported as [`Event::Failed`] and ends the server.
 
 mod checkpoint;
+mod digest;
 mod log;
 mod queue;
 mod read;
@@ -22,6 +24,7 @@ use std::thread::JoinHandle;
 
 use pss_core::chunk::ChunkStore;
 use pss_core::disk::Disk;
+use pss_core::engine::DigestJob;
 use pss_core::log::Log;
 use pss_core::storage::{CheckpointFile, Identity};
 
@@ -29,6 +32,7 @@ use crate::node::ServerError;
 use crate::node::inbox::{Event, Inbox};
 pub(crate) use crate::storage::checkpoint::CheckpointJob;
 use crate::storage::checkpoint::CheckpointThread;
+use crate::storage::digest::DigestThread;
 pub(crate) use crate::storage::log::LogJob;
 use crate::storage::log::LogThread;
 use crate::storage::queue::Queue;
@@ -44,6 +48,7 @@ pub(crate) struct StorageThreads {
     log: Arc<Queue<LogJob>>,
     reads: Arc<Queue<ReadJob>>,
     checkpoints: Arc<Queue<CheckpointJob>>,
+    digests: Arc<Queue<DigestJob>>,
     trash: Arc<Queue<Infallible>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -72,6 +77,7 @@ impl StorageThreads {
             log: Arc::new(Queue::new()),
             reads: Arc::new(Queue::new()),
             checkpoints: Arc::new(Queue::new()),
+            digests: Arc::new(Queue::new()),
             trash: Arc::new(Queue::new()),
             threads: Vec::new(),
         };
@@ -88,6 +94,12 @@ impl StorageThreads {
             };
             threads.spawn("read", &reporter, move || read.run())?;
         }
+        let digest = DigestThread {
+            queue: Arc::clone(&threads.digests),
+            reporter: reporter.clone(),
+            chunks: Arc::clone(&parts.chunks),
+        };
+        threads.spawn("digest", &reporter, move || digest.run())?;
         let trash = TrashThread {
             queue: Arc::clone(&threads.trash),
             chunks: parts.chunks,
@@ -139,6 +151,10 @@ impl StorageThreads {
         self.reads.push(job);
     }
 
+    pub(crate) fn digest(&self, job: DigestJob) {
+        self.digests.push(job);
+    }
+
     pub(crate) fn checkpoint(&self, job: CheckpointJob) {
         self.checkpoints.push(job);
     }
@@ -154,6 +170,7 @@ impl Drop for StorageThreads {
     fn drop(&mut self) {
         self.reads.abandon();
         self.checkpoints.abandon();
+        self.digests.abandon();
         self.trash.abandon();
         if !self.log.is_closed() {
             self.log.abandon();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pss_core::engine::{
-    Action, Checkpoint, ClientId, Engine, EngineConfig, Export, RepairBug, VolumeRead,
+    Action, Checkpoint, ClientId, DigestJob, Engine, EngineConfig, Export, RepairBug, VolumeRead,
 };
 use pss_core::entry::{Entry, Op, Origin};
 use pss_core::members::{Member, Members};
@@ -318,6 +318,7 @@ enum Work {
     },
     Read(VolumeRead),
     Export(Export),
+    Digest(DigestJob),
     StoreBase {
         base: EntryId,
         proven: Slot,
@@ -1256,6 +1257,7 @@ impl Sim {
             }
             Action::Read(read) => self.work(index, life, Work::Read(read)),
             Action::Export(export) => self.work(index, life, Work::Export(export)),
+            Action::Digest(job) => self.work(index, life, Work::Digest(job)),
             Action::StoreBase {
                 base,
                 proven,
@@ -1579,6 +1581,10 @@ impl Sim {
             Work::Export(export) => {
                 let exported = export.run(&running.storage.chunks);
                 running.engine.handle_exported(now, export, exported);
+            }
+            Work::Digest(job) => {
+                let part = job.run(&running.storage.chunks);
+                running.engine.handle_digested(now, job, part);
             }
             Work::StoreBase { .. } | Work::Checkpoint(_) => {}
         }

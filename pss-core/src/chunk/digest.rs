@@ -175,6 +175,9 @@ mod tests {
     fn literal_digests() {
         // printf '\0' | cat - <(head -c 4096 /dev/zero) | sha256sum
         let zeros = Digest::zeros(0).to_string();
-        assert_eq!(zeros, "b587fa297299ce9c602e58292b51379402bf7b1074f6b18679c2fb871c917ca8");
+        assert_eq!(
+            zeros,
+            "b587fa297299ce9c602e58292b51379402bf7b1074f6b18679c2fb871c917ca8"
+        );
     }
 }

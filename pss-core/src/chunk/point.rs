@@ -8,8 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::blocks::Snapshot;
 use super::cache::{Chunk, ChunkState, VolumeChunks, lock};
@@ -77,12 +77,27 @@ pub struct ChunkDigest {
     pub bad: Vec<BadBlock>,
 }
 
-/// The points of a store.
+/// Tells whether an entry has meant a chunk since it began, whether that chunk exists or not.
+pub struct Watch {
+    volume: VolumeId,
+    chunk: ChunkIndex,
+    changed: AtomicBool,
+}
+
+impl Watch {
+    /// Whether an entry has.
+    pub fn has_changed(&self) -> bool {
+        self.changed.load(Ordering::Acquire)
+    }
+}
+
+/// The points and watches of a store.
 #[derive(Default)]
 pub(super) struct Points {
-    /// So that a write need not look into the list.
+    /// So that a write need not look into the lists.
     count: AtomicUsize,
     list: RwLock<Vec<Arc<Point>>>,
+    watches: RwLock<Vec<Arc<Watch>>>,
 }
 
 impl Point {
@@ -158,12 +173,30 @@ impl PointState {
 }
 
 impl Points {
+    fn recount(&self) {
+        let points = read(&self.list).len();
+        let watches = read(&self.watches).len();
+        self.count.store(points + watches, Ordering::Release);
+    }
+
+    /// An entry means chunks of the range.
+    pub(super) fn touch(&self, volume: VolumeId, chunks: &Range<u64>) {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return;
+        }
+        for watch in read(&self.watches).iter() {
+            if watch.volume == volume && chunks.contains(&u64::from(watch.chunk.0)) {
+                watch.changed.store(true, Ordering::Release);
+            }
+        }
+    }
+
     /// Those of a volume; the usual case, none at all, costs a look at a number.
     fn of(&self, volume: VolumeId) -> Vec<Arc<Point>> {
         if self.count.load(Ordering::Acquire) == 0 {
             return Vec::new();
         }
-        let list = self.list.read().unwrap_or_else(PoisonError::into_inner);
+        let list = read(&self.list);
         let ours = list.iter().filter(|point| point.volume.id == volume);
         ours.map(Arc::clone).collect()
     }
@@ -207,25 +240,33 @@ impl ChunkStore {
                 failure: None,
             }),
         });
-        let mut list = self
-            .points
-            .list
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        list.push(Arc::clone(&point));
-        self.points.count.store(list.len(), Ordering::Release);
+        write(&self.points.list).push(Arc::clone(&point));
+        self.points.recount();
         Ok((point, more))
     }
 
     /// Nothing is noted for the point any more.
     pub fn end_point(&self, point: &Arc<Point>) {
-        let mut list = self
-            .points
-            .list
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        list.retain(|it| !Arc::ptr_eq(it, point));
-        self.points.count.store(list.len(), Ordering::Release);
+        write(&self.points.list).retain(|it| !Arc::ptr_eq(it, point));
+        self.points.recount();
+    }
+
+    /// Watches a chunk, from now on and until [`ChunkStore::end_watch`]. To be called by the thread that applies entries.
+    pub fn watch(&self, volume: VolumeId, chunk: ChunkIndex) -> Arc<Watch> {
+        let watch = Arc::new(Watch {
+            volume,
+            chunk,
+            changed: AtomicBool::new(false),
+        });
+        write(&self.points.watches).push(Arc::clone(&watch));
+        self.points.recount();
+        watch
+    }
+
+    /// Watches it no more.
+    pub fn end_watch(&self, watch: &Arc<Watch>) {
+        write(&self.points.watches).retain(|it| !Arc::ptr_eq(it, watch));
+        self.points.recount();
     }
 
     /// Computes the digest of the chunk that [`Point::next`] names. Waits for the device; for one thread at a time.
@@ -329,12 +370,7 @@ impl ChunkStore {
 
     /// Whether a block that did not match can be read after all. What it holds then may be newer than the point; its old
     /// content is noted in that case.
-    fn reads_again(
-        &self,
-        chunk: &Chunk,
-        at: usize,
-        data: &mut [u8],
-    ) -> Result<bool, PointFailure> {
+    fn reads_again(&self, chunk: &Chunk, at: usize, data: &mut [u8]) -> Result<bool, PointFailure> {
         match self.read_again(chunk, at, data) {
             Ok(()) => Ok(true),
             Err(ReadError::BadBlock { .. }) => Ok(false),
@@ -405,11 +441,7 @@ impl ChunkStore {
 
     /// Leaves the file and the table of a chunk that is about to be removed with the points that have not reached it. The caller
     /// holds the chunk's lock.
-    pub(super) fn before_removal(
-        &self,
-        chunk: &Arc<Chunk>,
-        state: &mut ChunkState,
-    ) {
+    pub(super) fn before_removal(&self, chunk: &Arc<Chunk>, state: &mut ChunkState) {
         for point in self.points.of(chunk.volume.id) {
             if !lock(&point.state).keeps(chunk.index) {
                 continue;
@@ -443,12 +475,7 @@ impl ChunkStore {
     }
 
     /// Ends the points that have not reached chunks of the range, which change as a whole.
-    pub(super) fn fail_points(
-        &self,
-        volume: VolumeId,
-        chunks: &Range<u64>,
-        failure: PointFailure,
-    ) {
+    pub(super) fn fail_points(&self, volume: VolumeId, chunks: &Range<u64>, failure: PointFailure) {
         for point in self.points.of(volume) {
             let next = point.next().map(|chunk| u64::from(chunk.0));
             if next.is_some_and(|next| next < chunks.end) {
@@ -456,6 +483,14 @@ impl ChunkStore {
             }
         }
     }
+}
+
+fn read<T>(list: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    list.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(list: &RwLock<T>) -> RwLockWriteGuard<'_, T> {
+    list.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn subtree(leaves: &[Option<Digest>]) -> Option<Digest> {

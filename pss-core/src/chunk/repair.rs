@@ -151,6 +151,47 @@ impl ChunkStore {
         Ok(taken)
     }
 
+    /// Makes a chunk what another server's image says, whatever is here: the caller knows that it is right, and that no entry has
+    /// meant the chunk since. Gives the blocks that were otherwise.
+    ///
+    /// # Errors
+    /// As [`ChunkStore::import`].
+    pub fn replace(
+        &self,
+        volume: &Volume,
+        index: ChunkIndex,
+        image: &ChunkImage,
+    ) -> Result<Vec<u64>, ChunkError> {
+        self.check()?;
+        let first = u64::from(index.0) * (u64::from(volume.chunk_bytes) / BLOCK);
+        let (chunk, _) = self.chunk_of(volume.id, first)?;
+        let mut state = self.loaded(&chunk)?;
+        if state.suspect {
+            self.resolve(&chunk, &mut state)?;
+        }
+        let mut replaced = Vec::new();
+        for at in 0..image.checksums.len() {
+            let checksum = image.checksums[at];
+            if state.table[at] == checksum {
+                let mut data = [0; BLOCK_BYTES];
+                self.open_file(&chunk, &mut state)?;
+                let file = state.file.as_deref();
+                let read = file.map(|file| file.read_at(&mut data, at as u64 * BLOCK));
+                let is_read = matches!(read, Some(Ok(_)));
+                if checksum == 0 || is_read && data[..] == *image.block(at) {
+                    continue;
+                }
+            }
+            self.put(&chunk, &mut state, at, checksum, image.block(at))?;
+            replaced.push(first + at as u64);
+        }
+        if !replaced.is_empty() {
+            (state.last_slot, state.changed_ms) = (image.last_slot, image.changed_ms);
+            self.drop_if_empty(&chunk, &mut state)?;
+        }
+        Ok(replaced)
+    }
+
     /// Reads what another server sent as a chunk; see [`ChunkStore::take_over`].
     ///
     /// # Errors

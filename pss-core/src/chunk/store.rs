@@ -186,6 +186,7 @@ impl ChunkStore {
         assert_eq!(payload.len(), checksums.len() * BLOCK_BYTES);
         self.check()?;
         let volume = self.known(volume.id)?;
+        self.touch_watches(&volume, first_block, checksums.len() as u64);
         let mut done = 0;
         for range in chunk_ranges(first_block, checksums.len() as u64, volume.chunk_bytes) {
             let blocks = range.blocks as usize;
@@ -228,6 +229,7 @@ impl ChunkStore {
     ) -> Result<(), ChunkError> {
         self.check()?;
         let volume = self.known(volume.id)?;
+        self.touch_watches(&volume, first_block, blocks);
         let takes_part = |chunk| filter.is_none_or(|filter| filter(chunk));
         if allocate && blocks <= ALLOCATE_BLOCKS_MAX {
             for range in chunk_ranges(first_block, blocks, volume.chunk_bytes) {
@@ -266,6 +268,13 @@ impl ChunkStore {
             }
         }
         Ok(())
+    }
+
+    fn touch_watches(&self, volume: &VolumeChunks, first_block: u64, blocks: u64) {
+        let per_chunk = u64::from(volume.blocks_per_chunk());
+        let end = first_block.saturating_add(blocks).div_ceil(per_chunk);
+        self.points
+            .touch(volume.id, &(first_block / per_chunk..end));
     }
 
     /// Reads blocks; every block is verified. A block that is being written is read as it was before

@@ -409,11 +409,19 @@ impl Engine {
                 image,
             } => match self.copying {
                 Some(_) => self.take_chunk(now, from, as_of, (volume, chunk), &image),
-                None => self.take_repair_chunk(now, from, as_of, (volume, chunk), &image),
+                None => {
+                    let name = (volume, chunk);
+                    if !self.take_mend_chunk(now, from, as_of, name, &image) {
+                        self.take_repair_chunk(now, from, as_of, name, &image);
+                    }
+                }
             },
             SyncMessage::Refused => match &mut self.copying {
                 Some(copying) => copying.give_up_question(now + RETRY),
-                None => self.repair_chunk_refused(now, from),
+                None => {
+                    self.mend_refused(now, from);
+                    self.repair_chunk_refused(now, from);
+                }
             },
             SyncMessage::RequestBlocks {
                 at_least,
@@ -431,6 +439,10 @@ impl Engine {
                 self.take_blocks(now, from, as_of, volume, &damaged, good.collect());
             }
             SyncMessage::BlocksRefused { volume } => self.blocks_refused(now, from, volume),
+            scrub @ (SyncMessage::TakePoint(_)
+            | SyncMessage::Point(_)
+            | SyncMessage::Mend(_)
+            | SyncMessage::Mended(_)) => self.on_scrub(now, from, scrub),
         }
     }
 

@@ -349,7 +349,12 @@ impl Engine {
     }
 
     /// Has blocks repaired for which nobody waits here.
-    fn repair_unasked(&mut self, now: Instant, volume: &Arc<Volume>, found: &[BadBlock]) {
+    pub(super) fn repair_unasked(
+        &mut self,
+        now: Instant,
+        volume: &Arc<Volume>,
+        found: &[BadBlock],
+    ) {
         let lost = |bad: &BadBlock| {
             let at = self.repairs.lost.get(&(volume.id, bad.block));
             at.is_some_and(|at| now.since(*at) < LOST_FOR)
@@ -953,4 +958,4 @@ fn blocks_of(volume: &Volume, chunk: ChunkIndex) -> (u64, u64) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

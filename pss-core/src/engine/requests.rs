@@ -22,6 +22,7 @@ use crate::wire::client::{
     EVENTS_ANSWERED_MAX, EventList, PeerStatus, REQUEST_BYTES_MAX, ReplyBody, ReplyError, Request,
     RequestBody, ServerStatus, VolumeStatus,
 };
+use crate::wire::inspect::Inspect;
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Reads that wait for the lease at most; more are sent to whoever leads next.
@@ -115,6 +116,9 @@ impl Engine {
                     })),
                 };
                 return self.reply(client, request.tag, answer);
+            }
+            RequestBody::Inspect(Inspect::Survey(question)) => {
+                return self.answer_survey(now, client, request.tag, *question);
             }
             RequestBody::Inspect(what) => {
                 let (tag, what) = (request.tag, *what);

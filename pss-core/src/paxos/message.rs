@@ -7,6 +7,7 @@ use crate::time::Instant;
 use crate::types::{
     Admitted, Ballot, ChunkIndex, EntryId, Incarnation, ServerId, Slot, Standing, VolumeId,
 };
+use crate::wire::survey::{MendAnswer, MendRequest, PointAnswer, PointRequest};
 
 /// A message between two servers. The network may lose, double, delay and reorder messages.
 #[derive(Clone, Debug, Eq, PartialEq, Hash)]
@@ -286,6 +287,14 @@ pub enum SyncMessage {
         /// Which volume.
         volume: VolumeId,
     },
+    /// Asks for what chunks hold at one slot.
+    TakePoint(PointRequest),
+    /// What they hold, or how far the sender is.
+    Point(PointAnswer),
+    /// A chunk of the receiver shall be replaced.
+    Mend(MendRequest),
+    /// Whether it is.
+    Mended(MendAnswer),
 }
 
 /// Blocks in one [`SyncMessage::RequestBlocks`]: it fits a datagram, and the answer is no more than a few requests of clients.
@@ -322,7 +331,12 @@ impl Message {
         match self {
             Message::Sync(sync) => matches!(
                 sync,
-                SyncMessage::RequestBlocks { .. } | SyncMessage::BlocksRefused { .. }
+                SyncMessage::RequestBlocks { .. }
+                    | SyncMessage::BlocksRefused { .. }
+                    | SyncMessage::TakePoint(_)
+                    | SyncMessage::Point(_)
+                    | SyncMessage::Mend(_)
+                    | SyncMessage::Mended(_)
             ),
             Message::Accept { .. } | Message::Tail { .. } | Message::Chosen { .. } => false,
             _ => true,

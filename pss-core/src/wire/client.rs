@@ -16,7 +16,7 @@ use crate::wire::DecodeError;
 use crate::wire::codec::{Input, Output, shortened};
 use crate::wire::events::ListedEvent;
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
-use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection};
+use crate::wire::inspect::{INSPECT_ENTRIES_MAX, Inspect, Inspection, SurveyQuestion, SurveyScope};
 
 /// Most bytes that one request may read or write. Clients split longer ones.
 pub const REQUEST_BYTES_MAX: usize = 1 << 20;
@@ -1080,6 +1080,17 @@ impl Inspect {
                 put.u32(u32::from(*count));
             }
             Inspect::Sockets => put.u8(6),
+            Inspect::Survey(question) => {
+                put.u8(9);
+                put.u64(question.id);
+                put.u32(question.volume.0);
+                put.u32(question.from.0);
+                put.u8(match question.scope {
+                    SurveyScope::Own => 0,
+                    SurveyScope::All => 1,
+                    SurveyScope::Verify => 2,
+                });
+            }
         }
     }
 
@@ -1095,6 +1106,22 @@ impl Inspect {
                 count: at_most("page", input.u32()?, usize::from(INSPECT_ENTRIES_MAX))? as u16,
             },
             6 => Inspect::Sockets,
+            9 => Inspect::Survey(SurveyQuestion {
+                id: input.u64()?,
+                volume: VolumeId(input.u32()?),
+                from: ChunkIndex(input.u32()?),
+                scope: match input.u8()? {
+                    0 => SurveyScope::Own,
+                    1 => SurveyScope::All,
+                    2 => SurveyScope::Verify,
+                    code => {
+                        return Err(DecodeError::UnknownCode {
+                            what: "scope of a survey",
+                            code,
+                        });
+                    }
+                },
+            }),
             code => {
                 return Err(DecodeError::UnknownCode {
                     what: "way to inspect",

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{Ballot, ServerId, Slot, VolumeId};
+use crate::types::{Ballot, ChunkIndex, ServerId, Slot, VolumeId};
 
 /// Most log entries in one answer.
 pub const INSPECT_ENTRIES_MAX: u16 = 256;
@@ -46,6 +46,33 @@ pub enum Inspect {
     },
     /// Sockets; answered by [`Inspection::Sockets`].
     Sockets,
+    /// What servers hold; answered by [`Inspection::Survey`]. To be asked again, with the same id, until it is done: who does not ask
+    /// any more has lost interest.
+    Survey(SurveyQuestion),
+}
+
+/// What servers are to be asked for what they hold.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct SurveyQuestion {
+    /// Names it; random.
+    pub id: u64,
+    /// Which volume.
+    pub volume: VolumeId,
+    /// From this chunk on.
+    pub from: ChunkIndex,
+    /// Of whom, and what then.
+    pub scope: SurveyScope,
+}
+
+/// See [`SurveyQuestion`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SurveyScope {
+    /// The digest of the volume on the server that is asked.
+    Own,
+    /// The digests of the volume on all servers at one slot. Of the leader.
+    All,
+    /// The next chunks on all servers: compared, and repaired where they differ. Of the leader.
+    Verify,
 }
 
 /// What was found.
@@ -66,6 +93,8 @@ pub enum Inspection {
     Log(LogInfo),
     /// Sockets: those that listen first.
     Sockets(Vec<SocketInfo>),
+    /// What servers hold.
+    Survey(SurveyInfo),
 }
 
 /// A server's process.
@@ -329,6 +358,79 @@ pub struct SocketInfo {
     pub send_queue_bytes: u64,
     /// Who is at the other end: a client's name, `server 2`, or nothing yet.
     pub who: Option<String>,
+}
+
+/// How far a survey is, and what it has found.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SurveyInfo {
+    /// The server that was asked.
+    pub server: ServerId,
+    /// `running`, `done`, `failed`; `elsewhere`: another server leads.
+    pub state: String,
+    /// Who leads, if it is elsewhere.
+    #[serde(default)]
+    pub leader: Option<ServerId>,
+    /// Why it failed.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// The servers hold this after the entry of this slot.
+    #[serde(default)]
+    pub slot: Option<Slot>,
+    /// Size of the volume, bytes.
+    #[serde(default)]
+    pub size_bytes: u64,
+    /// The chunks below this one were looked at; none: to the end.
+    #[serde(default)]
+    pub next: Option<u32>,
+    /// By server.
+    #[serde(default)]
+    pub servers: Vec<SurveyServer>,
+    /// Chunks of which servers held something else.
+    #[serde(default)]
+    pub differences: Vec<SurveyDifference>,
+}
+
+/// What a survey knows of one server.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SurveyServer {
+    /// Which.
+    pub server: ServerId,
+    /// `waiting`, `running`, `done`, `failed`, `silent`, `behind`.
+    pub state: String,
+    /// Why it failed.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Chunks that it has read,
+    #[serde(default)]
+    pub done: u64,
+    /// of so many; 0: not known yet.
+    #[serde(default)]
+    pub total: u64,
+    /// The volume's digest, in hexadecimal.
+    #[serde(default)]
+    pub digest: Option<String>,
+    /// Blocks that were compared with their checksums.
+    #[serde(default)]
+    pub blocks: u64,
+    /// Of these, those that were damaged,
+    #[serde(default)]
+    pub bad: u64,
+    /// and still are.
+    #[serde(default)]
+    pub bad_left: u64,
+}
+
+/// A chunk that is not the same on all servers.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct SurveyDifference {
+    /// Which.
+    pub chunk: u32,
+    /// Who had something else than the majority; empty: there was no majority.
+    pub servers: Vec<ServerId>,
+    /// Blocks that were replaced there.
+    pub replaced: u64,
+    /// Whether all servers hold the same now.
+    pub repaired: bool,
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ use crate::wire::DecodeError;
 use crate::wire::auth::MacKey;
 use crate::wire::codec::{Input, Output};
 use crate::wire::frame::{Frame, FrameKind, SendQueue};
+use crate::wire::survey;
 
 /// Most bytes of a datagram: fits the smallest usual MTU with room for tunnels.
 pub const DATAGRAM_BYTES_MAX: usize = 1400;
@@ -379,6 +380,10 @@ fn encode_sync(message: &SyncMessage, put: &mut Output<'_>) {
             put.u8(42);
             put.u32(volume.0);
         }
+        SyncMessage::TakePoint(_)
+        | SyncMessage::Point(_)
+        | SyncMessage::Mend(_)
+        | SyncMessage::Mended(_) => survey::encode(message, put),
     }
 }
 
@@ -581,12 +586,7 @@ fn decode_sync(
         42 => SyncMessage::BlocksRefused {
             volume: VolumeId(input.u32()?),
         },
-        code => {
-            return Err(DecodeError::UnknownCode {
-                what: "message",
-                code,
-            });
-        }
+        code => survey::decode(code, input)?,
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use mio::Waker;
 use pss_core::chunk::ReadError;
-use pss_core::engine::{ClientId, Export, Exported, Fetched, VolumeRead};
+use pss_core::engine::{ClientId, DigestJob, DigestPart, Export, Exported, Fetched, VolumeRead};
 use pss_core::paxos::LogRead;
 use pss_core::paxos::output::WriteId;
 use pss_core::types::{Ballot, ServerId, Slot};
@@ -31,6 +31,8 @@ pub(crate) enum Event {
     },
     /// What another server asked for was read.
     Exported { export: Export, exported: Exported },
+    /// Chunks were read for a comparison.
+    Digested { job: DigestJob, part: DigestPart },
     /// Entries were read for someone who wants to see them, newest first.
     EntriesRead {
         client: ClientId,

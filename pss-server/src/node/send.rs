@@ -57,6 +57,7 @@ impl Node {
                 }
                 Action::Read(read) => self.threads.read(ReadJob::Blocks(read)),
                 Action::Export(export) => self.threads.read(ReadJob::Export(export)),
+                Action::Digest(job) => self.threads.digest(job),
                 Action::StoreBase {
                     base,
                     proven,

@@ -329,6 +329,7 @@ impl Node {
                 Event::Exported { export, exported } => {
                     self.engine.handle_exported(now, export, exported);
                 }
+                Event::Digested { job, part } => self.engine.handle_digested(now, job, part),
                 Event::EntriesRead {
                     client,
                     tag,

@@ -14,24 +14,24 @@ use crate::state::State;
 use crate::types::{Incarnation, RequestNumber, SessionId};
 use crate::wire::client::{Browse, ReplyBody, Request, RequestBody};
 
-const VOLUME: VolumeId = VolumeId(1);
+pub(in crate::engine) const VOLUME: VolumeId = VolumeId(1);
 const CHUNK_BYTES: u32 = 64 << 10;
 
 /// A cell whose messages arrive at once, unless `loses` says otherwise.
-struct Cell {
-    directories: Vec<tempfile::TempDir>,
-    engines: Vec<Engine>,
-    now: Instant,
-    messages: VecDeque<(ServerId, ServerId, Message)>,
-    loses: fn(ServerId, ServerId, &Message) -> bool,
+pub(in crate::engine) struct Cell {
+    pub(in crate::engine) directories: Vec<tempfile::TempDir>,
+    pub(in crate::engine) engines: Vec<Engine>,
+    pub(in crate::engine) now: Instant,
+    pub(in crate::engine) messages: VecDeque<(ServerId, ServerId, Message)>,
+    pub(in crate::engine) loses: fn(ServerId, ServerId, &Message) -> bool,
     /// What was sent, of the messages of repairs.
-    sent: Vec<(ServerId, ServerId, SyncMessage)>,
-    replies: BTreeMap<u64, Result<ReplyBody, ReplyError>>,
+    pub(in crate::engine) sent: Vec<(ServerId, ServerId, SyncMessage)>,
+    pub(in crate::engine) replies: BTreeMap<u64, Result<ReplyBody, ReplyError>>,
     /// Answers to reads of chunks are kept back.
-    holds: bool,
-    held: Vec<(usize, Export)>,
-    checkpoints: u64,
-    next: u64,
+    pub(in crate::engine) holds: bool,
+    pub(in crate::engine) held: Vec<(usize, Export)>,
+    pub(in crate::engine) checkpoints: u64,
+    pub(in crate::engine) next: u64,
 }
 
 fn engine(directory: &tempfile::TempDir, id: u8, count: u8) -> Engine {
@@ -58,7 +58,7 @@ fn engine(directory: &tempfile::TempDir, id: u8, count: u8) -> Engine {
 }
 
 impl Cell {
-    fn new(count: u8) -> Cell {
+    pub(in crate::engine) fn new(count: u8) -> Cell {
         let directories: Vec<_> = (0..count).map(|_| tempfile::tempdir().unwrap()).collect();
         let ids = directories.iter().zip(0..);
         let engines = ids.map(|(it, id)| engine(it, id, count));
@@ -86,18 +86,18 @@ impl Cell {
         cell
     }
 
-    fn leader(&self) -> usize {
+    pub(in crate::engine) fn leader(&self) -> usize {
         let leads = |it: &Engine| it.replica().role() == RoleKind::Leader { serving: true };
         self.engines.iter().position(leads).expect("someone leads")
     }
 
     /// The leader's, then the others.
-    fn order(&self) -> [usize; 3] {
+    pub(in crate::engine) fn order(&self) -> [usize; 3] {
         let leader = self.leader();
         [leader, (leader + 1) % 3, (leader + 2) % 3]
     }
 
-    fn pass(&mut self, time: Duration) {
+    pub(in crate::engine) fn pass(&mut self, time: Duration) {
         let until = self.now + time;
         while self.now < until {
             self.now += Duration::from_millis(10);
@@ -110,7 +110,7 @@ impl Cell {
         }
     }
 
-    fn settle(&mut self) {
+    pub(in crate::engine) fn settle(&mut self) {
         loop {
             for index in 0..self.engines.len() {
                 self.act(index);
@@ -125,7 +125,7 @@ impl Cell {
         }
     }
 
-    fn act(&mut self, index: usize) {
+    pub(in crate::engine) fn act(&mut self, index: usize) {
         let (now, id) = (self.now, ServerId(index as u8));
         let engine = &mut self.engines[index];
         loop {
@@ -158,6 +158,10 @@ impl Cell {
                     engine.handle_checkpoint_done(checkpoint.applied.slot);
                     self.checkpoints += 1;
                 }
+                Action::Digest(job) => {
+                    let part = job.run(&engine.chunks);
+                    engine.handle_digested(now, job, part);
+                }
                 Action::Export(export) if self.holds => self.held.push((index, export)),
                 Action::Export(export) => {
                     let exported = export.run(&Arc::clone(&engine.chunks));
@@ -168,7 +172,7 @@ impl Cell {
         }
     }
 
-    fn propose(&mut self, op: Op) {
+    pub(in crate::engine) fn propose(&mut self, op: Op) {
         let leader = self.leader();
         let engine = &mut self.engines[leader];
         engine
@@ -179,7 +183,7 @@ impl Cell {
         self.pass(Duration::from_millis(300));
     }
 
-    fn write(&mut self, first_block: u64, value: u8, blocks: usize) {
+    pub(in crate::engine) fn write(&mut self, first_block: u64, value: u8, blocks: usize) {
         let payload = Bytes::from(vec![value; blocks * BLOCK_BYTES]);
         self.propose(Op::Write {
             volume: VOLUME,
@@ -189,7 +193,7 @@ impl Cell {
         });
     }
 
-    fn ask(&mut self, index: usize, body: RequestBody) -> u64 {
+    pub(in crate::engine) fn ask(&mut self, index: usize, body: RequestBody) -> u64 {
         self.next += 1;
         let request = Request {
             tag: self.next,
@@ -204,7 +208,13 @@ impl Cell {
     }
 
     /// Reads a range at a server; the tag of the answer.
-    fn read(&mut self, index: usize, first_block: u64, blocks: u64, stale: bool) -> u64 {
+    pub(in crate::engine) fn read(
+        &mut self,
+        index: usize,
+        first_block: u64,
+        blocks: u64,
+        stale: bool,
+    ) -> u64 {
         let (offset_bytes, length_bytes) = (first_block * BLOCK, (blocks * BLOCK) as u32);
         let body = match stale {
             true => RequestBody::Browse {
@@ -225,7 +235,7 @@ impl Cell {
     }
 
     /// What was read, if it was answered.
-    fn answer(&self, tag: u64) -> Option<Result<Vec<u8>, ReplyError>> {
+    pub(in crate::engine) fn answer(&self, tag: u64) -> Option<Result<Vec<u8>, ReplyError>> {
         let answer = self.replies.get(&tag)?;
         Some(answer.clone().map(|body| {
             let ReplyBody::Data(parts) = body else {
@@ -242,13 +252,13 @@ impl Cell {
         }))
     }
 
-    fn path(&self, index: usize, chunk: u32) -> PathBuf {
+    pub(in crate::engine) fn path(&self, index: usize, chunk: u32) -> PathBuf {
         self.directories[index]
             .path()
             .join(format!("data/vol/00/00/{chunk:02x}"))
     }
 
-    fn file(&self, index: usize, chunk: u32) -> File {
+    pub(in crate::engine) fn file(&self, index: usize, chunk: u32) -> File {
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -258,7 +268,7 @@ impl Cell {
     }
 
     /// Changes a byte of a block.
-    fn damage(&self, index: usize, block: u64) {
+    pub(in crate::engine) fn damage(&self, index: usize, block: u64) {
         let file = self.file(index, (block / 16) as u32);
         let at = block % 16 * BLOCK + 100;
         let mut byte = [0];
@@ -266,20 +276,20 @@ impl Cell {
         file.write_all_at(&[byte[0] ^ 4], at).unwrap();
     }
 
-    fn stored(&self, index: usize, block: u64) -> Vec<u8> {
+    pub(in crate::engine) fn stored(&self, index: usize, block: u64) -> Vec<u8> {
         let mut data = vec![0; BLOCK_BYTES];
         let file = self.file(index, (block / 16) as u32);
         file.read_exact_at(&mut data, block % 16 * BLOCK).unwrap();
         data
     }
 
-    fn counts(&self, index: usize) -> (u64, u64, u64) {
+    pub(in crate::engine) fn counts(&self, index: usize) -> (u64, u64, u64) {
         let counts = self.engines[index].repairs();
         (counts.found, counts.repaired, counts.lost)
     }
 
     /// A server has made a checkpoint and reads its files anew, changed by `change`.
-    fn reopen(&mut self, index: usize, change: impl FnOnce(&Cell)) {
+    pub(in crate::engine) fn reopen(&mut self, index: usize, change: impl FnOnce(&Cell)) {
         let checkpoint = self.engines[index].chunks.begin_checkpoint();
         checkpoint.unwrap().flush().unwrap();
         change(self);

@@ -11,7 +11,8 @@ use crate::wire::frame::{FrameLimits, FrameReader};
 use crate::wire::inspect::{
     CommandInfo, EntryInfo, FilesInfo, INSPECT_CHUNKS_MAX, INSPECT_COMMANDS_MAX,
     INSPECT_ENTRIES_MAX, INSPECT_NAME_MAX, INSPECT_SEGMENTS_MAX, INSPECT_USERS_MAX,
-    INSPECT_VOLUMES_MAX, Inspect, LogInfo, OpenChunk, OpenVolume, SegmentInfo,
+    INSPECT_VOLUMES_MAX, Inspect, LogInfo, OpenChunk, OpenVolume, SegmentInfo, SurveyQuestion,
+    SurveyScope,
 };
 
 fn frame_of(encode: impl FnOnce(&mut SendQueue), limits: FrameLimits) -> Frame {
@@ -134,7 +135,14 @@ fn body() -> impl Strategy<Value = RequestBody> {
         volume().prop_map(|volume| RequestBody::Detach { volume }),
         Just(RequestBody::Status),
         Just(RequestBody::Shutdown),
-        (0..7_u8, any::<u64>(), 0..=INSPECT_ENTRIES_MAX).prop_map(|(code, before, count)| {
+        (0..8_u8, any::<u64>(), 0..=INSPECT_ENTRIES_MAX).prop_map(|(code, before, count)| {
+            let question = SurveyQuestion {
+                id: before,
+                volume: VolumeId(u32::from(count)),
+                from: ChunkIndex(before as u32),
+                scope: [SurveyScope::Own, SurveyScope::All, SurveyScope::Verify]
+                    [before as usize % 3],
+            };
             let before = Slot(before);
             RequestBody::Inspect(match code {
                 0 => Inspect::Process,
@@ -143,6 +151,7 @@ fn body() -> impl Strategy<Value = RequestBody> {
                 3 => Inspect::Files,
                 4 => Inspect::Links,
                 5 => Inspect::Log { before, count },
+                7 => Inspect::Survey(question),
                 _ => Inspect::Sockets,
             })
         }),
@@ -562,6 +571,16 @@ fn literal_requests() {
         (RequestBody::Status, 15, ""),
         (RequestBody::Shutdown, 16, ""),
         (RequestBody::Inspect(Inspect::Sockets), 24, "06"),
+        (
+            RequestBody::Inspect(Inspect::Survey(SurveyQuestion {
+                id: 2,
+                volume: VolumeId(3),
+                from: ChunkIndex(4),
+                scope: SurveyScope::Verify,
+            })),
+            24,
+            "090200000000000000030000000400000002",
+        ),
         (
             reserve(VolumeId(7), 9),
             17,

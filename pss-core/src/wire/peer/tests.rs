@@ -3,10 +3,12 @@ use std::io::IoSlice;
 use proptest::prelude::*;
 
 use super::*;
+use crate::chunk::Digest;
 use crate::entry::{Command, Op, block_checksums};
 use crate::key::CellKey;
 use crate::types::{BLOCK_BYTES, RequestNumber, SessionId};
 use crate::wire::frame::{FrameLimits, FrameReader};
+use crate::wire::survey::{POINT_CHUNKS_MAX, PointAnswer, PointRequest, PointResult, PointStage};
 
 fn frame_of(message: &Message) -> Frame {
     let mut out = SendQueue::new();
@@ -93,6 +95,12 @@ fn progress() -> impl Strategy<Value = Progress> {
 
 fn blocks() -> impl Strategy<Value = Vec<u64>> {
     prop::collection::vec(any::<u64>(), 0..=BLOCKS_ASKED_MAX)
+}
+
+fn digests() -> impl Strategy<Value = Vec<(ChunkIndex, Option<Digest>)>> {
+    let digest = prop::option::of(any::<[u8; 32]>().prop_map(Digest));
+    let chunk = (any::<u32>().prop_map(ChunkIndex), digest);
+    prop::collection::vec(chunk, 0..=POINT_CHUNKS_MAX)
 }
 
 fn datagram_message() -> impl Strategy<Value = Message> {
@@ -184,6 +192,32 @@ fn datagram_message() -> impl Strategy<Value = Message> {
                 blocks,
             })
         }),
+        (any::<(u64, u32, u32, u32, bool)>(), slots()).prop_map(
+            |((id, volume, from, most, calm), at)| {
+                Message::Sync(SyncMessage::TakePoint(PointRequest {
+                    id,
+                    at,
+                    volume: VolumeId(volume),
+                    from: ChunkIndex(from),
+                    chunks_max: most,
+                    calm,
+                }))
+            }
+        ),
+        (any::<(u64, u64, u64, Option<u32>)>(), slots(), digests()).prop_map(
+            |((id, size_bytes, bad, until), at, chunks)| {
+                let result = PointResult {
+                    size_bytes,
+                    until: until.map(ChunkIndex),
+                    digest: chunks.first().and_then(|it| it.1),
+                    blocks: 9,
+                    bad,
+                    chunks,
+                };
+                let stage = PointStage::Done(result);
+                Message::Sync(SyncMessage::Point(PointAnswer { id, at, stage }))
+            }
+        ),
         any::<u32>().prop_map(|volume| {
             let volume = VolumeId(volume);
             Message::Sync(SyncMessage::BlocksRefused { volume })
