@@ -89,7 +89,7 @@ fn next_command(log: &LogArgs) -> String {
     )
 }
 
-fn leader(cell: &Access) -> Result<ServerId, CliError> {
+pub(super) fn leader(cell: &Access) -> Result<ServerId, CliError> {
     let answers = cell.answers()?;
     let health = answers.judge(None);
     health.leader.ok_or_else(|| {

@@ -87,7 +87,8 @@ fn probe_json(id: ServerId, found: &Inspection) -> Option<Value> {
         Inspection::Process(_)
         | Inspection::Links(_)
         | Inspection::Log(_)
-        | Inspection::Sockets(_) => return None,
+        | Inspection::Sockets(_)
+        | Inspection::Survey(_) => return None,
     };
     Some(json!({ "schema": "pss.server.probe/1", "server": id, "what": what, name: value }))
 }
@@ -101,7 +102,8 @@ fn probe_text(id: ServerId, found: &Inspection, now_ms: u64, all: bool) -> Optio
         Inspection::Process(_)
         | Inspection::Links(_)
         | Inspection::Log(_)
-        | Inspection::Sockets(_) => None,
+        | Inspection::Sockets(_)
+        | Inspection::Survey(_) => None,
     }
 }
 

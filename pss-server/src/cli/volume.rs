@@ -1,5 +1,9 @@
 //! `pss volume`.
 
+mod digest;
+mod survey;
+mod verify;
+
 use clap::Subcommand;
 use pss_core::client::Shrink;
 use pss_core::size::{Size, SizeChange, parse_size};
@@ -66,6 +70,12 @@ pub(super) enum VolumeVerb {
     /// Writes a volume to a file: raw and sparse, or qcow2
     #[command(after_help = EXPORT_EXAMPLES)]
     Export(image::ExportArgs),
+    /// Prints the SHA-256 digest of what a volume holds, equal for equal contents
+    #[command(after_help = digest::DIGEST_EXAMPLES)]
+    Digest(digest::DigestArgs),
+    /// Checks every block on every server, compares the servers, and repairs what it finds
+    #[command(after_help = verify::VERIFY_EXAMPLES)]
+    Verify(verify::VerifyArgs),
     /// Deletes a volume and everything in it; refused while it is attached
     Delete {
         /// Its name
@@ -103,6 +113,8 @@ pub(super) fn run(args: &CellArgs, verb: VolumeVerb) -> Result<(), CliError> {
         }
         VolumeVerb::Import(import) => image::import(args, &import),
         VolumeVerb::Export(export) => image::export(args, &export),
+        VolumeVerb::Digest(digest) => digest::run(args, &digest),
+        VolumeVerb::Verify(verify) => verify::run(args, &verify),
         VolumeVerb::Delete { name, yes, force } => delete(args, &name, yes, force),
     }
 }

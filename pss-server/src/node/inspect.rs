@@ -36,6 +36,8 @@ impl Node {
                     volumes,
                 });
             }
+            // The engine answers it.
+            Inspect::Survey(_) => return,
             Inspect::Log { before, count } => {
                 return self.show_log(now, client, tag, before, count);
             }

@@ -18,8 +18,10 @@ use crate::wire::survey::{
     PointResult, PointStage,
 };
 
-/// Surveys at once, of clients and our own.
+/// Surveys under way at once, of clients and our own.
 const SURVEYS_MAX: usize = 4;
+/// Those that are kept, so that the result can be asked for again.
+const KEPT_MAX: usize = 16;
 /// A client that has not asked for so long has lost interest.
 const INTEREST: Duration = Duration::from_secs(30);
 /// How often servers are asked: until their first answer, and then.
@@ -88,6 +90,18 @@ struct Difference {
 impl Surveys {
     pub(super) fn next_at(&self) -> Option<Instant> {
         self.0.iter().map(|survey| survey.next_at).min()
+    }
+
+    fn under_way(&self) -> usize {
+        self.0.iter().filter(|survey| !survey.is_over()).count()
+    }
+
+    fn forget_old(&mut self) {
+        if self.0.len() >= KEPT_MAX
+            && let Some(old) = self.0.iter().position(Survey::is_over)
+        {
+            self.0.remove(old);
+        }
     }
 
     fn get_mut(&mut self, id: u64, at: Slot) -> Option<&mut Survey> {
@@ -230,10 +244,11 @@ impl Engine {
             .position(|it| it.question == question);
         let at = match at {
             Some(at) => at,
-            None if self.scrub.surveys.0.len() >= SURVEYS_MAX => {
+            None if self.scrub.surveys.under_way() >= SURVEYS_MAX => {
                 return failed("the leader has too much of this to do; ask again later");
             }
             None => {
+                self.scrub.surveys.forget_old();
                 self.begin_survey(now, question, false);
                 self.scrub.surveys.0.len() - 1
             }
@@ -580,7 +595,7 @@ fn note_difference(
     votes: &BTreeMap<Digest, BTreeSet<ServerId>>,
     minority: &BTreeSet<ServerId>,
 ) {
-    let groups = votes.values().map(|servers| names(servers));
+    let groups = votes.values().map(names);
     let groups = groups.collect::<Vec<_>>().join(" | ");
     match minority.is_empty() {
         true => tracing::error!(
