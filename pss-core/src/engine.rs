@@ -34,7 +34,9 @@ use crate::engine::lag::Pace;
 use crate::engine::repair::Repairs;
 pub use crate::engine::repair::{BAD_BLOCKS_MAX, Export, Exported, RepairBug, RepairCounts};
 use crate::engine::scrub::Scrub;
-pub use crate::engine::scrub::{DigestJob, DigestPart, ScrubBug, ScrubCounts};
+pub use crate::engine::scrub::{
+    DigestJob, DigestPart, ScrubBug, ScrubCounts, ScrubPosition, ScrubStatus,
+};
 use crate::engine::slow_disk::DiskWatch;
 use crate::entry::{Command, Entry, Op};
 use crate::members::Members;

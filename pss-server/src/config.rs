@@ -43,6 +43,8 @@ pub struct Tuning {
     /// How long a leader may serve reads after a majority granted it, and how long the others wait
     /// before they elect another.
     pub lease: Duration,
+    /// Everything is verified once in this time, in the background; none: never.
+    pub scrub_period: Option<Duration>,
 }
 
 impl Default for Tuning {
@@ -53,6 +55,7 @@ impl Default for Tuning {
             checkpoint_interval: Duration::from_secs(30),
             log_retain_bytes: 1 << 30,
             lease: Duration::from_millis(500),
+            scrub_period: Some(Duration::from_secs(14 * 24 * 3600)),
         }
     }
 }

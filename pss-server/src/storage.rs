@@ -18,13 +18,13 @@ mod trash;
 
 use std::convert::Infallible;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread::JoinHandle;
 
 use pss_core::chunk::ChunkStore;
 use pss_core::disk::Disk;
-use pss_core::engine::DigestJob;
 use pss_core::log::Log;
 use pss_core::storage::{CheckpointFile, Identity};
 
@@ -33,6 +33,7 @@ use crate::node::inbox::{Event, Inbox};
 pub(crate) use crate::storage::checkpoint::CheckpointJob;
 use crate::storage::checkpoint::CheckpointThread;
 use crate::storage::digest::DigestThread;
+pub(crate) use crate::storage::digest::{ScrubJob, read_position as read_scrub_position};
 pub(crate) use crate::storage::log::LogJob;
 use crate::storage::log::LogThread;
 use crate::storage::queue::Queue;
@@ -48,7 +49,7 @@ pub(crate) struct StorageThreads {
     log: Arc<Queue<LogJob>>,
     reads: Arc<Queue<ReadJob>>,
     checkpoints: Arc<Queue<CheckpointJob>>,
-    digests: Arc<Queue<DigestJob>>,
+    digests: Arc<Queue<ScrubJob>>,
     trash: Arc<Queue<Infallible>>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -60,6 +61,8 @@ pub(crate) struct Parts {
     pub(crate) identity: Identity,
     pub(crate) checkpoint: CheckpointFile,
     pub(crate) chunks: Arc<ChunkStore>,
+    /// The data directory.
+    pub(crate) directory: PathBuf,
     /// See [`LogThread::chosen`].
     pub(crate) chosen: Arc<AtomicU64>,
     /// See [`LogThread::log_bytes_max`].
@@ -98,6 +101,7 @@ impl StorageThreads {
             queue: Arc::clone(&threads.digests),
             reporter: reporter.clone(),
             chunks: Arc::clone(&parts.chunks),
+            directory: parts.directory,
         };
         threads.spawn("digest", &reporter, move || digest.run())?;
         let trash = TrashThread {
@@ -151,7 +155,7 @@ impl StorageThreads {
         self.reads.push(job);
     }
 
-    pub(crate) fn digest(&self, job: DigestJob) {
+    pub(crate) fn digest(&self, job: ScrubJob) {
         self.digests.push(job);
     }
 

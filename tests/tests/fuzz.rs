@@ -817,6 +817,7 @@ fn replies() -> Vec<Result<ReplyBody, ReplyError>> {
         last_ballot: ballot(3, 1),
         given_up_by: None,
         claimed_twice: Vec::new(),
+        scrub: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,

@@ -129,9 +129,17 @@ fn replace(cell: &Cell, id: u8, volume: VolumeId, block: usize, data: &[u8]) {
         .expect("it can be written");
 }
 
+/// Whether a checkpoint has put the table of a block's chunk into its file.
+fn has_table(cell: &Cell, id: u8, block: usize) -> bool {
+    let bytes = fs::read(chunk_path(cell, id, block)).unwrap_or_default();
+    bytes.len() > CHUNK && bytes[CHUNK..].iter().any(|byte| *byte != 0)
+}
+
+const SMALL_LOG: &str = "--segment-size 8M --checkpoint-size 8M --log-retain 32M";
+
 /// A cell whose volume holds [`pattern`].
 fn written(mut layout: Layout, mib: usize, chunk: &str) -> (Cell, NbdClient) {
-    layout.flags = "--segment-size 8M --checkpoint-size 8M --log-retain 32M".to_owned();
+    layout.flags = SMALL_LOG.to_owned();
     let mut cell = Cell::started(layout, &format!("{mib}M --chunk-size {chunk}"));
     let mut client = cell.client(0);
     write(&mut client, &pattern(mib * MIB));
@@ -249,11 +257,7 @@ fn a_server_that_lost_writes_silently_is_found_and_repaired() {
             request(&mut client, Command::Write, number * MIB, MIB, data);
         }
         wait_until("checkpoints are made", PATIENCE, || {
-            let has_table = |id| {
-                let bytes = fs::read(chunk_path(&cell, id, 101)).unwrap_or_default();
-                bytes.len() > CHUNK && bytes[CHUNK..].iter().any(|byte| *byte != 0)
-            };
-            [0, 1, 2, 5].into_iter().all(has_table)
+            [0, 1, 2, 5].into_iter().all(|id| has_table(&cell, id, 101))
         });
     }
     cell.wait_current();
@@ -311,6 +315,48 @@ fn a_server_that_lost_writes_silently_is_found_and_repaired() {
     // What was repaired is on the disk.
     cell.stop(follower);
     assert!(cell.content(follower, "v", CHUNK, 24 * MIB) == content);
+}
+
+/// Nobody asks for anything, and nothing is read.
+#[test]
+fn what_was_lost_silently_is_found_in_the_background() {
+    let mut layout = Layout::small(3);
+    layout.flags = format!("{SMALL_LOG} --scrub-period 2s");
+    let mut cell = Cell::started(layout, "2M --chunk-size 64K");
+    let mut client = cell.client(0);
+    let content = pattern(2 * MIB);
+    write(&mut client, &content);
+    // So much behind it that no log puts it right at the next start.
+    for _ in 0..2 {
+        for _ in 0..16 {
+            request(&mut client, Command::Write, MIB, MIB, &content[MIB..]);
+        }
+        wait_until("checkpoints are made", PATIENCE, || {
+            (0..3).all(|id| has_table(&cell, id, 20))
+        });
+    }
+    cell.wait_current();
+    let volume = json(&cell, "volume show v")["id"].as_u64();
+    let volume = VolumeId(volume.expect("a number") as u32);
+    let follower = (cell.leader() + 1) % 3;
+    cell.stop(follower);
+    let is_lost = |cell: &Cell| stored(cell, follower, 20) == [0xee; BLOCK];
+    replace(&cell, follower, volume, 20, &[0xee; BLOCK]);
+    cell.start(follower);
+    cell.wait_current();
+    wait_until("the block is replaced", PATIENCE, || !is_lost(&cell));
+    assert!(stored(&cell, follower, 20) == content[20 * BLOCK..][..BLOCK]);
+    let note = format!("Server {follower} held 1 blocks");
+    wait_until("it is told, and the round ends", PATIENCE, || {
+        let text = cell.bench.run("pss", "status").done().stdout();
+        text.contains(&note) && text.contains("last done")
+    });
+    let json = json(&cell, "status");
+    let status = &json["servers"][usize::from(cell.leader())]["status"]["scrub"];
+    assert_eq!(status["period_s"], 2, "{json:#}");
+    // A server that is started again goes on where it was.
+    let path = cell.path(follower).join("scrub.json");
+    wait_until("it is noted", PATIENCE, || path.exists());
 }
 
 fn thousands(number: usize) -> String {

@@ -481,6 +481,7 @@ fn status(server: u8, leader: u8) -> ServerStatus {
         last_ballot: Ballot::default(),
         given_up_by: None,
         claimed_twice: Vec::new(),
+        scrub: None,
     }
 }
 

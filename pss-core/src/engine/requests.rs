@@ -1098,6 +1098,7 @@ impl Engine {
             bad_blocks: self.repairs().found,
             repaired_blocks: self.repairs().repaired,
             lost_blocks: self.repairs().lost,
+            scrub: Some(self.scrub_status(now)),
             clients: 0,
             peers: replica.peers().map(peer).collect(),
             members: self.state.members().map(|members| Members::clone(members)),

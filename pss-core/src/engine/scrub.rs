@@ -15,6 +15,7 @@
 //!
 //! Both is asked for again and again by whoever wants it, so lost messages, and servers that are started anew, need no further care.
 
+mod background;
 mod mend;
 mod survey;
 mod task;
@@ -26,6 +27,8 @@ use crate::engine::{Engine, SyncMessage};
 use crate::time::Instant;
 use crate::types::{ServerId, Slot};
 
+pub(super) use background::Background;
+pub use background::{ScrubPosition, ScrubStatus};
 pub(super) use mend::Mends;
 pub(super) use survey::Surveys;
 pub(super) use task::Tasks;
@@ -65,6 +68,7 @@ pub(super) struct Scrub {
     pub(super) tasks: Tasks,
     pub(super) surveys: Surveys,
     pub(super) mends: Mends,
+    pub(super) background: Background,
     pub(super) counts: ScrubCounts,
     pub(super) bug: Option<ScrubBug>,
 }
@@ -75,6 +79,7 @@ impl Scrub {
             tasks: Tasks::default(),
             surveys: Surveys::default(),
             mends: Mends::default(),
+            background: Background::default(),
             counts: ScrubCounts::default(),
             bug: None,
         }
@@ -88,7 +93,8 @@ impl Scrub {
             .next_at()
             .into_iter()
             .chain(self.mends.next_at());
-        tasks.chain(others).min()
+        let background = self.background.next_at().into_iter();
+        tasks.chain(others).chain(background).min()
     }
 }
 
@@ -154,6 +160,7 @@ impl Engine {
         self.pump_tasks(now);
         self.pump_surveys(now);
         self.pump_mends(now);
+        self.pump_background(now);
     }
 }
 

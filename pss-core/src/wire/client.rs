@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::ScrubStatus;
 use crate::entry::{NOTE_BYTES_MAX, USER_NAME_MAX};
 use crate::members::Members;
 use crate::state::{Refusal, Volume, VolumeTimes};
@@ -450,6 +451,9 @@ pub struct ServerStatus {
     /// How often no server had a good copy of one.
     #[serde(default)]
     pub lost_blocks: u64,
+    /// The scrub in the background.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
     /// Open client connections.
     pub clients: u32,
     /// The other servers as it sees them.

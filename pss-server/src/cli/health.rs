@@ -550,6 +550,7 @@ pub(super) mod tests {
             last_ballot: Ballot::default(),
             given_up_by: None,
             claimed_twice: Vec::new(),
+            scrub: None,
         }
     }
 

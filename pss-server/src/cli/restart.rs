@@ -221,6 +221,7 @@ fn status(held: &Held) -> ServerStatus {
         last_ballot: held.last.ballot,
         given_up_by: None,
         claimed_twice: Vec::new(),
+        scrub: None,
     }
 }
 

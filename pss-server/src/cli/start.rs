@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::Duration;
 
 use clap::Args;
 use pss_core::disk::files::FileDisk;
@@ -69,6 +70,9 @@ struct TuningArgs {
     /// Log kept behind the checkpoint for servers that were down [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     log_retain: Option<u64>,
+    /// Everything is verified in the background once in this time, such as 14d or 36h; off: never [default: 14d]
+    #[arg(long, value_name = "TIME", value_parser = parse_period)]
+    scrub_period: Option<Period>,
 }
 
 impl TuningArgs {
@@ -78,8 +82,36 @@ impl TuningArgs {
             segment_bytes: self.segment_size.unwrap_or(default.segment_bytes),
             checkpoint_bytes: self.checkpoint_size.unwrap_or(default.checkpoint_bytes),
             log_retain_bytes: self.log_retain.unwrap_or(default.log_retain_bytes),
+            scrub_period: match self.scrub_period {
+                Some(Period(period)) => period,
+                None => default.scrub_period,
+            },
             ..default
         }
+    }
+}
+
+/// How often everything is verified; none: never.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Period(Option<Duration>);
+
+/// Shorter ones would do nothing else.
+const PERIOD_MIN: Duration = Duration::from_secs(1);
+const PERIOD_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+fn parse_period(text: &str) -> Result<Period, String> {
+    if text == "off" {
+        return Ok(Period(None));
+    }
+    let units = [("d", 24 * 3600), ("h", 3600), ("m", 60), ("s", 1)];
+    let parsed = units.iter().find_map(|(unit, seconds)| {
+        let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
+        Some(Duration::from_secs(number.saturating_mul(*seconds)))
+    });
+    match parsed {
+        Some(period) if (PERIOD_MIN..=PERIOD_MAX).contains(&period) => Ok(Period(Some(period))),
+        Some(_) => Err("a period is from 1s to 366d".to_owned()),
+        None => Err("a period is a number with d, h, m or s, such as 14d, or off".to_owned()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! `pss status`.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use pss_core::size::Size;
@@ -124,6 +124,7 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             }
             note
         });
+    let scrubs = scrub_notes(answers, wall_clock_ms());
     let full_disks = answers.statuses.iter().filter_map(|(id, own)| {
         // An older server does not tell.
         let is_full =
@@ -146,12 +147,60 @@ fn status_text(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
             format!("Two processes say to server {id} that they are server {twice}, so neither counts: stop one of them.")
         })
     });
-    let notes = failures.chain(twice).chain(bad_disks).chain(full_disks);
+    let notes = failures.chain(twice).chain(bad_disks).chain(scrubs);
+    let notes = notes.chain(full_disks);
     let notes: Vec<String> = notes.chain(answers.stale_lines()).collect();
     if !notes.is_empty() {
         text.push_str(&format!("\n{}\n", notes.join("\n")));
     }
     text
+}
+
+/// What the scrub in the background has found, and how far it is.
+fn scrub_notes(answers: &Answers, now_ms: u64) -> Vec<String> {
+    let mut notes = Vec::new();
+    for (id, own) in &answers.statuses {
+        let Some(scrub) = own.scrub else { continue };
+        if scrub.mended_blocks > 0 {
+            notes.push(format!(
+                "Server {id} held {} blocks that matched their checksums and were not what the majority holds, and has replaced them \
+                 since it was started: look at its disk.",
+                grouped(scrub.mended_blocks)
+            ));
+        }
+        if scrub.undecided > 0 {
+            notes.push(format!(
+                "Server {id} has found {} chunks of which no majority of the servers holds the same: its log names them.",
+                grouped(scrub.undecided)
+            ));
+        }
+    }
+    let scrub = answers.leader().and_then(|leader| leader.scrub);
+    let scrub = scrub.filter(|it| it.period_s.is_some());
+    if let Some(scrub) = scrub.filter(|it| it.done_permille > 0 || it.position.completed_ms > 0) {
+        let last = match scrub.position.completed_ms {
+            0 => "for the first time".to_owned(),
+            at => format!(
+                "again, last done {} ago",
+                span(now_ms.saturating_sub(at) / 1000)
+            ),
+        };
+        notes.push(format!(
+            "All blocks are being verified {last}: {} % done{}.",
+            scrub.done_permille / 10,
+            match scrub.paused {
+                true => ", paused while a server lags or copies",
+                false => "",
+            }
+        ));
+    }
+    notes
+}
+
+/// Milliseconds since the beginning of 1970, UTC.
+fn wall_clock_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |it| it.as_millis() as u64)
 }
 
 /// Time and bytes, as far as they are known.
@@ -210,6 +259,8 @@ fn status_json(answers: &Answers, health: &Health, address: impl Fn(ServerId) ->
 
 #[cfg(test)]
 mod tests {
+    use pss_core::engine::{ScrubPosition, ScrubStatus};
+
     use super::super::health::tests::answers;
     use super::*;
 
@@ -252,6 +303,46 @@ mod tests {
             text.starts_with("All 3 copies current. Any 1 server may fail."),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_the_scrub_found() {
+        let mut answers = answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        assert_eq!(scrub_notes(&answers, 0), Vec::<String>::new());
+        let mut set = |id, period_s, completed_ms, (mended_blocks, undecided)| {
+            let own = answers.statuses.get_mut(&ServerId(id)).unwrap();
+            let position = ScrubPosition {
+                completed_ms,
+                ..ScrubPosition::default()
+            };
+            own.scrub = Some(ScrubStatus {
+                period_s,
+                position,
+                done_permille: 123,
+                mended_blocks,
+                undecided,
+                ..ScrubStatus::default()
+            });
+        };
+        set(0, Some(9), 1_000, (0, 3));
+        set(1, Some(9), 0, (2000, 0));
+        assert_eq!(
+            scrub_notes(&answers, 31_000),
+            [
+                "Server 0 has found 3 chunks of which no majority of the servers holds the same: its log names them.",
+                "Server 1 held 2,000 blocks that matched their checksums and were not what the majority holds, and has replaced \
+                 them since it was started: look at its disk.",
+                "All blocks are being verified again, last done 30 s ago: 12 % done.",
+            ]
+        );
+        let mut answers =
+            super::super::health::tests::answers(3, &[(1, true, 5000), (2, true, 5000)]);
+        let own = answers.statuses.get_mut(&ServerId(0)).unwrap();
+        own.scrub = Some(ScrubStatus {
+            done_permille: 123,
+            ..ScrubStatus::default()
+        });
+        assert_eq!(scrub_notes(&answers, 0), Vec::<String>::new(), "it is off");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::node::connections::{Kind, Slot};
 use crate::node::receive::ConnectionError;
 use crate::node::turn::Node;
 use crate::peers::LINK_QUEUE_BYTES_MAX;
-use crate::storage::{CheckpointJob, LogJob, ReadJob};
+use crate::storage::{CheckpointJob, LogJob, ReadJob, ScrubJob};
 
 impl Node {
     /// Does what the engine wants: sends what is to be sent with [`Node::send`], later in the turn; gives
@@ -57,7 +57,7 @@ impl Node {
                 }
                 Action::Read(read) => self.threads.read(ReadJob::Blocks(read)),
                 Action::Export(export) => self.threads.read(ReadJob::Export(export)),
-                Action::Digest(job) => self.threads.digest(job),
+                Action::Digest(job) => self.threads.digest(ScrubJob::Digest(job)),
                 Action::StoreBase {
                     base,
                     proven,

@@ -27,7 +27,7 @@ use crate::config::{ServerConfig, Tuning};
 use crate::node::inbox::Inbox;
 use crate::node::turn::{LISTENER, Node, NodeParts, Sockets, UDP, WAKER};
 use crate::node::{Held, ServerHandle, StartError, datagrams};
-use crate::storage::{Parts, StorageThreads};
+use crate::storage::{Parts, StorageThreads, read_scrub_position};
 use crate::testing;
 
 /// Bytes that stay free on the disk beside what the log may still grow to: chunk tables, checkpoint
@@ -179,6 +179,10 @@ pub(super) fn start_with_disk(
     if config.is_truth {
         engine.stay_deaf();
     }
+    engine.set_scrub(
+        config.tuning.scrub_period,
+        read_scrub_position(&config.path),
+    );
     let chosen = Arc::new(AtomicU64::new(0));
     let parts = Parts {
         disk,
@@ -188,6 +192,7 @@ pub(super) fn start_with_disk(
         chunks: storage.chunks,
         chosen: Arc::clone(&chosen),
         log_bytes_max: log_bytes_max(&config.tuning),
+        directory: config.path.clone(),
     };
     let threads =
         StorageThreads::start(parts, &inbox, &span).map_err(system("cannot start a thread"))?;

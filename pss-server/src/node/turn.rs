@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use mio::net::{TcpListener, UdpSocket};
 use mio::{Events, Poll, Token};
-use pss_core::engine::Engine;
+use pss_core::engine::{Engine, ScrubPosition};
 use pss_core::members::Members;
 use pss_core::paxos::message::Message;
 use pss_core::time::Instant;
@@ -29,7 +29,7 @@ use crate::node::datagrams::Batch;
 use crate::node::inbox::{Event, Inbox};
 use crate::node::space::SpaceWatch;
 use crate::peers::Peers;
-use crate::storage::{LogJob, StorageThreads};
+use crate::storage::{LogJob, ScrubJob, StorageThreads};
 
 pub(super) const WAKER: Token = Token(0);
 pub(super) const UDP: Token = Token(1);
@@ -43,6 +43,8 @@ const EVENTS_MAX: usize = 256;
 const CHORES: Duration = Duration::from_secs(1);
 /// A caller that has not proved who it is by then is sent away.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often it is noted where the scrub is, if that has moved.
+const SCRUB_NOTES: Duration = Duration::from_secs(10);
 /// How long a stopping leader tries to hand over.
 const HAND_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a server that has handed over goes on, at most, until it knows the new leader: it sends its
@@ -117,6 +119,9 @@ pub(super) struct Node {
     trimmed: Slot,
     free_bytes: u64,
     total_bytes: u64,
+    /// Where the scrub was when that was noted, and when.
+    scrubbed: ScrubPosition,
+    scrub_noted_at: Instant,
 }
 
 /// How far a server is that stops cleanly.
@@ -172,6 +177,8 @@ impl Node {
             trimmed: Slot(0),
             free_bytes: 0,
             total_bytes: 0,
+            scrubbed: ScrubPosition::default(),
+            scrub_noted_at: now,
         }
     }
 
@@ -390,7 +397,17 @@ impl Node {
             self.chores_at = now + CHORES;
             self.close_slow_callers(now);
             self.log_stall();
+            self.note_scrub(now);
             self.trim();
+        }
+    }
+
+    /// Has the place noted where the scrub is, if it has moved.
+    fn note_scrub(&mut self, now: Instant) {
+        let position = self.engine.scrub_position();
+        if position != self.scrubbed && now >= self.scrub_noted_at + SCRUB_NOTES {
+            (self.scrubbed, self.scrub_noted_at) = (position, now);
+            self.threads.digest(ScrubJob::Note(position));
         }
     }
 

@@ -46,6 +46,7 @@ pub(crate) struct TestCell {
 /// Small, so that tests see segments change, checkpoints and elections soon.
 pub(crate) fn small() -> Tuning {
     Tuning {
+        scrub_period: None,
         segment_bytes: 8 << 20,
         checkpoint_bytes: 8 << 20,
         checkpoint_interval: Duration::from_millis(500),

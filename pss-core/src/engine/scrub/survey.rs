@@ -87,9 +87,34 @@ struct Difference {
     is_equal: bool,
 }
 
+/// See [`Surveys::end_of`].
+pub(super) enum SurveyEnd {
+    NotYet,
+    /// It was given up: another server leads.
+    Lost,
+    /// The chunks of the volume below this one were looked at; none: all.
+    Until(Option<ChunkIndex>),
+}
+
 impl Surveys {
     pub(super) fn next_at(&self) -> Option<Instant> {
         self.0.iter().map(|survey| survey.next_at).min()
+    }
+
+    /// How a survey of our own has ended; it is forgotten then.
+    pub(super) fn end_of(&mut self, id: u64) -> SurveyEnd {
+        let Some(at) = self.0.iter().position(|it| it.question.id == id) else {
+            return SurveyEnd::Lost;
+        };
+        if !self.0[at].is_over() {
+            return SurveyEnd::NotYet;
+        }
+        let survey = self.0.remove(at);
+        SurveyEnd::Until(match survey.stage {
+            // The volume is gone.
+            Stage::Failed(_) => None,
+            _ => survey.until(),
+        })
     }
 
     fn under_way(&self) -> usize {
@@ -301,7 +326,7 @@ impl Engine {
         }
     }
 
-    fn begin_survey(&mut self, now: Instant, question: SurveyQuestion, is_calm: bool) {
+    pub(super) fn begin_survey(&mut self, now: Instant, question: SurveyQuestion, is_calm: bool) {
         let mut survey = Survey {
             question,
             is_calm,

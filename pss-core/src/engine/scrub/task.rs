@@ -21,8 +21,12 @@ const UNDER_WAY_MAX: usize = 4;
 const KEPT_MAX: usize = 16;
 /// Who has not asked for so long has lost interest.
 const INTEREST: Duration = Duration::from_secs(30);
-/// Where nobody waits, a chunk is followed by a pause.
+/// Where nobody waits, a chunk is followed by a pause, of at least this time and
 const CALM_PAUSE: Duration = Duration::from_millis(100);
+/// so many times what it took to read the chunk, so that a slow disk has time for others,
+const CALM_RESTS: u32 = 4;
+/// but at most this.
+const CALM_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// What this server was asked for.
 #[derive(Default)]
@@ -51,6 +55,8 @@ struct Running {
     /// Of the volume, so far.
     is_whole: bool,
     is_busy: bool,
+    /// Since it is busy.
+    since: Instant,
     next_at: Instant,
 }
 
@@ -98,6 +104,9 @@ impl Task {
 impl Engine {
     /// Another server asks.
     pub(super) fn point_asked(&mut self, now: Instant, from: ServerId, request: PointRequest) {
+        if request.calm {
+            self.note_scrub(&request);
+        }
         let stage = self.point(now, request);
         let answer = SyncMessage::Point(PointAnswer {
             id: request.id,
@@ -206,6 +215,7 @@ impl Engine {
             tree: Tree::default(),
             is_whole,
             is_busy: false,
+            since: now,
             next_at: now,
         })
     }
@@ -213,6 +223,7 @@ impl Engine {
     pub(super) fn pump_tasks(&mut self, now: Instant) {
         self.end_tasks(|task| now.since(task.asked) >= INTEREST);
         self.take_points(now);
+        let lags = !self.backlog.is_empty();
         for task in &mut self.scrub.tasks.0 {
             let Stage::Running(running) = &mut task.stage else {
                 continue;
@@ -220,7 +231,12 @@ impl Engine {
             if running.is_busy || now < running.next_at {
                 continue;
             }
+            if task.request.calm && lags {
+                running.next_at = now + CALM_PAUSE;
+                continue;
+            }
             running.is_busy = true;
+            running.since = now;
             self.actions.push_back(Action::Digest(DigestJob {
                 id: task.request.id,
                 at: task.request.at,
@@ -260,7 +276,11 @@ impl Engine {
             bad.extend(chunk.bad);
         }
         running.is_busy = false;
-        running.next_at = if request.calm { now + CALM_PAUSE } else { now };
+        let rest = now.since(running.since) * CALM_RESTS;
+        running.next_at = match request.calm {
+            true => now + rest.clamp(CALM_PAUSE, CALM_PAUSE_MAX),
+            false => now,
+        };
         let volume = Arc::clone(&running.volume);
         let end = match part.failure {
             Some(failure) => Some(Stage::Refused(match failure {

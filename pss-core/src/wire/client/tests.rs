@@ -258,6 +258,7 @@ fn status() -> ServerStatus {
         last_ballot: Ballot::default(),
         given_up_by: None,
         claimed_twice: Vec::new(),
+        scrub: None,
         peers: vec![PeerStatus {
             server: ServerId(0),
             alive: true,
