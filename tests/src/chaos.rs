@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use pss_core::engine::SESSION_LEASE;
+use serde_json::Value;
 
 use crate::checker::Time;
 use crate::load::{LOAD_BYTES, Load};
@@ -80,8 +81,9 @@ struct Lapse {
     gateway: usize,
     since: Duration,
     until: Instant,
-    leader: u8,
-    /// Somebody else led meanwhile, so the lease may not have ended.
+    /// And the ballot.
+    leader: (u8, Value),
+    /// Another ballot led meanwhile, and counted the lease anew.
     is_leader_new: bool,
 }
 
@@ -169,7 +171,7 @@ impl Chaos {
         match self.lapsed.take() {
             Some(lapse) if Instant::now() >= lapse.until => self.end_lapse(lapse),
             Some(mut lapse) => {
-                lapse.is_leader_new |= self.cell.leader() != lapse.leader;
+                lapse.is_leader_new |= self.cell.leadership() != lapse.leader;
                 self.lapsed = Some(lapse);
             }
             None if self.lapses == 0 || self.rng.chance(40) => {
@@ -185,7 +187,7 @@ impl Chaos {
                     gateway,
                     since: self.now(),
                     until: Instant::now() + length,
-                    leader: self.cell.leader(),
+                    leader: self.cell.leadership(),
                     is_leader_new: false,
                 });
             }
@@ -195,7 +197,7 @@ impl Chaos {
 
     fn end_lapse(&mut self, lapse: Lapse) {
         let gateway = lapse.gateway;
-        let is_leader_new = lapse.is_leader_new || self.cell.leader() != lapse.leader;
+        let is_leader_new = lapse.is_leader_new || self.cell.leadership() != lapse.leader;
         let before = self.cell.gateways[&gateway].text().len();
         self.cell.gateways[&gateway].signal("CONT");
         let what = format!("gateway {gateway} paused for longer than its lease");

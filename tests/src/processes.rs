@@ -419,6 +419,25 @@ impl Cell {
         leader.expect("it was waited for") as u8
     }
 
+    /// Who leads, and the ballot: whoever leads again has another one.
+    ///
+    /// # Panics
+    /// If nobody leads for too long.
+    pub fn leadership(&self) -> (u8, Value) {
+        let mut found = None;
+        wait_until("somebody leads", PATIENCE, || {
+            found = self.status().and_then(|status| {
+                let leader = status["leader"].as_u64()?;
+                let servers = status["servers"].as_array()?;
+                let server = servers.iter().find(|it| it["id"] == leader)?;
+                let ballot = &server["status"]["ballot"];
+                (!ballot.is_null()).then(|| (leader as u8, ballot.clone()))
+            });
+            found.is_some()
+        });
+        found.expect("it was waited for")
+    }
+
     /// Waits until every copy is current.
     ///
     /// # Panics

@@ -123,7 +123,7 @@ impl Chaos {
             }
             let taken: Vec<u8> = faults.iter().flat_map(Fault::servers).collect();
             let fault = self.draw(&taken, leader.map(|id| id as u8));
-            let spared = self.lapsed.as_ref().map(|lapse| lapse.leader);
+            let spared = self.lapsed.as_ref().map(|lapse| lapse.leader.0);
             let fault = fault.filter(|it| spared.is_none_or(|id| !it.servers().contains(&id)));
             faults.extend(fault.filter(|fault| self.is_allowed(&faults, fault)));
         }
