@@ -368,11 +368,13 @@ impl Engine {
                 self.pump_survey(now, survey);
             }
             survey.next_at = match survey.is_over() {
+                true if survey.is_calm => now + INTEREST,
                 true => survey.asked + INTEREST,
                 false => now + TICK,
             };
         }
-        surveys.retain(|it| it.is_calm && !it.is_over() || now.since(it.asked) < INTEREST);
+        // One of our own is taken by `Surveys::end_of`, however long it took.
+        surveys.retain(|it| it.is_calm || now.since(it.asked) < INTEREST);
         self.scrub.surveys.0 = surveys;
     }
 
